@@ -1,0 +1,104 @@
+"""Two-dimensional data with known supports, and the two distances that judge samples of them.
+
+Every set has classes (arm, moon, mode, half), zero mean and about unit scale. A set is a skeleton (curve, centres, squares) with
+Gaussian or uniform width around it, so how far a point lies off the support is known exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+
+
+def _spiral(u):  # u (n,) in [0, 1] -> one arm (n, 2), near-uniform in arc length
+    angle = math.pi * (0.5 + 1.9 * u.sqrt())
+    return 0.25 * angle[:, None] * torch.stack([angle.cos(), angle.sin()], -1)
+
+
+def _moon(u):
+    return torch.stack([(math.pi * u).cos() - 0.5, (math.pi * u).sin() - 0.25], -1) * 1.2
+
+
+_ANGLES = torch.arange(8) * math.pi / 4
+_CENTRES = 1.5 * torch.stack([_ANGLES.cos(), _ANGLES.sin()], -1)
+_CELLS = torch.tensor([(i, j) for i in range(4) for j in range(4) if (i + j) % 2 == 0]) - 2.0  # lower left corners, side 1
+
+
+def _two_arms(curve, sigma):
+    def draw(n, g):
+        label = torch.randint(2, (n,), generator=g)
+        x = curve(torch.rand(n, generator=g)) * (1 - 2 * label[:, None])  # the second arm is the first turned by half a turn
+        return x + sigma * torch.randn(n, 2, generator=g), label
+
+    def distance(x, label):
+        line = curve(torch.linspace(0, 1, 1500))
+        both = torch.stack([torch.cdist(x, line).amin(1), torch.cdist(x, -line).amin(1)])
+        return both.amin(0) if label is None else both.gather(0, label[None])[0]
+
+    return draw, distance
+
+
+def _gaussians(n, g):
+    label = torch.randint(8, (n,), generator=g)
+    return _CENTRES[label] + 0.15 * torch.randn(n, 2, generator=g), label
+
+
+def _gaussians_distance(x, label):
+    d = torch.cdist(x, _CENTRES)
+    return d.amin(1) if label is None else d.gather(1, label[:, None])[:, 0]
+
+
+def _checkerboard(n, g):
+    cell = _CELLS[torch.randint(8, (n,), generator=g)]
+    return cell + torch.rand(n, 2, generator=g), (cell[:, 0] >= 0).long()
+
+
+def _checkerboard_distance(x, label):
+    outside = (x[:, None] - (_CELLS + 0.5)).abs() - 0.5  # (n, 8, 2)
+    d = outside.clamp_min(0).norm(dim=-1)
+    if label is not None:
+        d = torch.where((_CELLS[None, :, 0] >= 0) == label[:, None].bool(), d, torch.inf)
+    return d.amin(1)
+
+
+@dataclass(frozen=True)
+class PlanarData:
+    """draw(n, generator) -> x (n, 2), label (n,); distance(x, label or None) -> (n,) to the skeleton; off support beyond `width`."""
+
+    draw: Callable
+    distance: Callable
+    width: float
+    classes: int
+
+
+DATA = {
+    "spirals": PlanarData(*_two_arms(_spiral, 0.04), 0.12, 2),
+    "moons": PlanarData(*_two_arms(_moon, 0.06), 0.18, 2),
+    "gaussians": PlanarData(_gaussians, _gaussians_distance, 0.45, 8),
+    "checkerboard": PlanarData(_checkerboard, _checkerboard_distance, 0.05, 2),
+}
+
+
+def dataset(name: str) -> PlanarData:
+    """The data set called `name`; ValueError names the known ones."""
+    if name not in DATA:
+        raise ValueError(f"unknown data set {name!r}; choose one of {', '.join(DATA)}.")
+    return DATA[name]
+
+
+def off_support(data: PlanarData, x: torch.Tensor, label: torch.Tensor | None = None) -> float:
+    """Share of samples x (n, 2) farther than `width` (three standard deviations) from the support (of their class, if given)."""
+    return (data.distance(x, label) > data.width).float().mean().item()
+
+
+def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor, directions: int = 256) -> float:
+    """Sliced 1-Wasserstein distance of two equally large samples (n, d): mean over directions of mean |sorted a - sorted b|."""
+    if a.shape != b.shape:
+        raise ValueError(f"samples of shape {tuple(a.shape)} and {tuple(b.shape)} cannot be compared; draw as many of each.")
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(a.shape[1], directions, generator=g)
+    w = w / w.norm(dim=0)
+    return ((a @ w).sort(0).values - (b @ w).sort(0).values).abs().mean().item()

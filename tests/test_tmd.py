@@ -1,0 +1,501 @@
+"""tmd_minimal.py piece by piece: grids, the split, who receives gradient, derivatives, and every limit that is known."""
+
+import copy
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import tmd_minimal as tmd
+from oracles import GaussianInnerFlow
+
+F64 = torch.float64
+CLASSES = 3
+
+
+@pytest.fixture
+def teacher():
+    return tmd.PlanarNet(2, 32, 4, CLASSES).double()
+
+
+def perturbed(module, scale=0.05):
+    """A copy with every parameter moved, so that nothing is zero by initialisation."""
+    module = copy.deepcopy(module)
+    g = torch.Generator().manual_seed(1)
+    for p in module.parameters():
+        p.data += scale * torch.randn(p.shape, generator=g, dtype=p.dtype)
+    return module
+
+
+def batch(g, n=16, shape=(2,)):
+    x = torch.randn(n, *shape, generator=g, dtype=F64)
+    return x, torch.randint(CLASSES, (n,), generator=g)
+
+
+def draws(x, g, M=2, N=2, **kw):
+    d = tmd.stage1_draw(x, tmd.make_grid(M, 10.0), tmd.make_grid(N, 10.0), generator=g, **kw)
+    return {k: v.double() if v.is_floating_point() else v for k, v in d.items()}
+
+
+# -- time and noise -----------------------------------------------------------------------------------------------------
+
+
+def test_grids_of_the_paper():
+    """Shift 10, t_M = 0.999: M = 2 has its middle time at 0.909 (paper.md 9.3); grids increase from 0."""
+    assert_close(tmd.make_grid(2, 10.0), torch.tensor([0, 10 / 11, 0.999]))
+    assert_close(tmd.make_grid(1, 10.0), torch.tensor([0, 0.999]))
+    for steps, gamma in ((4, 10.0), (50, 5.0), (4, 0.25)):
+        assert (tmd.make_grid(steps, gamma).diff() > 0).all()
+
+
+def test_shift_is_the_stated_map_and_shifts_compose():
+    """shift(t, gamma) = gamma t / ((gamma-1) t + 1): fixed ends, inverse 1/gamma, composition multiplies."""
+    t = torch.linspace(0, 1, 11, dtype=F64)
+    assert tmd.shift(0.5, 10.0) == pytest.approx(5 / 5.5)
+    assert_close(tmd.shift(tmd.shift(t, 3.0), 1 / 3.0), t)
+    assert_close(tmd.shift(tmd.shift(t, 3.0), 5.0), tmd.shift(t, 15.0))
+
+
+def test_s_r_sampling(g):
+    """Section 5: r = s on three quarters; else r is the largest inner grid time not above s; s is in [0.001, 0.999]."""
+    x, grid = torch.zeros(40_000, 2), tmd.make_grid(4, 10.0)
+    s, r = tmd.sample_s_r(x, grid, 3.0, 0.25, g)
+    assert s.min() >= 0.001 and s.max() <= 0.999 and (r <= s).all()
+    is_map = r < s
+    assert is_map.float().mean() == pytest.approx(0.25, abs=0.01)
+    brute = torch.stack([grid[grid <= one].max() for one in s[is_map]])
+    assert_close(r[is_map], brute, rtol=0, atol=0)
+    assert (s < 0.75).float().mean() == pytest.approx(0.5, abs=0.01)  # median of shift(U, 3)
+
+
+def test_outer_times_are_uniform_over_the_grid(g):
+    """t_i uniform over t_1 ... t_M; t_0 = 0 is never drawn."""
+    grid = tmd.make_grid(4, 10.0)
+    t = tmd.sample_outer(torch.zeros(40_000, 1), grid, g)
+    counts = torch.stack([(t == q).float().mean() for q in grid])
+    assert counts[0] == 0 and (counts[1:] - 0.25).abs().max() < 0.01
+
+
+@pytest.mark.parametrize(
+    "M,N,H,L,nfe",
+    [(1, 2, 5, 30, 1.17), (2, 2, 5, 30, 2.33), (1, 4, 5, 30, 1.50), (2, 4, 5, 30, 3.00), (1, 4, 5, 40, 1.38), (2, 4, 5, 40, 2.75), (1, 1, 5, 30, 1), (2, 1, 0, 30, 2)],
+)  # fmt: skip
+def test_effective_nfe_of_every_row(M, N, H, L, nfe):
+    """Eq. (16) gives every effective NFE in the paper's tables."""
+    assert tmd.effective_nfe(M, N, H, L) == pytest.approx(nfe, abs=0.006)
+
+
+# -- the split ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fusion", ["gated", "concat"])
+@pytest.mark.parametrize("H", [1, 2, 3])
+def test_student_equals_teacher_at_initialisation(teacher, fusion, H, g):
+    """Section 3: at s = t the student's prediction is the teacher's velocity: exactly with a closed gate, within 15 % at the default
+    gate sigmoid(-3) = 0.05 or concat's N(0, 0.01^2), whose share of y_s is not zero.
+    """
+    teacher = perturbed(teacher)
+    x, c = batch(g, 256)
+    t = torch.rand(256, generator=g, dtype=F64) * 0.9 + 0.05
+    y_s, v = torch.randn(256, 2, generator=g, dtype=F64), teacher(x, t, c)
+    student = tmd.TMDStudent(teacher, H, fusion).double()
+    error = (student.head(y_s, t, t * 0.5, student.features(x, t, c)) - v).norm() / v.norm()
+    assert 0 < error < 0.15
+    if fusion == "gated":
+        student.gate.data.fill_(-60.0)
+    else:
+        student.fuse.weight.data[:, 32:] = 0
+    assert_close(student.head(y_s, t, t * 0.5, student.features(x, t, c)), v, atol=1e-12, rtol=0)
+
+
+def test_plain_student_makes_every_function_dmd2v(teacher, g):
+    """Section 6: with PlainStudent and N = 1, x_hat is g(x_t, t) = x_t - t v(x_t, t), and one transition is one Euler step."""
+    student = tmd.PlainStudent(perturbed(teacher))
+    x, c = batch(g)
+    grid, inner = tmd.make_grid(2, 10.0), tmd.make_grid(1, 10.0)
+    state = g.get_state()
+    x_hat = tmd.generate(student, x, c, outer_grid=grid, inner_grid=inner, generator=g)
+    g.set_state(state)
+    t = tmd.sample_outer(x, grid, g)
+    x_t = tmd.interpolate(x, tmd.randn_like(x, g), t)
+    assert_close(x_hat, tmd.velocity_to_clean(x_t, t, student.net(x_t, t, c)))
+    x_1 = torch.randn(16, 2, generator=g, dtype=F64)
+    with torch.no_grad():
+        expected = tmd.sample_teacher(student.net, x_1, c, grid=grid)
+    assert_close(tmd.sample(student, x_1, c, outer_grid=grid, inner_grid=inner), expected)
+
+
+def test_algorithm_1_is_the_paper_s_update(teacher, g):
+    """Alg. 1 / Eq. (4): x_{t'} = x_t - (t - t') y, with y from the inner flow; written out by hand here."""
+    student = perturbed(tmd.TMDStudent(teacher, 2)).double()
+    outer, inner = tmd.make_grid(2, 10.0).double(), tmd.make_grid(2, 10.0).double()
+    x_1, c = batch(g)
+    g2 = torch.Generator().manual_seed(5)
+    got = tmd.sample(student, x_1, c, outer_grid=outer, inner_grid=inner, generator=torch.Generator().manual_seed(5))
+    x, full = x_1, torch.ones(16, dtype=F64)
+    with torch.no_grad():
+        for i in (2, 1):
+            m = student.features(x, outer[i] * full, c)
+            y_1 = y = torch.randn(16, 2, generator=g2, dtype=F64)
+            assert y_1.shape == x.shape
+            for j in (2, 1):
+                head = student.head(y, inner[j] * full, inner[j - 1] * full, m)
+                y = y - (inner[j] - inner[j - 1]) * (y - head) / inner[j]
+            x = x - (outer[i] - outer[i - 1]) * y
+    assert_close(got, x)
+
+
+@pytest.mark.parametrize("M,N", [(1, 1), (1, 4), (2, 2), (3, 4)])
+def test_sampling_runs_the_backbone_m_times_and_the_head_m_n_times(teacher, M, N, g):
+    """The cost that Eq. (16) counts."""
+    calls = {"features": 0, "head": 0}
+
+    class Counted(tmd.TMDStudent):
+        def features(self, *a):
+            calls["features"] += 1
+            return super().features(*a)
+
+        def head(self, *a):
+            calls["head"] += 1
+            return super().head(*a)
+
+    student = Counted(teacher, 1).double()
+    x, c = batch(g)
+    tmd.sample(student, x, c, outer_grid=tmd.make_grid(M, 10.0), inner_grid=tmd.make_grid(N, 10.0), generator=g)
+    assert calls == {"features": M, "head": M * N}
+
+
+def test_target_x_starts_as_the_same_student(teacher, g):
+    """B.4: with target x and a closed gate, x_hat at N = 1 is the teacher's one-step estimate, as for target x_1 - x."""
+    student = tmd.TMDStudent(teacher, 2, gate_init=-60.0).double()
+    x_1, c = batch(g)
+    grids = {"outer_grid": tmd.make_grid(1, 10.0), "inner_grid": tmd.make_grid(1, 10.0)}
+    a, b = (tmd.sample(student, x_1, c, target=target, **grids, generator=g) for target in ("x1-x", "x"))
+    assert_close(a, b)
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 4), (4, 2, 3, 5)])
+@pytest.mark.parametrize("target", ["x1-x", "x"])
+@pytest.mark.parametrize("field,clean", [("consistent", "consistent"), ("printed", "printed")])
+def test_any_rank_runs_every_algorithm_function(shape, target, field, clean, g):
+    """Every function takes (B, *D): a point, a matrix, a video (C, T, H, W)."""
+    class Anything(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Parameter(torch.tensor(0.5, dtype=F64))
+
+        def features(self, x_t, t, c=None):
+            return self.a * x_t
+
+        def head(self, y_s, s, r, m):
+            return m + self.a * y_s * (1 + tmd.bcast(s - r, y_s))
+
+        def forward(self, x_t, t, c=None):
+            return self.a * x_t
+
+    net, x = Anything(), torch.randn(6, *shape, generator=g, dtype=F64)
+    outer, inner = tmd.make_grid(2, 3.0).double(), tmd.make_grid(2, 3.0).double()
+    tmd.tm_mf_loss(net, x, **draws(x, g), target=target, field=field).backward()
+    x_hat = tmd.generate(net, x, outer_grid=outer, inner_grid=inner, generator=g, target=target, field=field, clean=clean)
+    t, noise = torch.rand(6, generator=g, dtype=F64), torch.randn(x.shape, generator=g, dtype=F64)
+    sum(tmd.stage2_student_loss(x_hat, net, net, None, t=t, noise=noise, gan_weight=0).values()).backward()
+    tmd.stage2_critic_loss(x_hat, x, net, net, None, t=t, noise=noise, noise_real=noise, gan_weight=0)["fake"].backward()
+    assert tmd.sample(net, x, outer_grid=outer, inner_grid=inner, target=target, field=field, generator=g).shape == x.shape
+    assert tmd.sample_teacher(net, x, grid=outer, method="heun").shape == x.shape
+
+
+# -- stage 1 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", ["consistent", "printed"])
+@pytest.mark.parametrize("target", ["x1-x", "x"])
+def test_finite_difference_matches_exact_jvp(teacher, field, target, g):
+    """Section 5.5: central differences of step 0.005 give du/ds within 2 % of torch.func.jvp in total, and the same loss within 1 %."""
+    student = perturbed(tmd.TMDStudent(teacher, 2), 0.1).double()
+    x, c = batch(g, 256)
+    d = draws(x, g, flow_map_share=1.0)
+    d["s"], d["r"] = d["s"].clamp(0.1, 0.9), d["r"].clamp(max=0.05)
+    y_s, v = tmd.interpolate(x, d["y_1"], d["s"]), d["y_1"] - x
+    m = student.features(x, d["t"], c)
+    f = lambda y, s: tmd.inner_velocity(student.head(y, s, d["r"], m), y, s, d["y_1"], field)  # noqa: E731
+    exact, difference = (tmd.total_derivative(f, y_s, d["s"], v, how) for how in ("jvp", "fd"))
+    assert (difference - exact).norm() / exact.norm() < 0.02
+    losses = [tmd.tm_mf_loss(student, x, c, **d, c_neg=CLASSES, target=target, field=field, derivative=how) for how in ("fd", "jvp")]
+    assert_close(*losses, rtol=0.01, atol=0)
+
+
+def test_derivative_is_one_sided_at_the_borders(g):
+    """At s = 0.999 and 0.001 the difference never leaves [0.001, 0.999], and is still right for a linear function."""
+    seen = []
+
+    def f(y, s):
+        seen.append(s)
+        return 3 * y + tmd.bcast(s, y)
+
+    s = torch.tensor([0.001, 0.003, 0.5, 0.997, 0.999], dtype=F64)
+    y, v = torch.randn(5, 2, generator=g, dtype=F64), torch.randn(5, 2, generator=g, dtype=F64)
+    assert_close(tmd.total_derivative(f, y, s, v), 3 * v + 1)
+    assert torch.stack(seen).min() >= 0.001 and torch.stack(seen).max() <= 0.999
+
+
+def test_derivative_runs_in_float32_under_bf16(g):
+    """Trap 7: in bf16 the difference of step 0.005 is mostly rounding; the branch casts to float32 and leaves autocast."""
+    net = torch.nn.Linear(8, 8)
+    f = lambda y, s: torch.tanh(net(y)) * tmd.bcast(s, y)  # noqa: E731
+    y, v, s = torch.randn(64, 8, generator=g), torch.randn(64, 8, generator=g), torch.full((64,), 0.5)
+    exact = tmd.total_derivative(f, y, s, v, "jvp")
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = tmd.total_derivative(f, y.bfloat16(), s, v.bfloat16())
+        naive = (f(y + 0.005 * v, s + 0.005) - f(y - 0.005 * v, s - 0.005)) / 0.01
+    assert inside.dtype == torch.float32
+    error = lambda d: ((d - exact).norm() / exact.norm()).item()  # noqa: E731
+    assert error(inside) < 0.01 < 0.1 < error(naive)
+
+
+def test_tm_mf_reduces_to_tm_where_r_is_s(teacher, g):
+    """Eq. (6): with r = s the loss is flow matching of the inner flow, the same for both fields (error of the head), no derivative."""
+    student = perturbed(tmd.TMDStudent(teacher, 2)).double()
+    x, c = batch(g)
+    d = draws(x, g, flow_map_share=0.0)
+    y_s = tmd.interpolate(d["x_1"] - x, d["y_1"], d["s"])
+    head = student.head(y_s, d["s"], d["s"], student.features(tmd.interpolate(x, d["x_1"], d["t"]), d["t"], c))
+    square = (head - (d["x_1"] - x)).square().sum(1)
+    expected = (square / (square + 2)).mean()
+    d.pop("dropped")
+    for field in ("consistent", "printed"):
+        assert_close(tmd.tm_mf_loss(student, x, c, **d, field=field), expected)
+
+
+@pytest.mark.parametrize("field", ["consistent", "printed"])
+def test_exact_average_velocity_has_no_tm_mf_gradient(field, g):
+    """Eq. (8)-(10): at the closed-form optimum for y ~ N(mu, sigma^2), the expected TM-MF error is zero; off it, it is not."""
+    sigma, mean, n = 0.6, 0.4, 40_000
+    s, r = torch.full((n,), 0.7, dtype=F64), torch.full((n,), 0.2, dtype=F64)
+    y = mean + sigma * torch.randn(n, 1, generator=g, dtype=F64)
+    y_1 = torch.randn(n, 1, generator=g, dtype=F64)
+    y_s, v = tmd.interpolate(y, y_1, s), y_1 - y
+
+    def error(oracle):
+        # E[. | y_s] on a linear problem: regress the error on (1, y_s)
+        f = lambda y_s, s: tmd.inner_velocity(oracle.head(y_s, s, r), y_s, s, y_1, field)  # noqa: E731
+        e = f(y_s, s) - v + 0.5 * tmd.total_derivative(f, y_s, s, v, "fd", 1e-4)
+        z = (y_s - y_s.mean()) / y_s.std()
+        return torch.stack([e.mean(), (e * z).mean()]).abs() / torch.stack([e.std(), (e * z).std()]) * n**0.5
+
+    oracle = GaussianInnerFlow(sigma, field, mean)
+    assert (error(oracle) < 5).all()
+    wrong = GaussianInnerFlow(sigma * 1.2, field, mean)
+    assert (error(wrong) > 10).any()
+
+
+def test_guidance_and_condition_dropout(teacher, g):
+    """Section 5.4: v_cfg = w v + (1-w) u(y_s, s, s; m(c_neg)); dropped samples get c_neg and the unguided v."""
+    student = perturbed(tmd.TMDStudent(teacher, 2), 0.2).double()
+    x, c = batch(g)
+    d = draws(x, g, flow_map_share=0.0, cond_drop=0.5)
+    assert 0 < d["dropped"].sum() < 16
+    w = 3.0
+    x_t, y = tmd.interpolate(x, d["x_1"], d["t"]), d["x_1"] - x
+    y_s, v = tmd.interpolate(y, d["y_1"], d["s"]), d["y_1"] - y
+    s, none = d["s"], torch.full((16,), CLASSES)
+    c_in = torch.where(d["dropped"], none, c)
+    u_neg = (y_s - student.head(y_s, s, s, student.features(x_t, d["t"], none))) / s[:, None]
+    goal = torch.where(d["dropped"][:, None], v, w * v + (1 - w) * u_neg)
+    u = (y_s - student.head(y_s, s, s, student.features(x_t, d["t"], c_in))) / s[:, None]
+    square = ((u - goal) * s[:, None]).square().sum(1)
+    assert_close(tmd.tm_mf_loss(student, x, c, **d, c_neg=CLASSES, guidance=w), (square / (square + 2)).mean())
+
+
+def test_guidance_convention(teacher, g):
+    """Trap 6: v_neg + w (v - v_neg); w = 1 is the conditional velocity, w = 0 the unconditional."""
+    teacher = perturbed(teacher)
+    x, c = batch(g)
+    t = torch.rand(16, generator=g, dtype=F64)
+    v, v_neg = teacher(x, t, c), teacher(x, t, None)
+    for w in (0.0, 1.0, 3.0):
+        assert_close(tmd.guided(teacher, x, t, c, CLASSES, w), v_neg + w * (v - v_neg))
+
+
+def test_adaptive_loss_is_the_stated_ratio(g):
+    """Section 5.6: ||e||^2 / sg(||e||^2 + c d) per sample; its gradient is 2 e / (||e||^2 + c d), so bounded."""
+    e = torch.randn(5, 3, 2, generator=g, dtype=F64).requires_grad_()
+    square = e.detach().flatten(1).square().sum(1)
+    loss = tmd.adaptive_loss(e, 0.5)
+    assert_close(loss.detach(), (square / (square + 3.0)).mean())
+    loss.backward()
+    assert_close(e.grad, 2 * e.detach() / (square + 3.0)[:, None, None] / 5)
+
+
+# -- who receives gradient ----------------------------------------------------------------------------------------------
+
+
+def grads(module):
+    return {n for n, p in module.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+
+
+def test_stage1_trains_backbone_and_head(teacher, g):
+    """Section 5: main features are not detached; every parameter of backbone and head gets gradient (but span's first layer: its last is 0)."""
+    student = tmd.TMDStudent(teacher, 2).double()
+    x, c = batch(g, 64)
+    tmd.tm_mf_loss(student, x, c, **draws(x, g, cond_drop=0.3), c_neg=CLASSES, guidance=3.0).backward()
+    missing = {n for n, _ in student.named_parameters()} - grads(student)
+    assert missing == {"span.mlp.0.weight", "span.mlp.0.bias"}
+
+
+def test_span_embedding_learns(teacher, g):
+    """Section 3: only the last layer of the s - r embedding is zero, so after one step its first layer learns too."""
+    student = tmd.TMDStudent(teacher, 2).double()
+    x, c = batch(g, 64)
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    m = student.features(x, torch.full((64,), 0.9, dtype=F64), c)
+    s = torch.full((64,), 0.8, dtype=F64)
+    head = lambda r: student.head(x, s, r, m)  # noqa: E731
+    assert_close(head(s), head(0 * s), atol=0, rtol=0)  # at the start the head does not know r
+    for _ in range(2):
+        optimizer.zero_grad()
+        tmd.tm_mf_loss(student, x, c, **draws(x, g, flow_map_share=1.0), c_neg=CLASSES).backward()
+        optimizer.step()
+    assert {"span.mlp.0.weight", "span.mlp.2.weight"} <= grads(student)
+    m = student.features(x, torch.full((64,), 0.9, dtype=F64), c)
+    assert (head(s) - head(0 * s)).abs().max() > 1e-6
+
+
+def stage2_parts(teacher):
+    student = perturbed(tmd.TMDStudent(teacher, 2)).double()
+    return student, copy.deepcopy(teacher), tmd.PlanarDiscriminator(32, 2).double()
+
+
+def test_student_update_touches_only_the_student(teacher, g):
+    """Section 6: VSD and GAN losses reach every student parameter and none of teacher, fake score, discriminator."""
+    student, fake, disc = stage2_parts(teacher)
+    teacher.requires_grad_(True)  # even then
+    x, c = batch(g, 64)
+    grids = {"outer_grid": tmd.make_grid(2, 10.0), "inner_grid": tmd.make_grid(2, 10.0)}
+    x_hat = tmd.generate(student, x, c, **grids, generator=g)
+    t, noise = tmd.sample_times(x, 5.0, g), tmd.randn_like(x, g)
+    terms = tmd.stage2_student_loss(x_hat, teacher, fake, disc, c, CLASSES, t=t, noise=noise, taps=(1, 3))
+    for part in terms.values():
+        student.zero_grad()
+        part.backward(retain_graph=True)
+        assert {n.split(".")[0] for n in grads(student)} >= {"net", "fuse", "gate"}
+    assert not grads(teacher) and not grads(fake) and not grads(disc)
+    assert all(p.requires_grad for p in disc.parameters())  # frozen() has let go
+
+
+def test_critic_update_touches_only_the_critics(teacher, g):
+    """Section 6: the fake score learns from denoising, the discriminator from the GAN; the student and the teacher do not move."""
+    student, fake, disc = stage2_parts(teacher)
+    x, c = batch(g, 64)
+    x_hat = tmd.generate(student, x, c, outer_grid=tmd.make_grid(2, 10.0), inner_grid=tmd.make_grid(2, 10.0), generator=g)
+    t, noise = tmd.sample_times(x, 5.0, g), tmd.randn_like(x, g)
+    terms = tmd.stage2_critic_loss(x_hat, x, teacher, fake, disc, c, t=t, noise=noise, noise_real=tmd.randn_like(x, g), taps=(1, 3))
+    terms["fake"].backward(retain_graph=True)
+    assert grads(fake) and not grads(disc)
+    terms["disc"].backward()
+    assert grads(disc) and not grads(student) and not grads(teacher)
+
+
+@pytest.mark.parametrize("rollout,reaches", [("full", True), ("last", False)])
+def test_rollout_gradient_reaches_the_first_inner_step(teacher, rollout, reaches, g):
+    """Section 6: all N steps carry gradient; the ablation's gradient stops before the last step."""
+    student = perturbed(tmd.TMDStudent(teacher, 2)).double()
+    x, c = batch(g)
+    predict = tmd.transition(student, x, torch.full((16,), 0.9, dtype=F64), c)
+    y_1 = torch.randn(16, 2, generator=g, dtype=F64).requires_grad_()
+    outputs = []
+
+    def watched(y_s, s, r):
+        outputs.append(predict(y_s, s, r))
+        return outputs[-1]
+
+    y_hat = tmd.inner_flow(watched, y_1, tmd.make_grid(3, 10.0).double(), grad=rollout)
+    y_hat.square().sum().backward()
+    assert outputs[-1].requires_grad
+    assert all(o.requires_grad == reaches for o in outputs[:-1])
+    assert (y_1.grad is not None and y_1.grad.abs().max() > 0) == reaches
+
+
+def test_rollout_none_jumps_once_from_the_real_path(teacher, g):
+    """Ablation C3: without rollout one head call per update, from y_s noised from the real y; a perfect head returns the real x."""
+    x, c = batch(g)
+    seen = {}
+
+    class Perfect:
+        def features(self, x_t, t, c=None):
+            seen["x_t"], seen["t"] = x_t, t
+
+        def head(self, y_s, s, r, m):
+            seen["calls"] = seen.get("calls", 0) + 1
+            return (seen["x_t"] - x) / tmd.bcast(seen["t"], x)  # y = x_1 - x = (x_t - x) / t
+
+    grids = {"outer_grid": tmd.make_grid(2, 10.0), "inner_grid": tmd.make_grid(4, 10.0)}
+    x_hat = tmd.generate(Perfect(), x, c, **grids, generator=g, rollout="none")
+    assert seen["calls"] == 1
+    assert_close(x_hat, x)
+
+
+def test_fake_score_loss_is_minimised_by_the_exact_velocity(g):
+    """Eq. (2): on x_hat ~ N(0, 0.25), the denoising loss of the exact velocity is below any rescaling of it."""
+    from oracles import GaussianMixture
+
+    data = GaussianMixture([[0.0]], [0.5])
+    x, noise = data.sample(100_000, g), torch.randn(100_000, 1, generator=g, dtype=F64)
+    t = torch.rand(100_000, generator=g, dtype=F64) * 0.8 + 0.1
+    losses = [tmd.denoising_loss(lambda x_t, t, c, k=k: k * data(x_t, t), x, noise, t) for k in (0.9, 1.0, 1.1)]
+    assert losses[1] < losses[0] and losses[1] < losses[2]
+
+
+def test_gan_losses():
+    """Section 6: log-likelihoods averaged over heads; the generator's is non-saturating."""
+    real, fake = torch.tensor([[2.0, 0.0]]), torch.tensor([[-1.0, 3.0]])
+    sigmoid = torch.sigmoid
+    assert_close(tmd.generator_gan_loss(fake), -sigmoid(fake).log().mean())
+    assert_close(tmd.discriminator_gan_loss(real, fake), -sigmoid(real).log().mean() - (1 - sigmoid(fake)).log().mean())
+
+
+def test_taps_are_the_forward_s_hidden_states_and_stop_early(teacher, g):
+    """Discriminator features: the states after the asked blocks, and no block after the last of them runs."""
+    x, c = batch(g)
+    t = torch.rand(16, generator=g, dtype=F64)
+    ran, states = [], {}
+    for i, block in enumerate(teacher.blocks):
+        block.register_forward_hook(lambda _, __, out, i=i: (ran.append(i), states.__setitem__(i, out))[0])
+    features = teacher.taps(x, t, c, (0, 2))
+    assert ran == [0, 1, 2]
+    teacher(x, t, c)
+    assert_close(features, [states[0], states[2]])
+
+
+# -- bad input ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call,words",
+    [
+        (lambda: tmd.StudentConfig(M=0), "M is 0"),
+        (lambda: tmd.StudentConfig(N=0), "N is 0"),
+        (lambda: tmd.StudentConfig(field="other"), "field"),
+        (lambda: tmd.StudentConfig(M=200), "fewer steps"),
+        (lambda: tmd.Stage1Config(derivative="x"), "derivative"),
+        (lambda: tmd.Stage2Config(normalizer="x"), "normalizer"),
+        (lambda: tmd.Stage2Config(student_every=1), "student_every"),
+        (lambda: tmd.shift(0.5, 0.0), "positive"),
+        (lambda: tmd.check_grid(torch.tensor([0, 0.5, 0.4])), "increase"),
+        (lambda: tmd.check_grid(torch.tensor([0.1, 0.5])), "increase"),
+        (lambda: tmd.interpolate(torch.zeros(2, 2), torch.zeros(2, 2), torch.tensor([0.5, 1.5])), "[0, 1]"),
+        (lambda: tmd.interpolate(torch.zeros(2, 2), torch.zeros(2, 3), torch.tensor([0.5, 0.5])), "disagree"),
+        (lambda: tmd.interpolate(torch.zeros(2, 2), torch.zeros(2, 2), torch.tensor([0.5])), "one time a sample"),
+        (lambda: tmd.TMDStudent(tmd.PlanarNet(2, 16, 3), 3), "1 <= H < L"),
+        (lambda: tmd.TMDStudent(tmd.PlanarNet(2, 16, 3), 0), "1 <= H < L"),
+        (lambda: tmd.PlanarNet(2, 16, 3)(torch.zeros(4, 3), torch.zeros(4)), "(B, 2)"),
+        (lambda: tmd.PlanarNet(2, 16, 3)(torch.zeros(4, 2), torch.zeros(4), torch.zeros(4)), "no classes"),
+        (lambda: tmd.PlanarNet(2, 16, 3).taps(torch.zeros(4, 2), torch.zeros(4), None, (3,)), "blocks 0 to 2"),
+        (lambda: tmd.sample_teacher(None, torch.zeros(4, 2), grid=tmd.make_grid(2, 1.0), method="rk4"), "method"),
+        (lambda: tmd.guided(tmd.PlanarNet(2, 16, 3, 2), torch.zeros(4, 2), torch.zeros(4), torch.zeros(4).long(), None, 2.0), "c_neg"),
+    ],
+)
+def test_bad_input_is_one_sentence(call, words):
+    """Each mistake is a ValueError that says what is wrong, in one line."""
+    with pytest.raises(ValueError) as error:
+        call()
+    assert words in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 200

@@ -1,0 +1,492 @@
+"""Transition Matching Distillation on points in the plane, end to end in about three minutes on a laptop.
+
+    python toy_2d.py                        # two spirals: teacher, stage 1, stage 2, the DMD2-v baseline, pictures
+    python toy_2d.py --data checkerboard    # or gaussians, moons
+    python toy_2d.py --resume               # go on where a killed run stopped, exactly
+    python toy_2d.py --quick                # under 30 seconds, to see that it works
+    python toy_2d.py --claims               # what the paper claims, measured here (up to an hour, resumable)
+    python toy_2d.py --bench                # steps per second of every stage, against their matmuls alone
+
+Everything lands in runs/toy_2d/<data>/: metrics.json and samples.npz first, then the pictures drawn from them.
+The algorithm itself is in tmd_minimal.py; here are only data, sizes, distances and drawing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import tmd_minimal as tmd
+from planar import DATA, dataset, off_support, sliced_wasserstein
+
+
+def option(default, text, **more):
+    """A dataclass field with its help text, which argparse shows."""
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class Toy:
+    """One run of the plane. Where a value differs from the paper's, the README's "Differences from the paper" says why."""
+
+    data: str = option("spirals", f"data set: {', '.join(DATA)}")
+    out: str = option("", "output folder; default runs/toy_2d/<data>")
+    seed: int = option(0, "seed of weights, data and draws")
+    M: int = option(2, "outer transitions; paper: 1 or 2")
+    N: int = option(4, "inner steps of the flow head; paper: 2 or 4")
+    H: int = option(2, "blocks in the flow head; paper: 5 of 30")
+    depth: int = option(6, "blocks of the network")
+    width: int = option(64, "channels of the network")
+    batch: int = option(256, "points per update")
+    conditional: bool = option(False, "tell the networks the class (arm, moon, mode, half) of each point")
+    guidance: float = option(1.0, "teacher's guidance in both stages, with --conditional; 1 is none")
+    teacher_updates: int = option(2500, "updates of the teacher")
+    stage1_updates: int = option(1000, "updates of stage 1 (TM-MF)")
+    iterations: int = option(2000, "iterations of stage 2, every 5th of the student")
+    # choice: learning rates for a network of 0.1 M parameters; the paper's are for 1.3 B
+    teacher_lr: float = option(2e-3, "learning rate of the teacher")
+    stage1_lr: float = option(1e-3, "learning rate of stage 1; paper: 3e-5")
+    stage2_lr: float = option(1e-3, "learning rate of stage 2; paper: 1e-5")
+    # choice: timestep shifts grow with dimension; the paper's are for two million numbers, these for two
+    outer_shift: float = option(1.0, "timestep shift of the outer grid; paper: 10")
+    inner_shift: float = option(1.0, "timestep shift of the inner grid; paper: 10")
+    s_shift: float = option(1.0, "timestep shift of s in stage 1; paper: 3")
+    dmd_shift: float = option(0.25, "timestep shift of t in VSD, fake score and GAN; paper: 5")
+    gan_weight: float = option(0.3, "weight of the GAN loss; paper: 0.03")  # choice: the heads are tiny
+    outer: str = option("deterministic", "outer transition: deterministic (Eq. 18) or renoised (Eq. 19)")
+    samples: int = option(10000, "points per model in distances and pictures")
+
+    def __post_init__(self):
+        dataset(self.data)
+        if not 1 <= self.H < self.depth:
+            raise ValueError(f"the flow head has H = {self.H} blocks of a network of {self.depth}; choose 1 <= H < depth.")
+        for name in ("batch", "teacher_updates", "iterations", "samples", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        self.out = self.out or f"runs/toy_2d/{self.data}"
+        self.student_config(), self.stage1_config(), self.stage2_config()  # their own checks
+
+    def student_config(self, **kw) -> tmd.StudentConfig:
+        base = {key: getattr(self, key) for key in ("M", "N", "H", "outer_shift", "inner_shift", "outer")}
+        return tmd.StudentConfig(**{**base, **kw})
+
+    def stage1_config(self, **kw) -> tmd.Stage1Config:
+        base = {"updates": self.stage1_updates, "batch": self.batch, "lr": self.stage1_lr, "s_shift": self.s_shift}
+        return tmd.Stage1Config(**{**base, "guidance": self.guidance, **kw})
+
+    def stage2_config(self, **kw) -> tmd.Stage2Config:
+        base = {"iterations": self.iterations, "batch": self.batch, "lr": self.stage2_lr, "dmd_shift": self.dmd_shift}
+        return tmd.Stage2Config(**{**base, "guidance": self.guidance, "gan_weight": self.gan_weight, **kw})
+
+
+QUICK = {"teacher_updates": 500, "stage1_updates": 150, "iterations": 250, "samples": 2000, "width": 48, "depth": 4, "batch": 192}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ladder: teacher -> stage 1 -> stage 2, and the baseline. Each phase has a checkpoint; a finished one is not run again.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """Data, sampling noise and distances of one Toy, so that every model is trained on and judged by the same things."""
+
+    def __init__(self, cfg: Toy):
+        self.cfg, self.set = cfg, dataset(cfg.data)
+        self.c_neg = self.set.classes if cfg.conditional else None
+        g = torch.Generator().manual_seed(cfg.seed + 10_000)
+        self.x, self.label = self.set.draw(cfg.samples, g)
+        self.c = self.label if cfg.conditional else None
+        self.x_1 = torch.randn(cfg.samples, 2, generator=g)
+        self.other, _ = self.set.draw(cfg.samples, g)
+
+    def data(self, n, generator):
+        """What the trainings draw from: x (n, 2) and class (n,) or None."""
+        x, label = self.set.draw(n, generator)
+        return x, (label if self.cfg.conditional else None)
+
+    def distances(self, points, c=None) -> dict:
+        """{"swd", "off_support"} of samples against the data; off the support of their own class, if they were told one."""
+        n = len(points)
+        return {"swd": sliced_wasserstein(points, self.x[:n]), "off_support": off_support(self.set, points, c)}
+
+    def student_samples(self, student, how: tmd.StudentConfig, n=None, trace=None, **kw):
+        c = None if self.c is None else self.c[:n]
+        kw = {"outer_grid": how.outer_grid, "inner_grid": how.inner_grid, "target": how.target, "field": how.field, "outer": how.outer, **kw}
+        return tmd.sample(student, self.x_1[:n], c, generator=torch.Generator().manual_seed(1), trace=trace, **kw)
+
+    def teacher_samples(self, teacher, steps, n=None, method="euler"):
+        c = None if self.c is None else self.c[:n]
+        grid = tmd.make_grid(steps, 1.0)  # choice: an even grid; in the plane no part of the path is much more curved
+        return tmd.sample_teacher(teacher, self.x_1[:n], c, self.c_neg, grid=grid, guidance=self.cfg.guidance, method=method)
+
+    def judge(self, sampler, **facts) -> tuple[dict, torch.Tensor]:
+        """Sample, time it, measure: the record that metrics.json holds for a model, and the points."""
+        start = time.perf_counter()
+        points = sampler()
+        seconds = time.perf_counter() - start
+        return {**facts, **self.distances(points, self.c), "sample_seconds": seconds, "seed": self.cfg.seed}, points
+
+
+def fit_teacher(bench: Bench, folder: Path, **run):
+    """Train the teacher, or load it: (frozen EMA, phase)."""
+    cfg = bench.cfg
+    tmd.seed_everything(cfg.seed)
+    net = tmd.PlanarNet(2, cfg.width, cfg.depth, bench.set.classes if cfg.conditional else 0)
+    config = {key: getattr(cfg, key) for key in ("data", "seed", "width", "depth", "batch", "conditional", "teacher_updates", "teacher_lr")}
+    # choice: t_shift 0.5, more time near the data, where a curve's edge is decided
+    return tmd.train_teacher(net, bench.data, updates=cfg.teacher_updates, batch=cfg.batch, lr=cfg.teacher_lr, c_neg=bench.c_neg,
+                             t_shift=0.5, seed=cfg.seed, config=config, path=str(folder / "teacher.pt"), **run)  # fmt: skip
+
+
+def fit_student(bench: Bench, teacher, name: str, how: tmd.StudentConfig, stage1: tmd.Stage1Config | None,
+                stage2: tmd.Stage2Config | None, folder: Path, kd_updates: int = 0, curve: int = 0, **run) -> dict:  # fmt: skip
+    """Stage 1 (or KD warm-up) and stage 2 of one student; plain when how.H is 0.
+
+    Returns {"student", "stage1" (the student after it, or None), "seconds", "updates", "curve" (distance against updates)}.
+    """
+    cfg = bench.cfg
+    config = {"toy": {k: v for k, v in asdict(cfg).items() if k not in ("out", "samples")}}
+    common = {"c_neg": bench.c_neg, "seed": cfg.seed, "config": config, **run}
+    tmd.seed_everything(cfg.seed)
+    student = tmd.TMDStudent(teacher, how.H, how.fusion, how.gate_init) if how.H else tmd.PlainStudent(teacher)
+    student.requires_grad_(True)
+    seconds, updates, after_stage1, log = 0.0, 0, None, []
+    if stage1:
+        after_stage1, phase = tmd.train_stage1(student, bench.data, how, stage1, path=str(folder / f"{name}.stage1.pt"), **common)
+        student.load_state_dict(after_stage1.state_dict())
+        seconds, updates = phase.seconds, stage1.updates
+    if kd_updates:
+        start = time.perf_counter()
+        noise, clean, c = kd_pairs(bench, teacher)
+
+        def pairs(g):
+            i = torch.randint(len(noise), (cfg.batch,), generator=g)
+            return noise[i], clean[i], None if c is None else c[i]
+
+        pair_seconds = time.perf_counter() - start
+        del common["c_neg"]
+        ema, phase = tmd.train_kd(student, pairs, how, updates=kd_updates, lr=cfg.stage1_lr, path=str(folder / f"{name}.kd.pt"), **common)
+        common["c_neg"] = bench.c_neg
+        student.load_state_dict(ema.state_dict())
+        seconds, updates = phase.seconds + pair_seconds, kd_updates
+    if stage2:
+        taps = (cfg.depth // 2 - 1, cfg.depth - 2)  # choice: middle and last but one, as (15, 22, 29) of 30
+        discriminator = tmd.PlanarDiscriminator(cfg.width, len(taps))
+        every = max(1, stage2.iterations // curve) if curve else 0
+
+        def on_step(phase, terms):
+            if every and (phase.step % every == 0 or phase.step == 1):
+                points = bench.student_samples(phase.ema, how, n=min(4096, cfg.samples))
+                phase.log.append({"updates": updates + phase.step, **bench.distances(points, None if bench.c is None else bench.c[: len(points)])})
+
+        path = str(folder / f"{name}.stage2.pt")
+        student, phase = tmd.train_stage2(student, teacher, discriminator, bench.data, how, stage2, taps=taps, path=path, on_step=on_step, **common)
+        seconds, updates, log = seconds + phase.seconds, updates + stage2.iterations, phase.log
+    else:
+        student = after_stage1
+    return {"student": student, "stage1": after_stage1, "seconds": seconds, "updates": updates, "curve": log}
+
+
+def kd_pairs(bench: Bench, teacher, n: int = 10_000):
+    """KD pairs (paper: 10k): noise, the teacher's 50-step sample, class."""
+    g = torch.Generator().manual_seed(bench.cfg.seed + 20_000)
+    _, c = bench.data(n, g)
+    noise = torch.randn(n, 2, generator=g)
+    grid = tmd.make_grid(50, 1.0)
+    return noise, tmd.sample_teacher(teacher, noise, c, bench.c_neg, grid=grid, guidance=bench.cfg.guidance), c
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures, drawn from the saved numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+LIMIT = 2.3
+INK, GREY, BLUE, ORANGE = "#1b2a41", "#b8bfca", "#2c6fbb", "#d9722e"
+
+
+def plane(ax, title=""):
+    """Equal aspect, fixed limits, no ticks: every panel shows the same window."""
+    ax.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal", xticks=[], yticks=[])
+    ax.set_title(title, fontsize=9)
+
+
+def pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def draw_samples(points: dict, records: dict, path: Path):
+    """One panel a model, same noise in each, with effective NFE and distances in its title."""
+    plt = pyplot()
+    columns = (len(points) + 1) // 2 if len(points) > 4 else len(points)
+    rows = -(-len(points) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(2.75 * columns, 3.15 * rows), squeeze=False, layout="constrained")
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, (name, p) in zip(axes.flat, points.items()):
+        ax.axis("on")
+        r, p = records[name], p[:5000]
+        cost = f"   NFE {r['effective_nfe']:.3g}" if r.get("effective_nfe") else ""
+        plane(ax, f"{r['title']}{cost}\nSW {r['swd']:.3f}   off support {r['off_support']:.1%}")
+        ax.scatter(p[:, 0], p[:, 1], s=1.2, lw=0, alpha=0.55, color=GREY if name == "data" else BLUE if "teacher" in name else ORANGE)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def draw_inner_flow(data_points, traces: dict, path: Path):
+    """A row per outer transition: y_s from noise to target for several x_t, shown as x_t - t y_s, and the outer transition."""
+    plt = pyplot()
+    M = len(traces["t"])
+    fig, axes = plt.subplots(M, 5, figsize=(13.5, 2.95 * M), squeeze=False, layout="constrained")
+    for row in range(M):
+        t, t_next = traces["t"][row], traces["t"][row + 1] if row + 1 < M else 0.0
+        x_t, y = traces["x_t"][row], traces["y"][row]  # (B, 2), (N+1, B, 2)
+        paths = x_t[None] - t * y
+        per = traces["per"]
+        for k in range(4):
+            ax, these = axes[row, k], slice(k * per, (k + 1) * per)
+            ax.scatter(*data_points.T, s=0.6, lw=0, color=GREY, alpha=0.5)
+            ax.plot(paths[:, these, 0], paths[:, these, 1], color=BLUE, lw=0.4, alpha=0.35)
+            ax.scatter(*paths[0, these].T, s=4, lw=0, color=INK, alpha=0.5)
+            ax.scatter(*paths[-1, these].T, s=5, lw=0, color=ORANGE)
+            ax.plot(*x_t[k * per], marker="*", ms=11, color="black", mec="white", mew=0.8)
+            plane(ax, f"t = {t:.3g}: one x_t (star), {per} inner noises")
+        ax = axes[row, 4]
+        x_next = traces["x_t"][row + 1] if row + 1 < M else traces["x"]
+        ax.scatter(*data_points.T, s=0.6, lw=0, color=GREY, alpha=0.5)
+        some = slice(4 * per, 4 * per + 250)
+        ax.plot(np.stack([x_t[some, 0], x_next[some, 0]]), np.stack([x_t[some, 1], x_next[some, 1]]), color=BLUE, lw=0.3, alpha=0.5)
+        ax.scatter(*x_t[some].T, s=4, lw=0, color=INK, alpha=0.5)
+        ax.scatter(*x_next[some].T, s=5, lw=0, color=ORANGE)
+        plane(ax, f"outer transition {t:.3g} to {t_next:.3g}")
+    fig.suptitle("inner flow, drawn as x_t - t y_s: dark = noise, orange = where the head's rollout ends, grey = data", fontsize=9)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def draw_curves(curves: dict, floors: dict, teacher: dict, path: Path):
+    """Distance against updates for stage 2, both distances, floor and teacher beside them."""
+    plt = pyplot()
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for ax, key, name in zip(axes, ("swd", "off_support"), ("sliced Wasserstein", "share off the support")):
+        for (label, curve), color in zip(curves.items(), (GREY, ORANGE)):
+            ax.plot([p["updates"] for p in curve], [p[key] for p in curve], color=INK if color == GREY else color, marker=".", label=label)
+        ax.axhline(teacher[key], color=BLUE, lw=1, ls="--", label="teacher, 50 steps")
+        ax.axhline(floors[key], color=GREY, lw=1, ls=":", label="two draws of the data")
+        ax.set(xlabel="updates (before stage 2: TM-MF or KD warm-up)", ylabel=name, yscale="log")
+        ax.grid(alpha=0.2, which="both")
+    axes[0].legend(fontsize=8)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def draw_gif(data_points, traces: dict, path: Path):
+    """The first outer transition unrolling: for every x_t the head carries x_t - t y_s from noise to a point of the data."""
+    plt = pyplot()
+    from matplotlib.animation import FuncAnimation, PillowWriter
+
+    row = len(traces["t"]) - 1 if len(traces["t"]) > 1 else 0  # the last transition shows sharp targets
+    t, x_t, y = traces["t"][row], traces["x_t"][row], traces["y"][row]
+    first = 4 * traces["per"]
+    paths = (x_t[None] - t * y)[:, first : first + 1200]
+    steps, between = len(paths) - 1, 10
+    fig, ax = plt.subplots(figsize=(3.6, 3.8), layout="constrained")
+    ax.scatter(*data_points.T, s=0.6, lw=0, color=GREY, alpha=0.5)
+    dots = ax.scatter(*paths[0].T, s=4, lw=0, color=ORANGE)
+    plane(ax)
+
+    def frame(i):
+        i = min(i, steps * between)
+        j, w = min(i // between, steps - 1), (i - between * min(i // between, steps - 1)) / between
+        dots.set_offsets((1 - w) * paths[j] + w * paths[j + 1])
+        ax.set_title(f"t = {t:.3g}: inner step {min(j + 1, steps)} of {steps}", fontsize=9)
+        return (dots,)
+
+    FuncAnimation(fig, frame, frames=steps * between + 12).save(path, PillowWriter(fps=12), dpi=90)
+    plt.close(fig)
+
+
+def trace_transitions(bench: Bench, student, how, per: int = 200) -> dict:
+    """Trajectories for the pictures: 4 points with `per` inner noises each, then 1200 points with one each."""
+    g = torch.Generator().manual_seed(3)
+    four = torch.tensor([[1.2, 0.6], [-1.0, 0.9], [-0.8, -1.1], [0.9, -0.9]]).repeat_interleave(per, 0)
+    x_1 = torch.cat([four, torch.randn(1200, 2, generator=g)])
+    c = None if bench.c is None else bench.label[torch.cat([torch.arange(4).repeat_interleave(per), torch.arange(1200)])]
+    trace = []
+    kw = {"target": how.target, "field": how.field, "outer": how.outer}
+    x = tmd.sample(student, x_1, c, outer_grid=how.outer_grid, inner_grid=how.inner_grid, generator=g, trace=trace, **kw)
+    # the later transitions start each group from one point too, so that a panel shows one x_t and many inner noises
+    for i in range(1, len(trace)):
+        t = torch.full((len(x_1),), trace[i]["t"])
+        x_t = trace[i]["x_t"].clone()
+        for k in range(4):
+            x_t[k * per : (k + 1) * per] = x_t[k * per]
+        predict = tmd.transition(student, x_t, t, c, how.target)
+        inner = []
+        with torch.no_grad():
+            tmd.inner_flow(predict, tmd.randn_like(x_t, g), how.inner_grid, how.field, trace=inner)
+        trace[i].update(x_t=x_t, y=inner)
+    return {
+        "t": np.array([r["t"] for r in trace]),
+        "x_t": np.stack([r["x_t"].numpy() for r in trace]),
+        "y": np.stack([torch.stack(r["y"]).numpy() for r in trace]),
+        "x": x.numpy(),
+        "per": np.array(per),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value) -> None:
+    """Atomically, so that a kill never leaves half a file."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def open_folder(out: str, config: dict, resume: bool) -> Path:
+    """Make the output folder, or enter it; RuntimeError in one sentence if it is unwritable or holds another run."""
+    folder, old = Path(out), None
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if (folder / "config.json").exists():
+            old = json.loads((folder / "config.json").read_text())
+        probe = folder / ".write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise RuntimeError(f"cannot write to {folder} ({e.strerror}); choose another folder with --out.") from e
+    if old is not None and old != config:
+        changed = ", ".join(f"--{k.replace('_', '-')} {old.get(k)}" for k in sorted(config) if old.get(k) != config[k])
+        raise RuntimeError(f"{folder} holds a run with {changed or 'other settings'}; give the same settings, or another folder with --out.")
+    if old is not None and not resume:  # the same run from the start: same numbers, so nothing is lost
+        for file in (folder / "checkpoints").glob("*.pt"):
+            file.unlink()
+    write_json(folder / "config.json", config)
+    return folder
+
+
+def run(cfg: Toy, resume: bool = False, progress: bool = True) -> dict:
+    """The whole ladder; returns what metrics.json holds."""
+    started = time.perf_counter()
+    folder = open_folder(cfg.out, {k: v for k, v in asdict(cfg).items() if k != "out"}, resume)
+    checkpoints, bench = folder / "checkpoints", Bench(cfg)
+    more = {"progress": progress, "save_every": 500}
+    records, points, curves = {}, {}, {}
+
+    def keep(name, title, sampler, **facts):
+        records[name], points[name] = bench.judge(sampler, title=title, **facts)
+        swd, off, nfe = records[name]["swd"], records[name]["off_support"], facts.get("effective_nfe")
+        print(f"{title:<22} NFE {nfe if nfe else '-':<6} sliced Wasserstein {swd:.4f}   off support {off:.2%}")
+
+    records["data"], points["data"] = {"title": "data", "effective_nfe": None, **bench.distances(bench.x, bench.c)}, bench.x
+    floors = {"swd": sliced_wasserstein(bench.other, bench.x), "off_support": off_support(bench.set, bench.other)}
+    records["data"] |= {"swd": floors["swd"], "title": "data (floor: two draws)"}
+
+    teacher, phase = fit_teacher(bench, checkpoints, **more)
+    for steps in (50, 4, 2, 1):
+        keep(f"teacher_{steps}", f"teacher, {steps} step{'s' * (steps > 1)}", lambda k=steps: bench.teacher_samples(teacher, k),
+             effective_nfe=steps * (2 if cfg.guidance != 1 and cfg.conditional else 1), seconds=phase.seconds, updates=cfg.teacher_updates)  # fmt: skip
+    draw_samples(points, records, folder / "samples.png")
+    print(f"first picture after {time.perf_counter() - started:.0f} s: {folder / 'samples.png'} (data and teacher; the students follow)")
+
+    # the baseline gets the updates that stage 1 gets: as KD warm-up at M = 1, as more DMD2-v otherwise (Table 4: KD hurts there)
+    how, plain, stage2 = cfg.student_config(), cfg.student_config(H=0, N=1), cfg.stage2_config()
+    kd = cfg.stage1_updates if cfg.M == 1 else 0
+    plain_stage2 = replace(stage2, iterations=stage2.iterations + cfg.stage1_updates - kd)
+    base = fit_student(bench, teacher, "dmd2v", plain, None, plain_stage2, checkpoints, kd_updates=kd, curve=20, **more)
+    stage1 = cfg.stage1_config() if cfg.stage1_updates else None
+    ours = fit_student(bench, teacher, "tmd", how, stage1, stage2, checkpoints, curve=20, **more)
+    nfe = tmd.effective_nfe(cfg.M, cfg.N, cfg.H, cfg.depth)
+    keep("dmd2v", f"DMD2-v, M={cfg.M}", lambda: bench.student_samples(base["student"], plain), effective_nfe=float(cfg.M),
+         seconds=base["seconds"], updates=base["updates"])  # fmt: skip
+    if ours["stage1"]:
+        keep("stage1", f"after stage 1, M={cfg.M} N={cfg.N}", lambda: bench.student_samples(ours["stage1"], how), effective_nfe=nfe,
+             seconds=ours["seconds"], updates=cfg.stage1_updates)  # fmt: skip
+    keep("tmd", f"TMD, M={cfg.M} N={cfg.N} H={cfg.H}", lambda: bench.student_samples(ours["student"], how), effective_nfe=nfe,
+         seconds=ours["seconds"], updates=ours["updates"])  # fmt: skip
+
+    curves = {"DMD2-v": base["curve"], "TMD": ours["curve"]}
+    traces = trace_transitions(bench, ours["student"], how)
+    metrics = {"config": asdict(cfg), "floors": floors, "models": records, "curves": curves, "torch": torch.__version__,
+               "threads": torch.get_num_threads(), "total_seconds": round(time.perf_counter() - started, 1)}  # fmt: skip
+    write_json(folder / "metrics.json", metrics)
+    with open(folder / "samples.npz.tmp", "wb") as file:
+        np.savez_compressed(file, **{k: v.numpy() for k, v in points.items()}, **{f"trace_{k}": v for k, v in traces.items()})
+    os.replace(folder / "samples.npz.tmp", folder / "samples.npz")
+    draw(folder)
+    print(f"done in {time.perf_counter() - started:.0f} s: {folder}/metrics.json, samples.png, inner_flow.png, curves.png, transition.gif")
+    return metrics
+
+
+def draw(folder: Path) -> None:
+    """All pictures, from metrics.json and samples.npz alone."""
+    metrics, saved = json.loads((folder / "metrics.json").read_text()), np.load(folder / "samples.npz")
+    points = {name: saved[name] for name in metrics["models"]}
+    traces = {key[6:]: saved[key] for key in saved.files if key.startswith("trace_")}
+    draw_samples(points, metrics["models"], folder / "samples.png")
+    draw_inner_flow(points["data"][:2500], traces, folder / "inner_flow.png")
+    draw_curves(metrics["curves"], metrics["floors"], metrics["models"]["teacher_50"], folder / "curves.png")
+    draw_gif(points["data"][:2500], traces, folder / "transition.gif")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--quick", action="store_true", help="a small run in under 30 seconds: " + ", ".join(f"{k} {v}" for k, v in QUICK.items()))
+    p.add_argument("--resume", action="store_true", help="go on where a killed run stopped; finished phases are loaded")
+    p.add_argument("--redraw", action="store_true", help="only draw the pictures again from the saved numbers")
+    p.add_argument("--claims", action="store_true", help="measure the paper's claims in the plane (see toy_claims.py)")
+    p.add_argument("--bench", action="store_true", help="measure steps per second of every stage (see bench.py)")
+    p.add_argument("--threads", type=int, default=1, help="CPU threads; these networks are fastest on one (default: 1)")
+    for f in fields(Toy):
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        if f.type == "bool":
+            p.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+        else:
+            kind = {"int": int, "float": float, "str": str}[f.type]
+            p.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=f.type.upper(), help=f"{text} (default: {f.default or '-'})")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status. Errors are one sentence on stderr."""
+    args = vars(parser().parse_args(argv))
+    mode = {key: args.pop(key) for key in ("quick", "resume", "redraw", "claims", "bench", "threads")}
+    torch.set_num_threads(mode["threads"])
+    try:
+        cfg = Toy(**{**(QUICK if mode["quick"] else {}), **args})
+        if mode["claims"]:
+            import toy_claims
+
+            toy_claims.run(cfg.out if "out" in args else "runs/toy_2d/claims", quick=mode["quick"])
+        elif mode["bench"]:
+            import bench
+
+            bench.run(quick=mode["quick"])
+        elif mode["redraw"]:
+            draw(Path(cfg.out))
+        else:
+            run(cfg, mode["resume"])
+    except (ValueError, RuntimeError, FloatingPointError, OSError) as e:
+        print(f"toy_2d.py: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
