@@ -7,8 +7,8 @@ Gaussian or uniform width around it, so how far a point lies off the support is 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 
@@ -100,5 +100,5 @@ def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor, directions: int = 256) 
         raise ValueError(f"samples of shape {tuple(a.shape)} and {tuple(b.shape)} cannot be compared; draw as many of each.")
     g = torch.Generator().manual_seed(0)
     w = torch.randn(a.shape[1], directions, generator=g)
-    w = w / w.norm(dim=0)
+    w = (w / w.norm(dim=0)).to(a.dtype)
     return ((a @ w).sort(0).values - (b @ w).sort(0).values).abs().mean().item()

@@ -44,9 +44,8 @@ from tqdm import tqdm
 
 T_MIN, T_MAX = 0.001, 0.999  # every sampled time lies in here; t_M = s_N = T_MAX
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Config: one dataclass a stage. Defaults are the paper's; a rung passes only what differs.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Config: one dataclass a stage -----------------------------------------------------------------------------------
+# Defaults are the paper's; a rung passes only what differs.
 
 
 def choose(name: str, value, known) -> None:
@@ -72,11 +71,9 @@ class StudentConfig:
     inner_shift: float = 10.0  # timestep shift of the inner grid; paper: 10
 
     def __post_init__(self):
-        choose("fusion", self.fusion, ("gated", "concat"))
-        choose("target", self.target, ("x1-x", "x"))
-        choose("field", self.field, ("consistent", "printed"))
-        choose("clean", self.clean, ("consistent", "printed"))
-        choose("outer", self.outer, ("deterministic", "renoised"))
+        known = {"fusion": ("gated", "concat"), "target": ("x1-x", "x"), "outer": ("deterministic", "renoised")}
+        for name, values in (known | dict.fromkeys(("field", "clean"), ("consistent", "printed"))).items():
+            choose(name, getattr(self, name), values)
         self.outer_grid, self.inner_grid = make_grid(self.M, self.outer_shift, "M"), make_grid(self.N, self.inner_shift, "N")
 
 
@@ -122,9 +119,7 @@ class Stage2Config:
             raise ValueError("student_every must be at least 2 (the critics train in between) and iterations at least 1.")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Time and noise
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Time and noise --------------------------------------------------------------------------------------------------
 
 
 def shift(t, gamma: float):
@@ -190,6 +185,11 @@ def sample_outer(x: torch.Tensor, outer_grid: torch.Tensor, generator: torch.Gen
     return outer_grid.to(x.device)[i]
 
 
+def draw_dropped(x: torch.Tensor, cond_drop: float, generator: torch.Generator | None) -> torch.Tensor:
+    """Which samples lose their condition: (B,) bool."""
+    return torch.rand(len(x), generator=generator, device=x.device) < cond_drop
+
+
 def sample_s_r(x, inner_grid, s_shift: float, flow_map_share: float, generator) -> tuple[torch.Tensor, torch.Tensor]:
     """s ~ shift(U, s_shift); r = s_k, k = max{j : s_j <= s}, for `flow_map_share` of the batch, else r = s: (B,), (B,)."""
     s = sample_times(x, s_shift, generator)
@@ -204,9 +204,8 @@ def effective_nfe(M: int, N: int, H: int, L: int) -> float:
     return M * (1 + (N - 1) * H / L)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks: Wan's layout, small. A network is embed -> blocks -> output, with an opaque modulation e from time and condition.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Networks: Wan's layout, small -----------------------------------------------------------------------------------
+# A network is embed -> blocks -> output, with an opaque modulation e from time and condition.
 
 
 class TimeEmbedding(nn.Module):
@@ -377,9 +376,7 @@ class PlainStudent(nn.Module):
         return m
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Transition matching: one outer transition, its inner flow, and the samplers
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Transition matching: one outer transition, its inner flow, and the samplers -------------------------------------
 
 
 def transition(student, x_t, t, c=None, target: str = "x1-x"):
@@ -502,9 +499,8 @@ def drop_condition(c, c_neg, dropped):
     return torch.where(dropped.reshape(-1, *[1] * (c.ndim - 1)), expand_condition(c_neg, c), c)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses of the teacher, stage 1 and stage 2. Plain arguments; the draws come in, so that each can be tested on fixed ones.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Losses of the teacher, stage 1 and stage 2 ----------------------------------------------------------------------
+# Plain arguments; the draws come in, so that each can be tested on fixed ones.
 
 
 def denoising_loss(net, x, noise, t, c=None):
@@ -536,14 +532,8 @@ def adaptive_loss(error, c: float = 1.0):
 def stage1_draw(x, outer_grid, inner_grid, s_shift=3.0, flow_map_share=0.25, cond_drop=0.1, generator=None) -> dict:
     """All random numbers of one stage 1 update (Alg. 2): t, x_1, y_1, s, r and which conditions are dropped."""
     s, r = sample_s_r(x, inner_grid, s_shift, flow_map_share, generator)
-    return {
-        "t": sample_outer(x, outer_grid, generator),
-        "x_1": randn_like(x, generator),
-        "y_1": randn_like(x, generator),
-        "s": s,
-        "r": r,
-        "dropped": torch.rand(len(x), generator=generator, device=x.device) < cond_drop,
-    }
+    t, x_1, y_1 = sample_outer(x, outer_grid, generator), randn_like(x, generator), randn_like(x, generator)
+    return {"t": t, "x_1": x_1, "y_1": y_1, "s": s, "r": r, "dropped": draw_dropped(x, cond_drop, generator)}
 
 
 def tm_mf_loss(student, x, c=None, *, t, x_1, y_1, s, r, dropped=None, c_neg=None, guidance=1.0, target="x1-x",
@@ -611,14 +601,9 @@ def vsd_loss(x_hat, g_fake, g_teacher, normalizer: str = "dmd"):
     return (x_hat * gradient).flatten(1).mean(1).mean()
 
 
-def generator_gan_loss(logits_fake):
-    """Non-saturating: -log D(fake), averaged over heads and batch."""
-    return F.softplus(-logits_fake).mean()
-
-
-def discriminator_gan_loss(logits_real, logits_fake):
-    """-log D(real) - log(1 - D(fake)), averaged over heads and batch."""
-    return F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
+def gan_loss(logits, as_real: bool):
+    """-log D, or -log(1 - D), averaged over heads and batch. The generator's loss is gan_loss(fake, as_real=True): non-saturating."""
+    return F.softplus(-logits if as_real else logits).mean()
 
 
 @contextmanager
@@ -644,7 +629,7 @@ def stage2_student_loss(x_hat, teacher, fake_score, discriminator, c=None, c_neg
     terms = {"vsd": vsd_loss(x_hat, g_fake, g_teacher, normalizer)}
     if gan_weight:
         with frozen(teacher, discriminator):
-            terms["gan"] = gan_weight * generator_gan_loss(discriminator(teacher.taps(x_hat_t, t, c, taps)))
+            terms["gan"] = gan_weight * gan_loss(discriminator(teacher.taps(x_hat_t, t, c, taps)), as_real=True)
     return terms
 
 
@@ -657,13 +642,11 @@ def stage2_critic_loss(x_hat, x, teacher, fake_score, discriminator, c=None, *, 
         with torch.no_grad():  # choice: same t, different noise for real and fake
             fake = teacher.taps(interpolate(x_hat, noise, t), t, c, taps)
             real = teacher.taps(interpolate(x, noise_real, t), t, c, taps)
-        terms["disc"] = discriminator_gan_loss(discriminator(real), discriminator(fake))
+        terms["disc"] = gan_loss(discriminator(real), as_real=True) + gan_loss(discriminator(fake), as_real=False)
     return terms
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A phase of training: nets, optimizers, EMA, every RNG, and how they are saved
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- A phase of training: nets, optimizers, EMA, every RNG, and how they are saved -----------------------------------
 
 
 class CheckpointError(RuntimeError):
@@ -782,9 +765,8 @@ class Phase:
         return self.ema
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The four trainings: teacher, stage 1, KD warm-up, stage 2. data(n, generator) -> (x (n, *D), c (n, *C) or None)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The four trainings: teacher, stage 1, KD warm-up, stage 2 -------------------------------------------------------
+# data(n, generator) -> (x (n, *D), c (n, *C) or None)
 
 
 def train_teacher(net, data, *, updates, batch, lr, cond_drop=0.1, c_neg=None, t_shift=1.0, ema=0.999, seed=0, config=None, **run):
@@ -795,7 +777,7 @@ def train_teacher(net, data, *, updates, batch, lr, cond_drop=0.1, c_neg=None, t
         g = phase.generator
         x, c = data(batch, g)
         if c is not None:
-            c = drop_condition(c, c_neg, torch.rand(len(x), generator=g, device=x.device) < cond_drop)
+            c = drop_condition(c, c_neg, draw_dropped(x, cond_drop, g))
         terms = {"denoising": denoising_loss(net, x, randn_like(x, g), sample_times(x, t_shift, g), c)}
         phase.update("teacher", terms)
         return terms

@@ -40,7 +40,7 @@ class Toy:
     data: str = option("spirals", f"data set: {', '.join(DATA)}")
     out: str = option("", "output folder; default runs/toy_2d/<data>")
     seed: int = option(0, "seed of weights, data and draws")
-    M: int = option(2, "outer transitions; paper: 1 or 2")
+    M: int = option(1, "outer transitions; paper: 1 or 2")
     N: int = option(4, "inner steps of the flow head; paper: 2 or 4")
     H: int = option(2, "blocks in the flow head; paper: 5 of 30")
     depth: int = option(6, "blocks of the network")
@@ -79,7 +79,8 @@ class Toy:
         return tmd.StudentConfig(**{**base, **kw})
 
     def stage1_config(self, **kw) -> tmd.Stage1Config:
-        base = {"updates": self.stage1_updates, "batch": self.batch, "lr": self.stage1_lr, "s_shift": self.s_shift}
+        # choice: a shorter average than the paper-sized default, for a stage of a thousand updates
+        base = {"updates": self.stage1_updates, "batch": self.batch, "lr": self.stage1_lr, "s_shift": self.s_shift, "ema": 0.995}
         return tmd.Stage1Config(**{**base, "guidance": self.guidance, **kw})
 
     def stage2_config(self, **kw) -> tmd.Stage2Config:
@@ -105,7 +106,7 @@ class Bench:
         self.x, self.label = self.set.draw(cfg.samples, g)
         self.c = self.label if cfg.conditional else None
         self.x_1 = torch.randn(cfg.samples, 2, generator=g)
-        self.other, _ = self.set.draw(cfg.samples, g)
+        self.other, self.other_label = self.set.draw(cfg.samples, g)
 
     def data(self, n, generator):
         """What the trainings draw from: x (n, 2) and class (n,) or None."""
@@ -119,7 +120,14 @@ class Bench:
 
     def student_samples(self, student, how: tmd.StudentConfig, n=None, trace=None, **kw):
         c = None if self.c is None else self.c[:n]
-        kw = {"outer_grid": how.outer_grid, "inner_grid": how.inner_grid, "target": how.target, "field": how.field, "outer": how.outer, **kw}
+        kw = {
+            "outer_grid": how.outer_grid,
+            "inner_grid": how.inner_grid,
+            "target": how.target,
+            "field": how.field,
+            "outer": how.outer,
+            **kw,
+        }
         return tmd.sample(student, self.x_1[:n], c, generator=torch.Generator().manual_seed(1), trace=trace, **kw)
 
     def teacher_samples(self, teacher, steps, n=None, method="euler"):
@@ -147,7 +155,7 @@ def fit_teacher(bench: Bench, folder: Path, **run):
 
 
 def fit_student(bench: Bench, teacher, name: str, how: tmd.StudentConfig, stage1: tmd.Stage1Config | None,
-                stage2: tmd.Stage2Config | None, folder: Path, kd_updates: int = 0, curve: int = 0, **run) -> dict:  # fmt: skip
+                stage2: tmd.Stage2Config | None, folder: Path | None, kd_updates: int = 0, curve: int = 0, **run) -> dict:  # fmt: skip
     """Stage 1 (or KD warm-up) and stage 2 of one student; plain when how.H is 0.
 
     Returns {"student", "stage1" (the student after it, or None), "seconds", "updates", "curve" (distance against updates)}.
@@ -159,8 +167,12 @@ def fit_student(bench: Bench, teacher, name: str, how: tmd.StudentConfig, stage1
     student = tmd.TMDStudent(teacher, how.H, how.fusion, how.gate_init) if how.H else tmd.PlainStudent(teacher)
     student.requires_grad_(True)
     seconds, updates, after_stage1, log = 0.0, 0, None, []
+
+    def path(phase):
+        return str(folder / f"{name}.{phase}.pt") if folder else None
+
     if stage1:
-        after_stage1, phase = tmd.train_stage1(student, bench.data, how, stage1, path=str(folder / f"{name}.stage1.pt"), **common)
+        after_stage1, phase = tmd.train_stage1(student, bench.data, how, stage1, path=path("stage1"), **common)
         student.load_state_dict(after_stage1.state_dict())
         seconds, updates = phase.seconds, stage1.updates
     if kd_updates:
@@ -173,7 +185,7 @@ def fit_student(bench: Bench, teacher, name: str, how: tmd.StudentConfig, stage1
 
         pair_seconds = time.perf_counter() - start
         del common["c_neg"]
-        ema, phase = tmd.train_kd(student, pairs, how, updates=kd_updates, lr=cfg.stage1_lr, path=str(folder / f"{name}.kd.pt"), **common)
+        ema, phase = tmd.train_kd(student, pairs, how, updates=kd_updates, lr=cfg.stage1_lr, path=path("kd"), **common)
         common["c_neg"] = bench.c_neg
         student.load_state_dict(ema.state_dict())
         seconds, updates = phase.seconds + pair_seconds, kd_updates
@@ -185,10 +197,12 @@ def fit_student(bench: Bench, teacher, name: str, how: tmd.StudentConfig, stage1
         def on_step(phase, terms):
             if every and (phase.step % every == 0 or phase.step == 1):
                 points = bench.student_samples(phase.ema, how, n=min(4096, cfg.samples))
-                phase.log.append({"updates": updates + phase.step, **bench.distances(points, None if bench.c is None else bench.c[: len(points)])})
+                phase.log.append(
+                    {"updates": updates + phase.step, **bench.distances(points, None if bench.c is None else bench.c[: len(points)])}
+                )
 
-        path = str(folder / f"{name}.stage2.pt")
-        student, phase = tmd.train_stage2(student, teacher, discriminator, bench.data, how, stage2, taps=taps, path=path, on_step=on_step, **common)
+        student, phase = tmd.train_stage2(student, teacher, discriminator, bench.data, how, stage2, taps=taps, path=path("stage2"),
+                                          on_step=on_step, **common)  # fmt: skip
         seconds, updates, log = seconds + phase.seconds, updates + stage2.iterations, phase.log
     else:
         student = after_stage1
@@ -373,7 +387,9 @@ def open_folder(out: str, config: dict, resume: bool) -> Path:
         raise RuntimeError(f"cannot write to {folder} ({e.strerror}); choose another folder with --out.") from e
     if old is not None and old != config:
         changed = ", ".join(f"--{k.replace('_', '-')} {old.get(k)}" for k in sorted(config) if old.get(k) != config[k])
-        raise RuntimeError(f"{folder} holds a run with {changed or 'other settings'}; give the same settings, or another folder with --out.")
+        raise RuntimeError(
+            f"{folder} holds a run with {changed or 'other settings'}; give the same settings, or another folder with --out."
+        )
     if old is not None and not resume:  # the same run from the start: same numbers, so nothing is lost
         for file in (folder / "checkpoints").glob("*.pt"):
             file.unlink()
@@ -447,7 +463,9 @@ def draw(folder: Path) -> None:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--quick", action="store_true", help="a small run in under 30 seconds: " + ", ".join(f"{k} {v}" for k, v in QUICK.items()))
+    p.add_argument(
+        "--quick", action="store_true", help="a small run in under 30 seconds: " + ", ".join(f"{k} {v}" for k, v in QUICK.items())
+    )
     p.add_argument("--resume", action="store_true", help="go on where a killed run stopped; finished phases are loaded")
     p.add_argument("--redraw", action="store_true", help="only draw the pictures again from the saved numbers")
     p.add_argument("--claims", action="store_true", help="measure the paper's claims in the plane (see toy_claims.py)")

@@ -54,7 +54,10 @@ def test_heun_is_second_order_and_euler_first():
     data = GaussianMixture([[0.5, -0.5]], [0.5])
     exact = tmd.sample_teacher(data, x_1, grid=torch.linspace(0, 0.999, 4097, dtype=F64), method="heun")
     for method, order in (("euler", 1), ("heun", 2)):
-        error = [(tmd.sample_teacher(data, x_1, grid=torch.linspace(0, 0.999, k + 1, dtype=F64), method=method) - exact).norm() for k in (64, 128)]
+        error = [
+            (tmd.sample_teacher(data, x_1, grid=torch.linspace(0, 0.999, k + 1, dtype=F64), method=method) - exact).norm()
+            for k in (64, 128)
+        ]
         assert abs(math.log2(error[0] / error[1]) - order) < 0.25
 
 
@@ -179,7 +182,7 @@ def test_generate_and_sampling_end_in_the_same_place(g):
 def test_deterministic_outer_step_is_off_when_only_the_marginal_matches(t, t_next, g):
     """Eq. (18) on x_hat = a x_t with the data's std gives std (t'/t) std_t + (1 - t'/t) sigma, not std_t'; Eq. (19) gives std_t'."""
     n, sigma = 200_000, 0.5
-    std = lambda q: math.sqrt((1 - q) ** 2 * sigma**2 + q**2)  # noqa: E731
+    std = lambda q: math.sqrt((1 - q) ** 2 * sigma**2 + q**2)
     x_t = std(t) * torch.randn(n, 1, generator=g, dtype=F64)
     x_hat = x_t * sigma / std(t)  # right marginal, wrong coupling
     times = [torch.full((n,), q, dtype=F64) for q in (t, t_next)]
