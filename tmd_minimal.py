@@ -32,6 +32,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import pickle
 import time
 import zipfile
 from contextlib import contextmanager
@@ -167,6 +168,11 @@ def interpolate(x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.
         raise ValueError(f"times must lie in [0, 1], got {t.min().item():.3g} to {t.max().item():.3g}; 1 is noise.")
     t = bcast(t, x)
     return (1 - t) * x + t * noise  # Eq. (1), Eq. (5)
+
+
+def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    """x in float32 if it is in half precision: losses, targets and differences are never taken in bf16."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def randn_like(x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
@@ -505,7 +511,7 @@ def drop_condition(c, c_neg, dropped):
 
 def denoising_loss(net, x, noise, t, c=None):
     """|| v(x_t, t) - (x_1 - x) ||^2, whose optimum is Eq. (2): trains the teacher, and on x_hat the fake score."""
-    return (net(interpolate(x, noise, t), t, c) - (noise - x)).square().mean()
+    return at_least_fp32(net(interpolate(x, noise, t), t, c) - (noise - x)).square().mean()
 
 
 def total_derivative(f, y_s, s, v, method: str = "fd", step: float = 0.005):
@@ -513,8 +519,7 @@ def total_derivative(f, y_s, s, v, method: str = "fd", step: float = 0.005):
 
     "fd": central differences of `step`, one-sided where s +- step would leave [0.001, 0.999]; "jvp": exact, torch.func.jvp.
     """
-    if y_s.dtype in (torch.bfloat16, torch.float16):  # 0.005 is below what bf16 resolves: the difference would be rounding
-        y_s, v = y_s.float(), v.float()
+    y_s, v = at_least_fp32(y_s), at_least_fp32(v)  # 0.005 is below what bf16 resolves: the difference would be rounding
     with torch.no_grad(), torch.autocast(y_s.device.type, enabled=False):
         if method == "jvp":
             return torch.func.jvp(f, (y_s, s), (v, torch.ones_like(s)))[1]
@@ -525,7 +530,7 @@ def total_derivative(f, y_s, s, v, method: str = "fd", step: float = 0.005):
 
 def adaptive_loss(error, c: float = 1.0):
     """Mean over the batch of ||e||^2 / sg(||e||^2 + c d), d = numel of a sample: bounded pull of every sample."""
-    square = error.flatten(1).square()
+    square = at_least_fp32(error).flatten(1).square()
     return (square.sum(1) / (square.sum(1) + c * square.shape[1]).detach()).mean()
 
 
@@ -595,8 +600,8 @@ def vsd_loss(x_hat, g_fake, g_teacher, normalizer: str = "dmd"):
     are. (choice: the mean, not the sum, of absolute values, so that the step does not shrink with the size of x.)
     """
     with torch.no_grad():
-        difference = (g_fake - g_teacher).float() if x_hat.dtype != torch.float64 else g_fake - g_teacher
-        size = {"dmd": x_hat - g_teacher, "paper": difference, "none": torch.ones_like(difference)}[normalizer]
+        difference = at_least_fp32(g_fake) - at_least_fp32(g_teacher)
+        size = {"dmd": at_least_fp32(x_hat) - g_teacher, "paper": difference, "none": torch.ones_like(difference)}[normalizer]
         gradient = difference / bcast(size.flatten(1).abs().mean(1).clamp_min(1e-12), size)
     return (x_hat * gradient).flatten(1).mean(1).mean()
 
@@ -667,7 +672,7 @@ def safe_load(path: str) -> dict:
     """torch.load(weights_only=True), its failures told in one sentence."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError, __import__("pickle").UnpicklingError) as e:
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
         raise CheckpointError(f"{path} is truncated or not a checkpoint ({type(e).__name__}); delete it to start this phase again.") from e
 
 
@@ -684,8 +689,9 @@ class Phase:
     checkpoint and compared on load. Paper's AdamW: weight decay 0.01, betas (0.9, 0.99), eps 1e-8.
     """
 
-    def __init__(self, name, nets: dict, averaged: str, lr: float, ema: float, generator, config: dict, clip: float = 1.0):
-        self.name, self.nets, self.averaged, self.generator, self.config = name, nets, averaged, generator, config
+    def __init__(self, name, nets: dict, averaged: str, lr: float, ema: float, seed: int, config: dict | None, clip: float = 1.0):
+        self.name, self.nets, self.averaged, self.config = name, nets, averaged, config or {}
+        self.generator = seed_everything(seed, next(nets[averaged].parameters()).device)
         self.ema_decay, self.clip, self.step, self.seconds, self.log = ema, clip, 0, 0.0, []
         self.optimizers = {
             key: torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99), eps=1e-8, fused=True)
@@ -694,17 +700,21 @@ class Phase:
         self.ema = copy.deepcopy(nets[averaged]).requires_grad_(False)
         self.ema_updates = 0
 
-    def update(self, name: str, terms: dict, accumulated: bool = False) -> None:
-        """Backward through the sum of `terms`, clip (choice: norm 1), step the optimizer of net `name`, then its EMA."""
+    def check(self, what: str, value: torch.Tensor) -> None:
+        if not bool(torch.isfinite(value)):
+            advice = "the last checkpoint is kept, lower the learning rate"
+            raise FloatingPointError(f"{self.name}: {what} is {value.item()} at step {self.step}; {advice}.")
+
+    def update(self, name: str, terms: dict) -> None:
+        """Backward through the sum of `terms`, clip (choice: norm 1), step the optimizer of net `name`, then its EMA.
+
+        A term or gradient that is not finite is a FloatingPointError, raised before it reaches any weight.
+        """
         for term, value in terms.items():
-            if not bool(torch.isfinite(value)):
-                raise FloatingPointError(
-                    f"{self.name}: loss term {term!r} is {value.item()} at step {self.step}; the last checkpoint is kept, "
-                    "lower the learning rate and resume."
-                )
+            self.check(f"loss term {term!r}", value)
         self.optimizers[name].zero_grad(set_to_none=True)
         sum(terms.values()).backward()
-        nn.utils.clip_grad_norm_(self.nets[name].parameters(), self.clip)
+        self.check(f"gradient norm of {name!r}", nn.utils.clip_grad_norm_(self.nets[name].parameters(), self.clip))
         self.optimizers[name].step()
         if name == self.averaged:
             self.ema_updates += 1
@@ -771,7 +781,7 @@ class Phase:
 
 def train_teacher(net, data, *, updates, batch, lr, cond_drop=0.1, c_neg=None, t_shift=1.0, ema=0.999, seed=0, config=None, **run):
     """Flow matching of data with condition dropout (Eq. 2); returns the EMA. `run` goes to Phase.run."""
-    phase = Phase("teacher", {"teacher": net}, "teacher", lr, ema, seed_everything(seed), config or {})
+    phase = Phase("teacher", {"teacher": net}, "teacher", lr, ema, seed, config)
 
     def iterate(phase):
         g = phase.generator
@@ -788,7 +798,7 @@ def train_teacher(net, data, *, updates, batch, lr, cond_drop=0.1, c_neg=None, t
 def train_stage1(student, data, how: StudentConfig, cfg: Stage1Config, *, c_neg=None, seed=0, config=None, **run):
     """Stage 1: TM-MF pretraining of the student (Algorithm 2); returns its EMA and the phase."""
     config = {**asdict(how), **asdict(cfg), **(config or {})}
-    phase = Phase("stage1", {"student": student}, "student", cfg.lr, cfg.ema, seed_everything(seed), config)
+    phase = Phase("stage1", {"student": student}, "student", cfg.lr, cfg.ema, seed, config)
 
     def iterate(phase):
         x, c = data(cfg.batch, phase.generator)
@@ -803,7 +813,7 @@ def train_stage1(student, data, how: StudentConfig, cfg: Stage1Config, *, c_neg=
 
 def train_kd(student, pairs, how: StudentConfig, *, updates, lr, ema=0.99, seed=0, config=None, **run):
     """KD warm-up (M = 1): regress the student's x_hat from noise onto the teacher's sample. pairs(generator) -> (x_1, x, c)."""
-    phase = Phase("kd", {"student": student}, "student", lr, ema, seed_everything(seed), {**asdict(how), **(config or {})})
+    phase = Phase("kd", {"student": student}, "student", lr, ema, seed, {**asdict(how), **(config or {})})
 
     def iterate(phase):
         x_1, x, c = pairs(phase.generator)
@@ -822,7 +832,7 @@ def train_stage2(student, teacher, discriminator, data, how: StudentConfig, cfg:
     config = {**asdict(how), **asdict(cfg), **(config or {})}
     fake_score = copy.deepcopy(teacher).requires_grad_(True)
     nets = {"student": student, "fake": fake_score, "disc": discriminator}
-    phase = Phase("stage2", nets, "student", cfg.lr, cfg.ema, seed_everything(seed), config)
+    phase = Phase("stage2", nets, "student", cfg.lr, cfg.ema, seed, config)
     gan = {"gan_weight": cfg.gan_weight, "taps": taps}
 
     def iterate(phase):

@@ -158,7 +158,7 @@ def fit_student(bench: Bench, teacher, name: str, how: tmd.StudentConfig, stage1
                 stage2: tmd.Stage2Config | None, folder: Path | None, kd_updates: int = 0, curve: int = 0, **run) -> dict:  # fmt: skip
     """Stage 1 (or KD warm-up) and stage 2 of one student; plain when how.H is 0.
 
-    Returns {"student", "stage1" (the student after it, or None), "seconds", "updates", "curve" (distance against updates)}.
+    Returns {"student", "stage1" (the student after it, or None), "curve" (distance against updates), "seconds", ...}.
     """
     cfg = bench.cfg
     config = {"toy": {k: v for k, v in asdict(cfg).items() if k not in ("out", "samples")}}
@@ -166,7 +166,7 @@ def fit_student(bench: Bench, teacher, name: str, how: tmd.StudentConfig, stage1
     tmd.seed_everything(cfg.seed)
     student = tmd.TMDStudent(teacher, how.H, how.fusion, how.gate_init) if how.H else tmd.PlainStudent(teacher)
     student.requires_grad_(True)
-    seconds, updates, after_stage1, log = 0.0, 0, None, []
+    seconds, stage1_seconds, updates, after_stage1, log = 0.0, 0.0, 0, None, []
 
     def path(phase):
         return str(folder / f"{name}.{phase}.pt") if folder else None
@@ -175,6 +175,7 @@ def fit_student(bench: Bench, teacher, name: str, how: tmd.StudentConfig, stage1
         after_stage1, phase = tmd.train_stage1(student, bench.data, how, stage1, path=path("stage1"), **common)
         student.load_state_dict(after_stage1.state_dict())
         seconds, updates = phase.seconds, stage1.updates
+        stage1_seconds = seconds
     if kd_updates:
         start = time.perf_counter()
         noise, clean, c = kd_pairs(bench, teacher)
@@ -206,7 +207,21 @@ def fit_student(bench: Bench, teacher, name: str, how: tmd.StudentConfig, stage1
         seconds, updates, log = seconds + phase.seconds, updates + stage2.iterations, phase.log
     else:
         student = after_stage1
-    return {"student": student, "stage1": after_stage1, "seconds": seconds, "updates": updates, "curve": log}
+    return {
+        "student": student,
+        "stage1": after_stage1,
+        "stage1_seconds": stage1_seconds,
+        "seconds": seconds,
+        "updates": updates,
+        "curve": log,
+    }
+
+
+def baseline_budget(cfg: Toy, stage2: tmd.Stage2Config) -> tuple[int, tmd.Stage2Config]:
+    """DMD2-v gets the updates that TMD spends on stage 1: as KD warm-up at M = 1, else as more iterations (Table 4: KD hurts there)."""
+    if cfg.M == 1:
+        return cfg.stage1_updates, stage2
+    return 0, replace(stage2, iterations=stage2.iterations + cfg.stage1_updates)
 
 
 def kd_pairs(bench: Bench, teacher, n: int = 10_000):
@@ -337,7 +352,7 @@ def trace_transitions(bench: Bench, student, how, per: int = 200) -> dict:
     g = torch.Generator().manual_seed(3)
     four = torch.tensor([[1.2, 0.6], [-1.0, 0.9], [-0.8, -1.1], [0.9, -0.9]]).repeat_interleave(per, 0)
     x_1 = torch.cat([four, torch.randn(1200, 2, generator=g)])
-    c = None if bench.c is None else bench.label[torch.cat([torch.arange(4).repeat_interleave(per), torch.arange(1200)])]
+    c = None if bench.c is None else bench.label[torch.cat([torch.arange(4).repeat_interleave(per), torch.arange(1200)]) % len(bench.label)]
     trace = []
     kw = {"target": how.target, "field": how.field, "outer": how.outer}
     x = tmd.sample(student, x_1, c, outer_grid=how.outer_grid, inner_grid=how.inner_grid, generator=g, trace=trace, **kw)
@@ -407,47 +422,55 @@ def run(cfg: Toy, resume: bool = False, progress: bool = True) -> dict:
 
     def keep(name, title, sampler, **facts):
         records[name], points[name] = bench.judge(sampler, title=title, **facts)
-        swd, off, nfe = records[name]["swd"], records[name]["off_support"], facts.get("effective_nfe")
-        print(f"{title:<22} NFE {nfe if nfe else '-':<6} sliced Wasserstein {swd:.4f}   off support {off:.2%}")
+        r = records[name]
+        print(f"{title:<24} NFE {r['effective_nfe']:<5.3g} sliced Wasserstein {r['swd']:.4f}   off support {r['off_support']:.2%}")
 
-    records["data"], points["data"] = {"title": "data", "effective_nfe": None, **bench.distances(bench.x, bench.c)}, bench.x
     floors = {"swd": sliced_wasserstein(bench.other, bench.x), "off_support": off_support(bench.set, bench.other)}
-    records["data"] |= {"swd": floors["swd"], "title": "data (floor: two draws)"}
-
+    records["data"], points["data"] = {"title": "data (floor: two draws)", "effective_nfe": None, **floors}, bench.x
     teacher, phase = fit_teacher(bench, checkpoints, **more)
+    per_step = 2 if cfg.guidance != 1 and cfg.conditional else 1
     for steps in (50, 4, 2, 1):
-        keep(f"teacher_{steps}", f"teacher, {steps} step{'s' * (steps > 1)}", lambda k=steps: bench.teacher_samples(teacher, k),
-             effective_nfe=steps * (2 if cfg.guidance != 1 and cfg.conditional else 1), seconds=phase.seconds, updates=cfg.teacher_updates)  # fmt: skip
+        facts = {"effective_nfe": float(steps * per_step), "seconds": phase.seconds, "updates": cfg.teacher_updates}
+        keep(f"teacher_{steps}", f"teacher, {steps} step{'s' * (steps > 1)}", lambda k=steps: bench.teacher_samples(teacher, k), **facts)
     draw_samples(points, records, folder / "samples.png")
     print(f"first picture after {time.perf_counter() - started:.0f} s: {folder / 'samples.png'} (data and teacher; the students follow)")
 
-    # the baseline gets the updates that stage 1 gets: as KD warm-up at M = 1, as more DMD2-v otherwise (Table 4: KD hurts there)
     how, plain, stage2 = cfg.student_config(), cfg.student_config(H=0, N=1), cfg.stage2_config()
-    kd = cfg.stage1_updates if cfg.M == 1 else 0
-    plain_stage2 = replace(stage2, iterations=stage2.iterations + cfg.stage1_updates - kd)
+    kd, plain_stage2 = baseline_budget(cfg, stage2)
     base = fit_student(bench, teacher, "dmd2v", plain, None, plain_stage2, checkpoints, kd_updates=kd, curve=20, **more)
     stage1 = cfg.stage1_config() if cfg.stage1_updates else None
     ours = fit_student(bench, teacher, "tmd", how, stage1, stage2, checkpoints, curve=20, **more)
-    nfe = tmd.effective_nfe(cfg.M, cfg.N, cfg.H, cfg.depth)
-    keep("dmd2v", f"DMD2-v, M={cfg.M}", lambda: bench.student_samples(base["student"], plain), effective_nfe=float(cfg.M),
-         seconds=base["seconds"], updates=base["updates"])  # fmt: skip
+    facts = {"effective_nfe": float(cfg.M), "seconds": base["seconds"], "updates": base["updates"]}
+    keep("dmd2v", f"DMD2-v, M={cfg.M}", lambda: bench.student_samples(base["student"], plain), **facts)
+    facts = {"effective_nfe": tmd.effective_nfe(cfg.M, cfg.N, cfg.H, cfg.depth)}
     if ours["stage1"]:
-        keep("stage1", f"after stage 1, M={cfg.M} N={cfg.N}", lambda: bench.student_samples(ours["stage1"], how), effective_nfe=nfe,
-             seconds=ours["seconds"], updates=cfg.stage1_updates)  # fmt: skip
-    keep("tmd", f"TMD, M={cfg.M} N={cfg.N} H={cfg.H}", lambda: bench.student_samples(ours["student"], how), effective_nfe=nfe,
-         seconds=ours["seconds"], updates=ours["updates"])  # fmt: skip
+        facts |= {"seconds": ours["stage1_seconds"], "updates": cfg.stage1_updates}
+        keep("stage1", f"stage 1 alone, M={cfg.M} N={cfg.N}", lambda: bench.student_samples(ours["stage1"], how), **facts)
+    facts |= {"seconds": ours["seconds"], "updates": ours["updates"]}
+    keep("tmd", f"TMD, M={cfg.M} N={cfg.N} H={cfg.H}", lambda: bench.student_samples(ours["student"], how), **facts)
 
     curves = {"DMD2-v": base["curve"], "TMD": ours["curve"]}
     traces = trace_transitions(bench, ours["student"], how)
     metrics = {"config": asdict(cfg), "floors": floors, "models": records, "curves": curves, "torch": torch.__version__,
                "threads": torch.get_num_threads(), "total_seconds": round(time.perf_counter() - started, 1)}  # fmt: skip
     write_json(folder / "metrics.json", metrics)
+    (folder / "metrics.md").write_text(markdown(metrics))
     with open(folder / "samples.npz.tmp", "wb") as file:
         np.savez_compressed(file, **{k: v.numpy() for k, v in points.items()}, **{f"trace_{k}": v for k, v in traces.items()})
     os.replace(folder / "samples.npz.tmp", folder / "samples.npz")
     draw(folder)
     print(f"done in {time.perf_counter() - started:.0f} s: {folder}/metrics.json, samples.png, inner_flow.png, curves.png, transition.gif")
     return metrics
+
+
+def markdown(metrics: dict) -> str:
+    """The models of metrics.json as a Markdown table."""
+    lines = ["| model | effective NFE | sliced Wasserstein | off support | updates | training, s |", "|---|---|---|---|---|---|"]
+    for r in metrics["models"].values():
+        cost = "| - | - |" if r["effective_nfe"] is None else f"| {r['updates']} | {r['seconds']:.0f} |"
+        nfe = "-" if r["effective_nfe"] is None else f"{r['effective_nfe']:.3g}"
+        lines.append(f"| {r['title']} | {nfe} | {r['swd']:.3f} | {r['off_support']:.1%} {cost}")
+    return "\n".join(lines) + "\n"
 
 
 def draw(folder: Path) -> None:
@@ -500,6 +523,9 @@ def main(argv: list[str] | None = None) -> int:
             draw(Path(cfg.out))
         else:
             run(cfg, mode["resume"])
+    except KeyboardInterrupt:
+        print("toy_2d.py: interrupted; the same command with --resume goes on from the last checkpoint.", file=sys.stderr)
+        return 130
     except (ValueError, RuntimeError, FloatingPointError, OSError) as e:
         print(f"toy_2d.py: {e}", file=sys.stderr)
         return 1

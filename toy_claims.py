@@ -24,7 +24,7 @@ from tqdm import tqdm
 import tmd_minimal as tmd
 from oracles import ExactStudent, GaussianMixture
 from planar import _CENTRES, sliced_wasserstein
-from toy_2d import QUICK, Bench, Toy, fit_student, fit_teacher, write_json
+from toy_2d import QUICK, Bench, Toy, baseline_budget, fit_student, fit_teacher, write_json
 
 SIZE = {"stage1_updates": 800, "iterations": 1600, "M": 1, "N": 4, "H": 2}  # one job takes about a minute
 SEEDS = (0, 1, 2)
@@ -159,10 +159,9 @@ def run_job(args) -> None:
     plain = isinstance(student, str)
     how = cfg.student_config(**({"H": 0, "N": 1} if plain else student))
     two, kd = cfg.stage2_config(**stage2), 0
-    if plain:
-        kd = cfg.stage1_updates if cfg.M == 1 and "no kd" not in student else 0
-        two = replace(two, iterations=two.iterations + cfg.stage1_updates - kd)
-    elif stage1 is None:  # the updates of the stage left out go to stage 2
+    if student == "plain":
+        kd, two = baseline_budget(cfg, two)
+    elif plain or stage1 is None:  # the updates of the warm-up left out go to stage 2
         two = replace(two, iterations=two.iterations + cfg.stage1_updates)
     one = None if plain or stage1 is None else cfg.stage1_config(**stage1)
     record = {"name": name, "seed": seed, "effective_nfe": tmd.effective_nfe(how.M, how.N, how.H, cfg.depth)}
@@ -289,9 +288,8 @@ def markdown(result: dict) -> str:
     lines += [f"| {r['claim']} | {r['setting']} | {both(r['A'])} | {both(r['B'])} | {r['verdict']} |" for r in result["rows"]]
     lines += ["", "| student | effective NFE | updates | sliced Wasserstein | off support, % | training, s |", "|---|---|---|---|---|---|"]
     for name, m in sorted(result["models"].items()):
-        lines.append(
-            f"| {name} | {m['effective_nfe']:.2f} | {m['updates']} | {show(m['swd'])} | {show(m['off_support'], True)} | {m['seconds']['mean']:.0f} |"
-        )
+        cost, quality = f"{m['effective_nfe']:.2f} | {m['updates']}", f"{show(m['swd'])} | {show(m['off_support'], True)}"
+        lines.append(f"| {name} | {cost} | {quality} | {m['seconds']['mean']:.0f} |")
     lines += ["", "| student, M = 2 | x_hat from t_1 | x_hat from t_2 | mixture (what the fake score sees) |", "|---|---|---|---|"]
     for name, rs in sorted(result["x_hat_per_time"].items()):
         cells = [show(summary([r["each"][i] for r in rs])) for i in (0, 1)] + [show(summary([r["mixture"] for r in rs]))]

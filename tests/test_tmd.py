@@ -78,8 +78,17 @@ def test_outer_times_are_uniform_over_the_grid(g):
 
 @pytest.mark.parametrize(
     "M,N,H,L,nfe",
-    [(1, 2, 5, 30, 1.17), (2, 2, 5, 30, 2.33), (1, 4, 5, 30, 1.50), (2, 4, 5, 30, 3.00), (1, 4, 5, 40, 1.38), (2, 4, 5, 40, 2.75), (1, 1, 5, 30, 1), (2, 1, 0, 30, 2)],
-)  # fmt: skip
+    [
+        (1, 2, 5, 30, 1.17),
+        (2, 2, 5, 30, 2.33),
+        (1, 4, 5, 30, 1.50),
+        (2, 4, 5, 30, 3.00),
+        (1, 4, 5, 40, 1.38),
+        (2, 4, 5, 40, 2.75),
+        (1, 1, 5, 30, 1),
+        (2, 1, 0, 30, 2),
+    ],
+)
 def test_effective_nfe_of_every_row(M, N, H, L, nfe):
     """Eq. (16) gives every effective NFE in the paper's tables."""
     assert tmd.effective_nfe(M, N, H, L) == pytest.approx(nfe, abs=0.006)
@@ -335,7 +344,7 @@ def grads(module):
 
 
 def test_stage1_trains_backbone_and_head(teacher, g):
-    """Section 5: main features are not detached; every parameter of backbone and head gets gradient (but span's first layer: its last is 0)."""
+    """Section 5: main features are not detached; every parameter gets gradient, but for span's first layer (its last is 0 at the start)."""
     student = tmd.TMDStudent(teacher, 2).double()
     x, c = batch(g, 64)
     tmd.tm_mf_loss(student, x, c, **draws(x, g, cond_drop=0.3), c_neg=CLASSES, guidance=3.0).backward()

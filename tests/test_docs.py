@@ -1,0 +1,106 @@
+"""The README says what the code does: equation map, commands, choices, tables, links."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+CODE = (ROOT / "tmd_minimal.py").read_text()
+
+
+def equations(text):
+    """Every equation number that a text cites: Eq. (10), Eq. 8-10, Eq. (8)-(10), Eq. 4, 18."""
+    found = set()
+    number = r"\(?(\d+)\)?"
+    for match in re.finditer(rf"Eq\. ?{number}(?:(?:-| to ){number})?((?:, {number})*)", text):
+        first, last, rest, _ = match.groups()
+        found |= set(range(int(first), int(last or first) + 1)) | {int(n) for n in re.findall(r"\d+", rest)}
+    return found
+
+
+def algorithms(text):
+    return set(re.findall(r"Alg(?:\.|orithm) (\d)", text))
+
+
+def test_equation_map_code_and_tests_cite_the_same_equations():
+    """The README's map, tmd_minimal.py and the tests cite the same equations and algorithms, and each function of the map exists."""
+    start, end = README.index("## Paper to code"), README.index("## Differences from the paper")
+    table = README[start:end]
+    tests = "".join(f.read_text() for f in sorted((ROOT / "tests").glob("test_*.py")) if f.name != "test_docs.py")
+    assert equations(table) == equations(CODE) == equations(tests)
+    assert algorithms(table) == algorithms(CODE) == algorithms(tests) == {"1", "2"}
+    for name in re.findall(r"`(\w+)`", table):
+        assert re.search(rf"(def|class) {name}\b", CODE), f"the map names {name}, which tmd_minimal.py does not define"
+
+
+def test_equations_are_cited_on_the_line_that_implements_them():
+    """Each equation of the map appears in the docstring, the body or a comment of the function that the map names."""
+    for line in README[README.index("## Paper to code") : README.index("## Differences from the paper")].splitlines():
+        cited = equations(line)
+        names = re.findall(r"`(\w+)`", line)
+        if cited and names:
+            bodies = "".join(re.search(rf"(?ms)^(def|class) {n}\b.*?(?=^(def|class|#) ?|\Z)", CODE).group() for n in names)
+            assert cited <= equations(bodies), f"{names} do not cite {sorted(cited - equations(bodies))}"
+
+
+def test_every_choice_is_listed():
+    """Every `# choice:` tag of the code is a row of "Differences from the paper", and each row's tag exists."""
+    section = README[README.index("## Differences from the paper") :]
+    listed = set(re.findall(r"^\| `([^`]+)` \|", section, re.M))
+    sources = {f.name: f.read_text() for f in (ROOT / "tmd_minimal.py", ROOT / "toy_2d.py")}
+    tagged = sum(text.count("choice:") for text in sources.values())
+    assert tagged == len(listed), f"{tagged} tags in the code, {len(listed)} rows in the README"
+    for key in listed:
+        near = any(re.search(r"choice:[^\n]*\n?[^\n]*\n?", text) and key in text for text in sources.values())
+        assert near, f"the README lists {key}, which the code does not have"
+
+
+def test_every_command_of_the_readme_parses():
+    """Each `python toy_2d.py ...` line is accepted by the command line, and each make target exists."""
+    import toy_2d
+
+    lines = re.findall(r"^\s*(python toy_2d\.py[^#\n]*|make \w+)", README + CODE + (ROOT / "toy_2d.py").read_text(), re.M)
+    assert len(lines) > 6
+    makefile = (ROOT / "Makefile").read_text()
+    for line in lines:
+        words = shlex.split(line)
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, re.M), line
+        else:
+            toy_2d.parser().parse_args(words[2:])
+
+
+def test_claims_table_is_the_one_that_was_measured():
+    """The README's table is what toy_claims.py writes from the committed claims.json: no number is typed by hand."""
+    import toy_claims
+
+    result = json.loads((ROOT / "results/toy_2d/claims.json").read_text())
+    table = toy_claims.markdown(result)
+    assert (ROOT / "results/toy_2d/claims.md").read_text() == table
+    assert table.split("\n\n")[0] in README
+
+
+def test_first_screen_numbers_are_the_measured_ones():
+    """The table under the picture is what toy_2d.py writes from the committed metrics.json."""
+    import toy_2d
+
+    metrics = json.loads((ROOT / "results/toy_2d/metrics.json").read_text())
+    assert toy_2d.markdown(metrics) in README
+
+
+@pytest.mark.parametrize("name", [p.name for p in ROOT.glob("*.md")])
+def test_links_lead_somewhere(name):
+    """Every relative link and picture exists."""
+    for link in re.findall(r"\]\(([^)#]+)", (ROOT / name).read_text()):
+        assert link.startswith("http") or (ROOT / link).exists(), link
+
+
+def test_tmd_minimal_imports_torch_alone():
+    """The one file needs torch and tqdm, nothing else, and stays readable in one sitting."""
+    imported = set(re.findall(r"^(?:import|from) (\w+)", CODE, re.M))
+    assert imported <= {"__future__", "copy", "math", "os", "pickle", "time", "zipfile", "contextlib", "dataclasses", "torch", "tqdm"}
+    assert len(CODE.splitlines()) <= 900

@@ -1,0 +1,168 @@
+"""State: bitwise determinism, exact resume, atomic checkpoints, and what happens when something is wrong with them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import tmd_minimal as tmd
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def data(n, generator):
+    label = torch.randint(2, (n,), generator=generator)
+    return label[:, None] + 0.1 * torch.randn(n, 2, generator=generator), label
+
+
+def flat(*modules):
+    return torch.cat([p.detach().flatten() for m in modules for p in m.parameters()])
+
+
+def train(which, steps, path=None, save_every=1000, **kw):
+    """Run one of the four trainings on a tiny network; returns everything it trained, flattened, and the phase."""
+    tmd.seed_everything(0)
+    teacher = tmd.PlanarNet(2, 16, 3, 2)
+    how = tmd.StudentConfig(M=2, N=2, H=1)
+    common = {"seed": 3, "path": path and str(path), "save_every": save_every, "progress": False, **kw}
+    if which == "teacher":
+        ema, phase = tmd.train_teacher(teacher, data, updates=steps, batch=8, lr=1e-3, c_neg=2, **common)
+    elif which == "stage1":
+        cfg = tmd.Stage1Config(updates=steps, batch=8, lr=1e-3)
+        ema, phase = tmd.train_stage1(tmd.TMDStudent(teacher, 1), data, how, cfg, c_neg=2, **common)
+    elif which == "kd":
+        pairs = lambda g: (torch.randn(8, 2, generator=g), *data(8, g))
+        ema, phase = tmd.train_kd(tmd.TMDStudent(teacher, 1), pairs, how, updates=steps, lr=1e-3, **common)
+    else:
+        student, disc = tmd.TMDStudent(teacher, 1), tmd.PlanarDiscriminator(16, 2)
+        cfg = tmd.Stage2Config(iterations=steps, batch=8, lr=1e-3)
+        teacher.requires_grad_(False)
+        ema, phase = tmd.train_stage2(student, teacher, disc, data, how, cfg, taps=(0, 2), c_neg=2, **common)
+    return flat(ema, *phase.nets.values()), phase
+
+
+KINDS = ["teacher", "stage1", "kd", "stage2"]
+
+
+@pytest.mark.parametrize("which", KINDS)
+def test_same_seed_same_bits(which):
+    """Two runs with one seed agree bit for bit."""
+    assert torch.equal(train(which, 7)[0], train(which, 7)[0])
+
+
+@pytest.mark.parametrize("which", KINDS)
+def test_resume_is_exact(which, tmp_path):
+    """N steps = N/2 + resume + N/2, bit for bit: nets, optimizers, EMA, RNG, log and step."""
+    straight, _ = train(which, 14)
+
+    def stop_at_7(phase, terms):
+        phase.log.append(phase.step)
+        if phase.step == 7:
+            phase.save(str(tmp_path / "c.pt"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(which, 14, tmp_path / "c.pt", on_step=stop_at_7)
+    torch.manual_seed(999)  # whatever the resuming process did before
+    resumed, phase = train(which, 14, tmp_path / "c.pt")
+    assert torch.equal(straight, resumed)
+    assert phase.step == 14 and phase.log == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_finished_phase_is_not_run_again(tmp_path):
+    """A checkpoint at the last step is loaded; no iteration happens."""
+    first, _ = train("stage2", 6, tmp_path / "c.pt")
+    stamp = os.stat(tmp_path / "c.pt").st_mtime_ns
+    steps = []
+    again, _ = train("stage2", 6, tmp_path / "c.pt", on_step=lambda *_: steps.append(1))
+    assert torch.equal(first, again) and not steps and os.stat(tmp_path / "c.pt").st_mtime_ns == stamp
+
+
+def test_student_moves_every_fifth_iteration_and_ema_follows_it():
+    """Section 6: four critic updates, then one of the student; the EMA moves with the student only."""
+    seen = []
+    total = lambda net: flat(net).sum().item()
+    train("stage2", 10, on_step=lambda phase, terms: seen.append((sorted(terms), total(phase.nets["student"]), total(phase.ema))))
+    assert [names for names, *_ in seen] == ([["disc", "fake"]] * 4 + [["gan", "vsd"]]) * 2
+    for value in (1, 2):
+        moved = [seen[i][value] != seen[i - 1][value] for i in range(1, 10)]
+        assert moved == [False] * 3 + [True] + [False] * 4 + [True]
+
+
+def test_ema_is_the_stated_average():
+    """After every update: ema <- d ema + (1-d) net, d = min(decay, n / (n + 10))."""
+    history = []
+    _, phase = train("teacher", 5, on_step=lambda phase, terms: history.append(flat(phase.nets["teacher"])))
+    tmd.seed_everything(0)
+    average = flat(tmd.PlanarNet(2, 16, 3, 2))
+    for n, net in enumerate(history, 1):
+        average = torch.lerp(average, net, 1 - min(0.999, n / (n + 10)))
+    torch.testing.assert_close(flat(phase.ema), average)
+
+
+# -- what can go wrong --------------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_of_another_config_is_refused(tmp_path):
+    """A checkpoint made with other settings is an error that names them; the file stays as it was."""
+    train("stage1", 3, tmp_path / "c.pt", config={"seed": 1})
+    before = (tmp_path / "c.pt").read_bytes()
+    with pytest.raises(tmd.CheckpointError, match="another seed"):
+        train("stage1", 6, tmp_path / "c.pt", config={"seed": 2})
+    with pytest.raises(tmd.CheckpointError):
+        train("teacher", 6, tmp_path / "c.pt")
+    assert (tmp_path / "c.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("cut", [0, 10, 500, -1])
+def test_truncated_checkpoint_is_refused(cut, tmp_path):
+    """Half a file is an error that says so, never a silent fresh start."""
+    train("stage1", 3, tmp_path / "c.pt")
+    whole = (tmp_path / "c.pt").read_bytes()
+    (tmp_path / "c.pt").write_bytes(whole[:cut])
+    with pytest.raises(tmd.CheckpointError, match="truncated or not a checkpoint"):
+        train("stage1", 6, tmp_path / "c.pt")
+
+
+def test_nan_stops_with_step_and_term_and_keeps_the_last_good_checkpoint(tmp_path):
+    """A NaN loss stops the run before it reaches any weight; the checkpoint from before loads."""
+    calls = []
+
+    def poisoned(n, generator):
+        calls.append(1)
+        x, c = data(n, generator)
+        return (x * float("nan") if len(calls) > 5 else x), c
+
+    tmd.seed_everything(0)
+    net, path = tmd.PlanarNet(2, 16, 3, 2), str(tmp_path / "c.pt")
+    with pytest.raises(FloatingPointError, match=r"'denoising' is nan at step 5"):
+        tmd.train_teacher(net, poisoned, updates=20, batch=8, lr=1e-3, c_neg=2, seed=3, path=path, save_every=2, progress=False)
+    assert torch.isfinite(flat(net)).all()
+    state = tmd.safe_load(path)
+    assert state["step"] == 4 and all(torch.isfinite(v).all() for v in state["nets"]["teacher"].values())
+
+
+def test_kill_9_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
+    """A process that does nothing but save is killed eight times; what it leaves always loads."""
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); import tmd_minimal as tmd\n"
+        "big = torch.zeros(300_000)\n"
+        "i = 0\n"
+        "while True:\n"
+        "    tmd.atomic_save({'step': i, 'x': big + i}, sys.argv[2]); i += 1\n"
+        "    print('.', flush=True)"
+    )
+    path = tmp_path / "c.pt"
+    for attempt in range(8):
+        process = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(path)], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(0.007 * attempt)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        state = tmd.safe_load(str(path))
+        assert (state["x"] == state["step"]).all()

@@ -1,0 +1,207 @@
+"""toy_2d.py as its users run it, and the data and distances it judges by."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import toy_2d
+import toy_claims
+from planar import DATA, dataset, off_support, sliced_wasserstein
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--teacher-updates", "30", "--stage1-updates", "12", "--iterations", "20", "--samples", "200", "--width", "16", "--depth", "3",
+        "--H", "1", "--N", "2", "--batch", "16"]  # fmt: skip
+
+
+def tiny(out, *more):
+    return toy_2d.main([*TINY, "--out", str(out), *more])
+
+
+# -- data and distances -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data_lie_on_their_own_support(name, g):
+    """Less than 2 % of the data is off its support and its class's support; noise and the blob of the data's own moments are not on it."""
+    data = dataset(name)
+    x, label = data.draw(5000, g)
+    assert off_support(data, x) < 0.02 and off_support(data, x, label) < 0.02
+    blob = x.mean(0) + torch.randn(5000, 2, generator=g) @ torch.linalg.cholesky(torch.cov(x.T)).T
+    assert off_support(data, blob) > 0.4
+    assert off_support(data, x, (label + 1) % data.classes) > 0.9  # another class's support is another place
+    assert x.mean(0).norm() < 0.15 and 0.7 < x.std() < 1.3 and label.unique().numel() == data.classes
+
+
+def test_support_metric_sees_bridges_that_sliced_wasserstein_hides(g):
+    """10 % of the samples moved between neighbouring modes: off_support rises by 10 %, sliced Wasserstein stays within 4 floors."""
+    data = dataset("gaussians")
+    x, _ = data.draw(5000, g)
+    other, _ = data.draw(5000, g)
+    bridged = other.clone()
+    angle = torch.rand(500, generator=g) * 2 * torch.pi
+    bridged[:500] = 1.45 * torch.stack([angle.cos(), angle.sin()], -1)
+    floor = sliced_wasserstein(other, x)
+    assert off_support(data, bridged) > off_support(data, other) + 0.02
+    assert sliced_wasserstein(bridged, x) < 4 * floor
+
+
+def test_sliced_wasserstein_against_closed_forms(g):
+    """A shift by d costs d E|cos| = 2 d / pi in the plane; equal samples cost nothing; unequal sizes are refused."""
+    x = torch.randn(4000, 2, generator=g)
+    assert sliced_wasserstein(x, x[torch.randperm(4000, generator=g)]) < 1e-6
+    assert sliced_wasserstein(x, x + torch.tensor([3.0, 0.0])) == pytest.approx(6 / torch.pi, rel=0.05)
+    with pytest.raises(ValueError, match="draw as many"):
+        sliced_wasserstein(x, x[:10])
+
+
+# -- the command --------------------------------------------------------------------------------------------------------
+
+
+def test_quick_run_visibly_works(tmp_path):
+    """--quick: under 30 s on an idle core, all files, all facts, and students clearly nearer the data than the teacher in one step."""
+    start = time.perf_counter()
+    assert toy_2d.main(["--quick", "--out", str(tmp_path)]) == 0
+    assert time.perf_counter() - start < 90  # the machine that runs tests may be busy
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    for name in ("teacher_50", "teacher_4", "teacher_2", "teacher_1", "dmd2v", "stage1", "tmd"):
+        record = metrics["models"][name]
+        assert {"effective_nfe", "swd", "off_support", "seconds", "updates", "seed"} <= set(record)
+    models, floors = metrics["models"], metrics["floors"]
+    assert 0 < floors["swd"] < 0.1 and 0 <= floors["off_support"] < 0.02
+    assert models["teacher_50"]["swd"] < 0.15
+    for student in ("dmd2v", "stage1", "tmd"):
+        assert models[student]["swd"] < 0.5 * models["teacher_1"]["swd"]
+    assert models["tmd"]["updates"] == models["dmd2v"]["updates"]  # the baseline is trained as long
+    for name in ("samples.png", "inner_flow.png", "curves.png", "transition.gif"):
+        assert (tmp_path / name).stat().st_size > 5000
+    saved = np.load(tmp_path / "samples.npz")
+    assert saved["tmd"].shape == (2000, 2) and np.isfinite(saved["tmd"]).all()
+
+
+def strip(value):
+    """Metrics without what a clock says."""
+    if isinstance(value, dict):
+        return {k: strip(v) for k, v in value.items() if "seconds" not in k and k != "out"}
+    return [strip(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("more", [[], ["--M", "2", "--outer", "renoised"], ["--conditional", "--guidance", "1.5", "--data", "moons"]])
+def test_same_seed_same_numbers_and_resume_after_kill(more, tmp_path):
+    """Killed with -9 in the middle and resumed, a run gives the numbers of an undisturbed one, bit for bit."""
+    assert tiny(tmp_path / "a", *more) == 0
+    command = [sys.executable, str(ROOT / "toy_2d.py"), *TINY, *more, "--out", str(tmp_path / "b"), "--resume"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not (tmp_path / "b/checkpoints/teacher.pt").exists() and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "b/metrics.json").exists()
+    assert tiny(tmp_path / "b", *more, "--resume") == 0
+    a, b = (json.loads((tmp_path / k / "metrics.json").read_text()) for k in "ab")
+    assert strip(a) == strip(b)
+    assert np.array_equal(np.load(tmp_path / "a/samples.npz")["tmd"], np.load(tmp_path / "b/samples.npz")["tmd"])
+    other_seed = json.loads((tmp_path / "a/metrics.json").read_text())
+    assert tiny(tmp_path / "c", *more, "--seed", "1") == 0
+    assert strip(other_seed)["models"] != strip(json.loads((tmp_path / "c/metrics.json").read_text()))["models"]
+
+
+def test_redraw_uses_saved_numbers_alone(tmp_path):
+    """--redraw makes the pictures again from metrics.json and samples.npz."""
+    tiny(tmp_path)
+    for name in ("samples.png", "curves.png"):
+        (tmp_path / name).unlink()
+    assert tiny(tmp_path, "--redraw") == 0
+    assert (tmp_path / "samples.png").exists() and (tmp_path / "curves.png").exists()
+
+
+# -- bad input ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["--data", "swiss"], "choose one of spirals"),
+        (["--H", "3", "--depth", "3"], "1 <= H < depth"),
+        (["--N", "0"], "N is 0"),
+        (["--M", "0"], "M is 0"),
+        (["--samples", "0"], "samples is 0"),
+        (["--outer-shift", "-1"], "must be positive"),
+        (["--outer", "sideways"], "choose one of"),
+        (["--out", "/proc/nowhere"], "cannot write"),
+        (["--redraw", "--out", "/nonexistent"], "No such file"),
+    ],
+)
+def test_bad_input_is_one_sentence_on_stderr(arguments, words, capsys):
+    """Exit status 1, one line that says what is wrong, no traceback."""
+    assert toy_2d.main(arguments) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and words in lines[0]
+
+
+def test_another_run_s_folder_is_refused_and_left_alone(tmp_path, capsys):
+    """A folder that holds a run with other settings is refused, naming the difference; nothing in it changes."""
+    assert tiny(tmp_path) == 0
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert tiny(tmp_path, "--seed", "5") == 1
+    assert "--seed 0" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_truncated_checkpoint_is_refused_by_the_command(tmp_path, capsys):
+    """--resume onto half a checkpoint: one sentence, nothing overwritten."""
+    assert tiny(tmp_path) == 0
+    file = tmp_path / "checkpoints/tmd.stage2.pt"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert tiny(tmp_path, "--resume") == 1
+    assert "truncated" in capsys.readouterr().err and len(file.read_bytes()) == 1000
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write anywhere")
+def test_read_only_folder(tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    assert tiny(tmp_path / "x") == 1 and "cannot write" in capsys.readouterr().err
+
+
+# -- claims -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_rule_of_the_claims_table():
+    """Better on one distance and worse on none holds; the other way round does not; overlap or conflict is inconclusive."""
+    low, high, wide = toy_claims.summary([0.10, 0.11, 0.12]), toy_claims.summary([0.30, 0.31, 0.32]), toy_claims.summary([0.0, 0.2, 0.4])
+    case = lambda a, b: toy_claims.verdict({"swd": a[0], "off_support": a[1]}, {"swd": b[0], "off_support": b[1]})
+    assert low["mean"] == pytest.approx(0.11) and low["std"] == pytest.approx(0.01) and low["se"] == pytest.approx(0.01 / 3**0.5)
+    assert case((low, low), (high, low)) == "holds"
+    assert case((high, low), (low, low)) == "does not hold"
+    assert case((low, high), (high, low)) == "inconclusive"
+    assert case((low, low), (wide, low)) == "inconclusive"
+
+
+def test_every_claim_names_jobs_that_exist_and_differ():
+    """Each row compares two known jobs (or one job with itself at N = 1), and the claims asked for are all there."""
+    for _, _, a, b, phase in toy_claims.CLAIMS:
+        assert a in toy_claims.JOBS and b in toy_claims.JOBS and (a != b or "/" in phase)
+    asked = {"C1", "C2", "C3", "C4", "C6", "C7", "C8", "C10", "trap 2", "trap 3", "trap 5", "trap 9"}
+    assert asked <= {row[0] for row in toy_claims.CLAIMS}
+    for name in toy_claims.JOBS:
+        toy_claims.toy_of(name, 0, False)
+
+
+def test_claims_resume_and_tabulate(tmp_path, monkeypatch):
+    """A second call runs no finished job and writes the same table."""
+    monkeypatch.setattr(toy_claims, "exact_c0", lambda: [])
+    toy_claims.run(str(tmp_path), quick=True)
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "jobs").glob("*.json")}
+    first = (tmp_path / "claims.md").read_text()
+    assert len(stamps) == 6 and "C4" in first
+    toy_claims.run(str(tmp_path), quick=True)
+    assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "jobs").glob("*.json")}
+    assert first == (tmp_path / "claims.md").read_text()
