@@ -4,7 +4,7 @@ VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: toy test slow claims bench lint clean
+.PHONY: toy test slow claims bench publish lint clean
 
 toy: $(STAMP)            ## train teacher, baseline and TMD on two spirals and draw them
 	$(RUN) toy_2d.py --resume
@@ -21,6 +21,9 @@ claims: $(STAMP)         ## the paper's claims in the plane, three seeds (about 
 
 bench: $(STAMP)          ## steps per second of every stage against their matmuls alone
 	$(RUN) toy_2d.py --bench
+
+publish: $(STAMP)        ## copy measured numbers and pictures to results/ and set the README's tables from them
+	$(RUN) publish.py
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

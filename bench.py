@@ -8,19 +8,18 @@ and on two threads, in one process run after another; peak memory of the process
 from __future__ import annotations
 
 import copy
-import json
 import multiprocessing
 import resource
 import statistics
-import sys
 import time
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import tmd_minimal as tmd
-from toy_2d import Bench, Toy
+from toy_2d import Bench, Toy, write_json
 
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 
@@ -113,26 +112,27 @@ def measure(threads: int, repeats: int) -> list[dict]:
         floor = median_ms(lambda pairs=pairs: [torch.matmul(a, b) for a, b in pairs], n)
         rows.append({"stage": name, "ms": median_ms(update, n), "floor_ms": floor, "gflop": flop / 1e9})
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return [{**row, "threads": threads, "peak_mb": peak} for row in rows]
+    return [{**row, "threads": threads, "peak_mb": peak, "torch": torch.__version__} for row in rows]
 
 
-def run(quick: bool = False, out: str | None = None) -> list[dict]:
-    """Measure on one and on two threads, each in a process of its own, and print the table."""
+def markdown(rows: list[dict]) -> str:
+    """One line a stage: one thread, two threads, and the floor of each."""
+    head = "| stage | ms, 1 thread | per second | matmuls alone, ms | share | ms, 2 threads | matmuls alone, ms |"
+    lines, half = [head, "|---|---|---|---|---|---|---|"], len(rows) // 2
+    for a, b in zip(rows[:half], rows[half:]):
+        one = f"{a['ms']:.1f} | {1000 / a['ms']:.0f} | {a['floor_ms']:.1f} | {a['floor_ms'] / a['ms']:.0%}"
+        lines.append(f"| {a['stage']} | {one} | {b['ms']:.1f} | {b['floor_ms']:.1f} |")
+    lines.append(f"| peak memory of the process, MB | {rows[0]['peak_mb']:.0f} | | | | {rows[-1]['peak_mb']:.0f} | |")
+    return "\n".join(lines) + "\n"
+
+
+def run(out: str, quick: bool = False) -> list[dict]:
+    """Measure on one and on two threads, each in a process of its own; print the table and write bench.json into `out`."""
     rows = []
     for threads in (1, 2):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             rows += pool.apply(measure, (threads, 5 if quick else 100))
-    print("| stage | ms, 1 thread | per second | matmuls alone, ms | share | ms, 2 threads | matmuls alone, ms |")
-    print("|---|---|---|---|---|---|---|")
-    half = len(rows) // 2
-    for a, b in zip(rows[:half], rows[half:]):
-        print(
-            f"| {a['stage']} | {a['ms']:.1f} | {1000 / a['ms']:.0f} | {a['floor_ms']:.1f} | {a['floor_ms'] / a['ms']:.0%} "
-            f"| {b['ms']:.1f} | {b['floor_ms']:.1f} |"
-        )
-    print(f"peak memory: {rows[0]['peak_mb']:.0f} MB on one thread, {rows[-1]['peak_mb']:.0f} MB on two; torch {torch.__version__}")
-    if out:
-        with open(out, "w") as file:
-            json.dump(rows, file, indent=1)
-    sys.stdout.flush()
+    print(markdown(rows))
+    Path(out).mkdir(parents=True, exist_ok=True)
+    write_json(Path(out) / "bench.json", rows)
     return rows

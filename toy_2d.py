@@ -518,7 +518,7 @@ def main(argv: list[str] | None = None) -> int:
         elif mode["bench"]:
             import bench
 
-            bench.run(quick=mode["quick"])
+            bench.run(cfg.out if "out" in args else "runs/toy_2d", quick=mode["quick"])
         elif mode["redraw"]:
             draw(Path(cfg.out))
         else:

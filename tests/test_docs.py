@@ -48,15 +48,19 @@ def test_equations_are_cited_on_the_line_that_implements_them():
 
 
 def test_every_choice_is_listed():
-    """Every `# choice:` tag of the code is a row of "Differences from the paper", and each row's tag exists."""
-    section = README[README.index("## Differences from the paper") :]
-    listed = set(re.findall(r"^\| `([^`]+)` \|", section, re.M))
-    sources = {f.name: f.read_text() for f in (ROOT / "tmd_minimal.py", ROOT / "toy_2d.py")}
-    tagged = sum(text.count("choice:") for text in sources.values())
-    assert tagged == len(listed), f"{tagged} tags in the code, {len(listed)} rows in the README"
-    for key in listed:
-        near = any(re.search(r"choice:[^\n]*\n?[^\n]*\n?", text) and key in text for text in sources.values())
-        assert near, f"the README lists {key}, which the code does not have"
+    """Every `# choice:` tag has a row in "Differences from the paper" whose key stands beside the tag, and every row has a tag."""
+    section = README[README.index("## Differences from the paper") : README.index("## Claims")]
+    rows = set(re.findall(r"^\| `([^`]+)` \|", section, re.M))
+    used = set()
+    for file in ("tmd_minimal.py", "toy_2d.py"):
+        lines = (ROOT / file).read_text().splitlines()
+        for i, line in enumerate(lines):
+            if "choice:" in line:
+                window = "\n".join(lines[max(i - 1, 0) : i + 4])
+                keys = {key for key in rows if key in window}
+                assert keys, f"{file}:{i + 1} is a choice without a row in the README: {line.strip()}"
+                used |= keys
+    assert rows == used, f"rows without a tag: {rows - used}"
 
 
 def test_every_command_of_the_readme_parses():
@@ -74,22 +78,18 @@ def test_every_command_of_the_readme_parses():
             toy_2d.parser().parse_args(words[2:])
 
 
-def test_claims_table_is_the_one_that_was_measured():
-    """The README's table is what toy_claims.py writes from the committed claims.json: no number is typed by hand."""
+def test_tables_are_the_measured_ones(monkeypatch):
+    """The README's tables are what the commands write from the committed JSON files: no number is typed by hand."""
+    import publish
     import toy_claims
 
+    monkeypatch.chdir(ROOT)
+    assert publish.fill(README, publish.tables()) == README
     result = json.loads((ROOT / "results/toy_2d/claims.json").read_text())
-    table = toy_claims.markdown(result)
-    assert (ROOT / "results/toy_2d/claims.md").read_text() == table
-    assert table.split("\n\n")[0] in README
-
-
-def test_first_screen_numbers_are_the_measured_ones():
-    """The table under the picture is what toy_2d.py writes from the committed metrics.json."""
-    import toy_2d
-
-    metrics = json.loads((ROOT / "results/toy_2d/metrics.json").read_text())
-    assert toy_2d.markdown(metrics) in README
+    assert (ROOT / "results/toy_2d/claims.md").read_text() == toy_claims.markdown(result)
+    for row in result["rows"]:  # and the verdicts follow from the numbers by the stated rule
+        if row["A"] and row["B"]:
+            assert row["verdict"] == toy_claims.verdict(row["A"], row["B"])
 
 
 @pytest.mark.parametrize("name", [p.name for p in ROOT.glob("*.md")])

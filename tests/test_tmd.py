@@ -56,6 +56,15 @@ def test_shift_is_the_stated_map_and_shifts_compose():
     assert_close(tmd.shift(tmd.shift(t, 3.0), 5.0), tmd.shift(t, 15.0))
 
 
+def test_interpolation_runs_from_data_to_noise(g):
+    """Eq. (1), Eq. (5): time 0 is data, time 1 is noise, linear between, whatever the rank."""
+    x, noise = torch.randn(3, 4, 5, generator=g, dtype=F64), torch.randn(3, 4, 5, generator=g, dtype=F64)
+    x_t = tmd.interpolate(x, noise, torch.tensor([0.0, 0.25, 1.0], dtype=F64))
+    assert_close(x_t[0], x[0])
+    assert_close(x_t[1], 0.75 * x[1] + 0.25 * noise[1])
+    assert_close(x_t[2], noise[2])
+
+
 def test_s_r_sampling(g):
     """Section 5: r = s on three quarters; else r is the largest inner grid time not above s; s is in [0.001, 0.999]."""
     x, grid = torch.zeros(40_000, 2), tmd.make_grid(4, 10.0)
@@ -175,7 +184,7 @@ def test_sampling_runs_the_backbone_m_times_and_the_head_m_n_times(teacher, M, N
 
 
 def test_target_x_starts_as_the_same_student(teacher, g):
-    """B.4: with target x and a closed gate, x_hat at N = 1 is the teacher's one-step estimate, as for target x_1 - x."""
+    """Eq. (3), B.4: with target x and a closed gate, x_hat at N = 1 is the teacher's one-step estimate, as for target x_1 - x."""
     student = tmd.TMDStudent(teacher, 2, gate_init=-60.0).double()
     x_1, c = batch(g)
     grids = {"outer_grid": tmd.make_grid(1, 10.0), "inner_grid": tmd.make_grid(1, 10.0)}
@@ -344,7 +353,7 @@ def grads(module):
 
 
 def test_stage1_trains_backbone_and_head(teacher, g):
-    """Section 5: main features are not detached; every parameter gets gradient, but for span's first layer (its last is 0 at the start)."""
+    """Alg. 2: main features are not detached; every parameter gets gradient, but for span's first layer (its last is 0 at the start)."""
     student = tmd.TMDStudent(teacher, 2).double()
     x, c = batch(g, 64)
     tmd.tm_mf_loss(student, x, c, **draws(x, g, cond_drop=0.3), c_neg=CLASSES, guidance=3.0).backward()
