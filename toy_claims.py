@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from oracles import ExactStudent, GaussianMixture
 from planar import _CENTRES, sliced_wasserstein
 from toy_2d import QUICK, Bench, Toy, baseline_budget, fit_student, fit_teacher, write_json
 
-SIZE = {"stage1_updates": 800, "iterations": 1600, "M": 1, "N": 4, "H": 2}  # one job takes about a minute
+SIZE = {"stage1_updates": 800, "iterations": 1600, "M": 1, "N": 4, "H": 2, "outer": "deterministic"}  # one job takes about a minute
 SEEDS = (0, 1, 2)
 M2 = {"M": 2, "outer_shift": 10.0}
 EVEN = {"M": 2, "outer_shift": 1.0}
@@ -329,7 +329,7 @@ def run(out: str, quick: bool = False, workers: int = 2) -> dict:
     """Run every missing job, then write claims.json, claims.md and quality_vs_nfe.png."""
     root = Path(out)
     (root / "jobs").mkdir(parents=True, exist_ok=True)
-    stamp = {"size": SIZE, "quick": quick}
+    stamp = {**asdict(toy_of("tmd", 0, quick)), "out": None}
     if (root / "claims.config.json").exists() and json.loads((root / "claims.config.json").read_text()) != stamp:
         raise RuntimeError(f"{root} holds claims of another size; choose another folder with --out.")
     write_json(root / "claims.config.json", stamp)

@@ -1,0 +1,22 @@
+"""Default-sized runs, minutes each: make slow."""
+
+import pytest
+
+import toy_2d
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["spirals", "checkerboard"])
+def test_default_run_draws_shapes_not_blobs(data, tmp_path):
+    """The default run: teacher and students lie on the shape (a Gaussian blob is over 40 % off it), few-step students beat the few-step
+    teacher on both distances, and the whole takes about three minutes.
+    """
+    cfg = toy_2d.Toy(data=data, out=str(tmp_path))
+    metrics = toy_2d.run(cfg)
+    models = metrics["models"]
+    assert models["teacher_50"]["off_support"] < 0.1 and models["teacher_50"]["swd"] < 0.06
+    few = models[f"teacher_{cfg.M}"]
+    for student in ("dmd2v", "tmd"):
+        assert models[student]["off_support"] < 0.2 and models[student]["swd"] < 0.15
+        assert models[student]["swd"] < few["swd"] and models[student]["off_support"] < few["off_support"]
+    assert metrics["total_seconds"] < 300
