@@ -2,7 +2,7 @@
 
 For every stage: milliseconds per update (median), and the floor: the update's matrix products alone, recorded from one real update and
 replayed on ready-made tensors. The gap between the two is what everything else costs (elementwise work, launch overhead, AdamW). On one
-and on two threads, in one process run after another; peak memory of the process beside it.
+and on two threads, each in a process of its own, one after the other; peak memory of the process beside it.
 """
 
 from __future__ import annotations
@@ -102,16 +102,19 @@ def stages(cfg: Toy) -> dict:
 def measure(threads: int, repeats: int) -> list[dict]:
     """One row per stage: milliseconds, matmul floor, matmul GFLOP."""
     torch.set_num_threads(threads)
-    rows = []
-    for name, update in tqdm(stages(Toy()).items(), desc=f"{threads} thread{'s' * (threads > 1)}", disable=None):
-        n = max(3, repeats // 10) if "sampling" in name else repeats
-        with Recorder() as recorder:
+    updates, recorders, times = stages(Toy()), {}, {}
+    repeat = lambda name: max(3, repeats // 10) if "sampling" in name else repeats
+    for name, update in tqdm(updates.items(), desc=f"{threads} thread{'s' * (threads > 1)}", disable=None):
+        with Recorder() as recorders[name]:
             update()
+        times[name] = median_ms(update, repeat(name))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # before the replay, which needs tensors of its own
+    rows = []
+    for name, recorder in recorders.items():
         pairs = [(torch.randn(a), torch.randn(b)) for a, b in recorder.products]
         flop = sum(2 * a.numel() * b.shape[-1] for a, b in pairs)
-        floor = median_ms(lambda pairs=pairs: [torch.matmul(a, b) for a, b in pairs], n)
-        rows.append({"stage": name, "ms": median_ms(update, n), "floor_ms": floor, "gflop": flop / 1e9})
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        floor = median_ms(lambda pairs=pairs: [torch.matmul(a, b) for a, b in pairs], repeat(name))
+        rows.append({"stage": name, "ms": times[name], "floor_ms": floor, "gflop": flop / 1e9})
     return [{**row, "threads": threads, "peak_mb": peak, "torch": torch.__version__} for row in rows]
 
 

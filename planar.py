@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 
-def _spiral(u):  # u (n,) in [0, 1] -> one arm (n, 2), near-uniform in arc length
+def _spiral(u):  # u (n,) in [0, 1] -> one arm (n, 2), thinner towards the centre
     angle = math.pi * (0.5 + 1.9 * u.sqrt())
     return 0.25 * angle[:, None] * torch.stack([angle.cos(), angle.sin()], -1)
 

@@ -1,6 +1,6 @@
 """Copy the measured numbers and pictures from runs/ to results/ and set the README's tables from them: make publish.
 
-No number in the README is typed by hand; tests/test_docs.py checks that its tables are the ones written here.
+No number in the README's tables is typed by hand; tests/test_docs.py checks that its tables are the ones written here.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def make_grid(steps: int, gamma: float, name: str = "steps") -> torch.Tensor:
     if grid[-2] >= T_MAX:
         raise ValueError(f"{name} = {steps} with shift {gamma:g} puts two times above {T_MAX}; take fewer steps or a smaller shift.")
     grid[-1] = T_MAX
-    return check_grid(grid.float())
+    return check_grid(grid.float())  # choice: float32 times; pass float64 ones where the embedding needs them
 
 
 def down(grid: torch.Tensor):
@@ -166,12 +166,13 @@ def interpolate(x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.
         raise ValueError(f"data of shape {tuple(x.shape)} and noise of shape {tuple(noise.shape)} disagree.")
     if not t.is_cuda and bool(((t < 0) | (t > 1)).any()):  # on a GPU the check would wait for the device
         raise ValueError(f"times must lie in [0, 1], got {t.min().item():.3g} to {t.max().item():.3g}; 1 is noise.")
+    x, noise = at_least_fp32(x), at_least_fp32(noise)
     t = bcast(t, x)
     return (1 - t) * x + t * noise  # Eq. (1), Eq. (5)
 
 
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
-    """x in float32 if it is in half precision: losses, targets and differences are never taken in bf16."""
+    """x in float32 if it is in half precision, where 0.999 is 1: states, targets and losses never are (the networks may be)."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -201,7 +202,7 @@ def sample_s_r(x, inner_grid, s_shift: float, flow_map_share: float, generator) 
     s = sample_times(x, s_shift, generator)
     grid = inner_grid.to(x.device)
     below = grid[torch.searchsorted(grid, s, right=True) - 1]
-    is_map = torch.rand(len(x), generator=generator, device=x.device) < flow_map_share
+    is_map = torch.rand(len(x), generator=generator, device=x.device) < flow_map_share  # choice: a coin per sample
     return s, torch.where(is_map, below, s)
 
 
@@ -230,7 +231,7 @@ class TimeEmbedding(nn.Module):
 class AdaMLP(nn.Module):
     """Residual MLP under adaptive norm: h + gate * MLP((1 + scale) norm(h) + shift); e[0] (B, 3, W) plus a table give the three."""
 
-    def __init__(self, width: int, expand: int = 2):
+    def __init__(self, width: int, expand: int = 2):  # choice: the fusion MLP expands twofold, as the planar blocks do
         super().__init__()
         self.table = nn.Parameter(torch.randn(3, width) / width**0.5)
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
@@ -353,7 +354,7 @@ class TMDStudent(nn.Module):
         temb = self.net.time(s)
         z = self.net.embed(y_s)  # the teacher's own patch embedding, shared with x_t
         if self.fusion == "gated":
-            z = self.fuse(z, self.net.modulate(temb, ctx))
+            z = self.fuse(z, self.net.modulate(temb, ctx))  # choice: a class, where there is one, enters with the embedding of s
             h = torch.lerp(h.to(z.dtype), z, self.gate.sigmoid())
         else:
             h = self.fuse(torch.cat([h.to(z.dtype), z], -1))
@@ -511,11 +512,12 @@ def drop_condition(c, c_neg, dropped):
 
 def denoising_loss(net, x, noise, t, c=None):
     """|| v(x_t, t) - (x_1 - x) ||^2, whose optimum is Eq. (2): trains the teacher, and on x_hat the fake score."""
-    return at_least_fp32(net(interpolate(x, noise, t), t, c) - (noise - x)).square().mean()
+    x, noise = at_least_fp32(x), at_least_fp32(noise)
+    return (net(interpolate(x, noise, t), t, c) - (noise - x)).square().mean()
 
 
 def total_derivative(f, y_s, s, v, method: str = "fd", step: float = 0.005):
-    """d/ds f(y_s, s) along dy_s/ds = v, at fixed r and m (so the head alone runs). NO GRADIENT, at least float32.
+    """d/ds f(y_s, s) of the head f along dy_s/ds = v, at fixed r and m (the backbone does not run). NO GRADIENT, at least float32.
 
     "fd": central differences of `step`, one-sided where s +- step would leave [0.001, 0.999]; "jvp": exact, torch.func.jvp.
     """
@@ -530,7 +532,7 @@ def total_derivative(f, y_s, s, v, method: str = "fd", step: float = 0.005):
 
 def adaptive_loss(error, c: float = 1.0):
     """Mean over the batch of ||e||^2 / sg(||e||^2 + c d), d = numel of a sample: bounded pull of every sample."""
-    square = at_least_fp32(error).flatten(1).square()
+    square = error.flatten(1).square()
     return (square.sum(1) / (square.sum(1) + c * square.shape[1]).detach()).mean()
 
 
@@ -548,6 +550,7 @@ def tm_mf_loss(student, x, c=None, *, t, x_1, y_1, s, r, dropped=None, c_neg=Non
     ||u - sg(v - (s-r) du/ds)||^2, Eq. (8)-(10), adaptively weighted; where r = s it is TM, flow matching of the inner flow
     (Eq. 6). x (B, *D), times (B,), draws from stage1_draw. GRADIENT FLOWS into the backbone: m is not detached.
     """
+    x, x_1, y_1 = at_least_fp32(x), at_least_fp32(x_1), at_least_fp32(y_1)
     x_t = interpolate(x, x_1, t)
     y = x_1 - x if target == "x1-x" else x  # Eq. (3), or B.4
     y_s = interpolate(y, y_1, s)
@@ -560,16 +563,15 @@ def tm_mf_loss(student, x, c=None, *, t, x_1, y_1, s, r, dropped=None, c_neg=Non
             v_cfg = guidance * v + (1 - guidance) * u_neg
             v = v_cfg if dropped is None else torch.where(bcast(dropped, v).bool(), v, v_cfg)
     predict = transition(student, x_t, t, c_in, target)  # backbone, once
-
-    def average_velocity(y_s, s):  # Eq. (14)
-        return inner_velocity(predict(y_s, s, r), y_s, s, y_1, field)
-
+    u = inner_velocity(predict(y_s, s, r), y_s, s, y_1, field)  # Eq. (14)
     goal = v
     if bool((s > r).any()):
         # choice: the derivative runs along the guided v, the velocity of the flow whose map is being learnt
-        du_ds = total_derivative(average_velocity, y_s, s, v, derivative, fd_step)
+        dh_ds = total_derivative(lambda y_s, s: predict(y_s, s, r), y_s, s, v, derivative, fd_step)
+        # the 1/s of the consistent field by the quotient rule: a difference of step 0.005 across it is wrong by its own size below s = 0.02
+        du_ds = -dh_ds if field == "printed" else (v - dh_ds - u.detach()) / bcast(s, y_s)
         goal = v - bcast(s - r, y_s) * du_ds  # Eq. (10)
-    error = average_velocity(y_s, s) - goal.detach()
+    error = u - goal.detach()
     # choice: measured on the head's output, so that both fields weigh s alike (u = (y_s - head) / s would weigh it by 1 / s^2)
     return adaptive_loss(error * bcast(s, y_s) if field == "consistent" else error, adaptive_c)
 
@@ -581,6 +583,7 @@ def generate(student, x, c=None, *, outer_grid, inner_grid, generator=None, targ
     "full": gradient through all N inner steps, the backbone evaluated once. Ablations: "last", gradient through the last step
     only; "none", no rollout: a single jump from y_s, noised from the real y to a random s_j (what sampling never sees).
     """
+    x = at_least_fp32(x)
     t, x_1, y_1 = sample_outer(x, outer_grid, generator), randn_like(x, generator), randn_like(x, generator)
     x_t = interpolate(x, x_1, t)
     predict = transition(student, x_t, t, c, target)
@@ -694,6 +697,7 @@ class Phase:
         self.generator = seed_everything(seed, next(nets[averaged].parameters()).device)
         self.ema_decay, self.clip, self.step, self.seconds, self.log = ema, clip, 0, 0.0, []
         self.optimizers = {
+            # choice: no learning rate warm-up or decay, and the gate learns at the rate of the rest
             key: torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99), eps=1e-8, fused=True)
             for key, net in nets.items()
         }
@@ -739,19 +743,26 @@ class Phase:
     def load(self, path: str) -> None:
         """Restore everything from `path`; CheckpointError if it is unreadable or of another phase or config."""
         state = safe_load(path)
-        if state.get("phase") != self.name or state.get("config") != self.config:
-            old, new = state.get("config", {}), self.config
+        if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
+            raise CheckpointError(f"{path} is not a checkpoint of this program; give another output folder.")
+        if state.get("phase") != self.name or state["config"] != self.config:
+            old, new = state["config"], self.config
             keys = sorted(k for k in {*old, *new} if old.get(k) != new.get(k)) or ["phase"]
             raise CheckpointError(f"{path} was made with another {', '.join(keys)}; give the same settings or another output folder.")
-        for key, net in self.nets.items():
-            net.load_state_dict(state["nets"][key])
-            self.optimizers[key].load_state_dict(state["optimizers"][key])
-        self.ema.load_state_dict(state["ema"])
-        self.step, self.seconds, self.log, self.ema_updates = (state[k] for k in ("step", "seconds", "log", "ema_updates"))
-        self.generator.set_state(state["rng"]["phase"])
-        torch.set_rng_state(state["rng"]["torch"])
-        if torch.cuda.is_available() and state["rng"]["cuda"]:
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        try:
+            for key, net in self.nets.items():
+                net.load_state_dict(state["nets"][key])
+                self.optimizers[key].load_state_dict(state["optimizers"][key])
+            self.ema.load_state_dict(state["ema"])
+            self.step, self.seconds, self.log, self.ema_updates = (state[k] for k in ("step", "seconds", "log", "ema_updates"))
+            self.generator.set_state(state["rng"]["phase"])
+            torch.set_rng_state(state["rng"]["torch"])
+            if torch.cuda.is_available() and state["rng"]["cuda"]:
+                torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        except (KeyError, RuntimeError, ValueError) as e:
+            raise CheckpointError(
+                f"{path} was made with networks of another shape; give the same settings or another output folder."
+            ) from e
 
     def run(self, iterate, steps: int, path: str | None = None, save_every: int = 1000, on_step=None, progress: bool = True):
         """Call iterate(self) -> terms until `steps`; checkpoint to `path`; on_step(self, terms) may log. Resumes from `path`.
@@ -781,7 +792,8 @@ class Phase:
 
 def train_teacher(net, data, *, updates, batch, lr, cond_drop=0.1, c_neg=None, t_shift=1.0, ema=0.999, seed=0, config=None, **run):
     """Flow matching of data with condition dropout (Eq. 2); returns the EMA. `run` goes to Phase.run."""
-    phase = Phase("teacher", {"teacher": net}, "teacher", lr, ema, seed, config)
+    own = {"batch": batch, "lr": lr, "cond_drop": cond_drop, "t_shift": t_shift, "ema": ema, "seed": seed}
+    phase = Phase("teacher", {"teacher": net}, "teacher", lr, ema, seed, {**own, **(config or {})})
 
     def iterate(phase):
         g = phase.generator
@@ -797,7 +809,7 @@ def train_teacher(net, data, *, updates, batch, lr, cond_drop=0.1, c_neg=None, t
 
 def train_stage1(student, data, how: StudentConfig, cfg: Stage1Config, *, c_neg=None, seed=0, config=None, **run):
     """Stage 1: TM-MF pretraining of the student (Algorithm 2); returns its EMA and the phase."""
-    config = {**asdict(how), **asdict(cfg), **(config or {})}
+    config = {**asdict(how), **asdict(cfg), "seed": seed, **(config or {})}
     phase = Phase("stage1", {"student": student}, "student", cfg.lr, cfg.ema, seed, config)
 
     def iterate(phase):
@@ -813,7 +825,8 @@ def train_stage1(student, data, how: StudentConfig, cfg: Stage1Config, *, c_neg=
 
 def train_kd(student, pairs, how: StudentConfig, *, updates, lr, ema=0.99, seed=0, config=None, **run):
     """KD warm-up (M = 1): regress the student's x_hat from noise onto the teacher's sample. pairs(generator) -> (x_1, x, c)."""
-    phase = Phase("kd", {"student": student}, "student", lr, ema, seed, {**asdict(how), **(config or {})})
+    config = {**asdict(how), "lr": lr, "ema": ema, "seed": seed, **(config or {})}
+    phase = Phase("kd", {"student": student}, "student", lr, ema, seed, config)
 
     def iterate(phase):
         x_1, x, c = pairs(phase.generator)
@@ -829,7 +842,7 @@ def train_kd(student, pairs, how: StudentConfig, *, updates, lr, ema=0.99, seed=
 def train_stage2(student, teacher, discriminator, data, how: StudentConfig, cfg: Stage2Config, *, taps, c_neg=None, seed=0,
                  config=None, **run):  # fmt: skip
     """Stage 2: DMD2-v with rollout (with PlainStudent: DMD2-v). The fake score starts as the teacher. Returns EMA and phase."""
-    config = {**asdict(how), **asdict(cfg), **(config or {})}
+    config = {**asdict(how), **asdict(cfg), "taps": list(taps), "seed": seed, **(config or {})}
     fake_score = copy.deepcopy(teacher).requires_grad_(True)
     nets = {"student": student, "fake": fake_score, "disc": discriminator}
     phase = Phase("stage2", nets, "student", cfg.lr, cfg.ema, seed, config)

@@ -69,9 +69,13 @@ class Toy:
         dataset(self.data)
         if not 1 <= self.H < self.depth:
             raise ValueError(f"the flow head has H = {self.H} blocks of a network of {self.depth}; choose 1 <= H < depth.")
-        for name in ("batch", "teacher_updates", "iterations", "samples", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        least = {"batch": 1, "teacher_updates": 1, "iterations": 1, "samples": 1, "width": 2, "depth": 3, "stage1_updates": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}.")
+        for name in ("teacher_lr", "stage1_lr", "stage2_lr", "outer_shift", "inner_shift", "s_shift", "dmd_shift"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
         self.out = self.out or f"runs/toy_2d/{self.data}"
         self.student_config(), self.stage1_config(), self.stage2_config()  # their own checks
 
@@ -164,7 +168,7 @@ def fit_student(bench: Bench, teacher, name: str, how: tmd.StudentConfig, stage1
     cfg = bench.cfg
     config = {"toy": {k: v for k, v in asdict(cfg).items() if k not in ("out", "samples")}}
     common = {"c_neg": bench.c_neg, "seed": cfg.seed, "config": config, **run}
-    tmd.seed_everything(cfg.seed)
+    tmd.seed_everything(cfg.seed)  # choice: every phase starts from the run's one seed
     student = tmd.TMDStudent(teacher, how.H, how.fusion, how.gate_init) if how.H else tmd.PlainStudent(teacher)
     student.requires_grad_(True)
     seconds, stage1_seconds, updates, after_stage1, log = 0.0, 0.0, 0, None, []
@@ -174,7 +178,7 @@ def fit_student(bench: Bench, teacher, name: str, how: tmd.StudentConfig, stage1
 
     if stage1:
         after_stage1, phase = tmd.train_stage1(student, bench.data, how, stage1, path=path("stage1"), **common)
-        student.load_state_dict(after_stage1.state_dict())
+        student.load_state_dict(after_stage1.state_dict())  # choice: stage 2 starts from the average of stage 1
         seconds, updates = phase.seconds, stage1.updates
         stage1_seconds = seconds
     if kd_updates:
@@ -323,7 +327,7 @@ def draw_curves(curves: dict, floors: dict, teacher: dict, path: Path):
 
 
 def draw_gif(data_points, traces: dict, path: Path):
-    """The first outer transition unrolling: for every x_t the head carries x_t - t y_s from noise to a point of the data."""
+    """The last outer transition unrolling: for every x_t the head carries x_t - t y_s from noise to a point of the data."""
     plt = pyplot()
     from matplotlib.animation import FuncAnimation, PillowWriter
 
@@ -399,6 +403,8 @@ def open_folder(out: str, config: dict, resume: bool) -> Path:
                 old = json.loads((folder / "config.json").read_text())
             except ValueError as e:
                 raise RuntimeError(f"{folder}/config.json is not readable JSON; choose another folder with --out.") from e
+            if not isinstance(old, dict):
+                raise RuntimeError(f"{folder}/config.json is not a run's settings; choose another folder with --out.")
         probe = folder / ".write-test"
         probe.touch()
         probe.unlink()
@@ -409,7 +415,7 @@ def open_folder(out: str, config: dict, resume: bool) -> Path:
         raise RuntimeError(
             f"{folder} holds a run with {changed or 'other settings'}; give the same settings, or another folder with --out."
         )
-    if old is not None and not resume:  # the same run from the start: same numbers, so nothing is lost
+    if old is not None and not resume:  # the same run from the start, which gives the same numbers again
         for file in (folder / "checkpoints").glob("*.pt"):
             file.unlink()
     write_json(folder / "config.json", config)
@@ -429,7 +435,10 @@ def run(cfg: Toy, resume: bool = False, progress: bool = True) -> dict:
         r = records[name]
         print(f"{title:<24} NFE {r['effective_nfe']:<5.3g} sliced Wasserstein {r['swd']:.4f}   off support {r['off_support']:.2%}")
 
-    floors = {"swd": sliced_wasserstein(bench.other, bench.x), "off_support": off_support(bench.set, bench.other)}
+    floors = {
+        "swd": sliced_wasserstein(bench.other, bench.x),
+        "off_support": off_support(bench.set, bench.other, None if bench.c is None else bench.other_label),
+    }
     records["data"], points["data"] = {"title": "data (floor: two draws)", "effective_nfe": None, **floors}, bench.x
     teacher, phase = fit_teacher(bench, checkpoints, **more)
     per_step = 2 if cfg.guidance != 1 and cfg.conditional else 1
@@ -504,7 +513,13 @@ def parser() -> argparse.ArgumentParser:
             p.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
         else:
             kind = {"int": int, "float": float, "str": str}[f.type]
-            p.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=f.type.upper(), help=f"{text} (default: {f.default or '-'})")
+            p.add_argument(
+                flag,
+                type=kind,
+                default=argparse.SUPPRESS,
+                metavar=f.type.upper(),
+                help=f"{text} (default: {f.default if f.default != '' else '-'})",
+            )
     return p
 
 
@@ -512,8 +527,10 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status. Errors are one sentence on stderr."""
     args = vars(parser().parse_args(argv))
     mode = {key: args.pop(key) for key in ("quick", "resume", "redraw", "claims", "bench", "threads")}
-    torch.set_num_threads(mode["threads"])
     try:
+        torch.set_num_threads(mode["threads"])
+        if (mode["claims"] or mode["bench"]) and set(args) - {"out"}:
+            raise ValueError(f"--claims and --bench have settings of their own; leave out {', '.join(sorted(set(args) - {'out'}))}.")
         cfg = Toy(**{**(QUICK if mode["quick"] else {}), **args})
         if mode["claims"]:
             import toy_claims

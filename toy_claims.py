@@ -81,6 +81,9 @@ CLAIMS = [
     ("C1", "M = 1, spirals; DMD2-v without KD warm-up, as many updates", "tmd", "dmd2v no kd", "end"),
     ("C1", "M = 1, spirals, effective NFE 1.33 against 1", "tmd N2", "dmd2v", "end"),
     ("C1", "M = 2, outer shift 10; effective NFE 4 against 2", "tmd M2", "dmd2v M2", "end"),
+    ("C1", "M = 2, even grid, deterministic; effective NFE 4 against 2", "tmd M2 even", "dmd2v M2 even", "end"),
+    ("C1", "M = 2, even grid, re-noised; effective NFE 4 against 2", "tmd M2 even renoised", "dmd2v M2 even renoised", "end"),
+    ("C1", "M = 1, neither warmed up: TMD without stage 1 against DMD2-v without KD", "tmd no stage 1", "dmd2v no kd", "end"),
     ("C1", "like NFE: TMD M1 N4 (2) against DMD2-v M2 (2)", "tmd", "dmd2v M2", "end"),
     ("C1", "M = 1, checkerboard", "tmd checkerboard", "dmd2v checkerboard", "end"),
     ("C1", "M = 1, eight Gaussians (separated modes)", "tmd gaussians", "dmd2v gaussians", "end"),
@@ -145,17 +148,10 @@ def run_teacher(args) -> None:
     write_json(folder / "teacher.json", {**record, "seconds": phase.seconds})
 
 
-def run_job(args) -> None:
-    """Train one student and write distances after stage 1, after stage 2, and of the latter with one inner step."""
-    root, name, seed, quick = args
-    file = root / "jobs" / f"{name.replace(' ', '-')}-seed{seed}.json"
-    if file.exists():
-        return
-    torch.set_num_threads(1)
+def plan(name: str, seed: int, quick: bool):
+    """What a job is, fully resolved: the Toy, the student, stage 1 or None, stage 2, KD updates."""
     cfg = toy_of(name, seed, quick)
     _, student, stage1, stage2 = JOBS[name]
-    bench = Bench(cfg)
-    teacher, _ = fit_teacher(bench, teacher_folder(root, cfg), progress=False)
     plain = isinstance(student, str)
     how = cfg.student_config(**({"H": 0, "N": 1} if plain else student))
     two, kd = cfg.stage2_config(**stage2), 0
@@ -163,8 +159,30 @@ def run_job(args) -> None:
         kd, two = baseline_budget(cfg, two)
     elif plain or stage1 is None:  # the updates of the warm-up left out go to stage 2
         two = replace(two, iterations=two.iterations + cfg.stage1_updates)
-    one = None if plain or stage1 is None else cfg.stage1_config(**stage1)
-    record = {"name": name, "seed": seed, "effective_nfe": tmd.effective_nfe(how.M, how.N, how.H, cfg.depth)}
+    return cfg, how, None if plain or stage1 is None else cfg.stage1_config(**stage1), two, kd
+
+
+def settings_of(cfg, how, one, two, kd) -> dict:
+    """What a finished job is compared by before it is taken as it stands."""
+    stages = {"student": asdict(how), "stage1": asdict(one) if one else None, "stage2": asdict(two), "kd_updates": kd}
+    return {"toy": asdict(cfg) | {"out": None}, **stages, "torch": torch.__version__}
+
+
+def run_job(args) -> None:
+    """Train one student and write distances after stage 1, after stage 2, and of the latter with one inner step."""
+    root, name, seed, quick = args
+    file = root / "jobs" / f"{name.replace(' ', '-')}-seed{seed}.json"
+    torch.set_num_threads(1)
+    cfg, how, one, two, kd = plan(name, seed, quick)
+    bench, settings = Bench(cfg), settings_of(cfg, how, one, two, kd)
+    if file.exists():
+        if json.loads(file.read_text())["settings"] != settings:
+            raise RuntimeError(f"{file} was made with other settings; delete it, or choose another folder with --out.")
+        return
+    teacher, _ = fit_teacher(bench, teacher_folder(root, cfg), progress=False)
+    student_updates = kd + (one.updates if one else 0) + two.iterations // two.student_every
+    record = {"name": name, "seed": seed, "effective_nfe": tmd.effective_nfe(how.M, how.N, how.H, cfg.depth), "settings": settings}
+    record["student_updates"] = student_updates
     try:
         fit = fit_student(bench, teacher, name.replace(" ", "-"), how, one, two, None, kd_updates=kd, progress=False)
     except FloatingPointError as e:  # a diverged student is a result, not a crash of the table
@@ -174,7 +192,9 @@ def run_job(args) -> None:
     record |= {"seconds": fit["seconds"], "updates": fit["updates"], "end": sampled(fit["student"], how)}
     if one:
         record["stage1"] = sampled(fit["stage1"], how)
-    if not plain and how.N > 1:
+        few = tmd.sample_teacher(teacher, bench.x_1, bench.c, bench.c_neg, grid=how.outer_grid)  # C0: mean velocity on the same grid
+        record["teacher"] = bench.distances(few, bench.c)
+    if how.H and how.N > 1:
         record["one"] = sampled(fit["student"], replace(how, N=1))
     if how.M > 1:  # found here: the fake score sees the mixture over t_i, so each x_hat(t_i) may drift while the mixture fits
         record["per_t"] = x_hat_per_time(bench, fit["student"], how)
@@ -186,10 +206,10 @@ def x_hat_per_time(bench: Bench, student, how) -> dict:
     """Sliced Wasserstein of x_hat to the data at each outer time on its own, and of the equal mixture that the fake score sees."""
     g, n, found = torch.Generator().manual_seed(4), len(bench.x), []
     for t in how.outer_grid[1:]:
-        t = t.expand(n)
-        x_t = tmd.interpolate(bench.x, tmd.randn_like(bench.x, g), t)
+        t, x_1 = t.expand(n), tmd.randn_like(bench.x, g)
+        x_t = tmd.interpolate(bench.x, x_1, t)
         y_hat = tmd.inner_flow(tmd.transition(student, x_t, t, bench.c, how.target), tmd.randn_like(x_t, g), how.inner_grid, how.field)
-        found.append(tmd.clean_estimate(y_hat, x_t, t, how.target))
+        found.append(tmd.clean_estimate(y_hat, x_t, t, how.target, how.clean, x_1))
     pick = torch.randint(len(found), (n,), generator=g)
     mixed = torch.stack(found)[pick, torch.arange(n)]
     return {"each": [sliced_wasserstein(x_hat, bench.x) for x_hat in found], "mixture": sliced_wasserstein(mixed, bench.x)}
@@ -244,27 +264,29 @@ def tabulate(root: Path) -> dict:
         rows = [r[phase] for r in jobs.get(name, []) if phase in r]
         return {k: summary([r[k] for r in rows]) for k in ("swd", "off_support")} if len(rows) > 1 else None
 
+    def judge(claim, setting, names, a, b):
+        """One row; a diverged seed on either side leaves the claim undecided and is said."""
+        diverged = sum("diverged" in r for name in names for r in jobs.get(name, []))
+        what = f"inconclusive ({diverged} diverged)" if diverged else verdict(a, b) if a and b else "not run"
+        return {"claim": claim, "setting": setting, "A": a, "B": b, "verdict": what}
+
     rows, c0 = [], exact_c0()
     for row in c0:
         a, b = ({"swd": row[k]} for k in ("tm", "flow"))
         setting = f"exact oracle, eight Gaussians of width {row['sigma']}, M = {row['M']}: transition against flow matching"
         rows.append({"claim": "C0", "setting": setting, "A": a, "B": b, "verdict": verdict(a, b)})
-    for name, steps in (("tmd", "1"), ("tmd M2", "2"), ("tmd M2 even", "2")):
-        teachers = [json.loads(f.read_text())[steps] for f in sorted(root.glob("teacher-spirals-free-L6-seed*/teacher.json"))]
-        a = numbers(name, "stage1")
-        if a and len(teachers) > 1:
-            b = {k: summary([t[k] for t in teachers]) for k in ("swd", "off_support")}
-            setting = f"after stage 1 ({name}) against the teacher in {steps} Euler step{'s' * (steps != '1')}"
-            rows.append({"claim": "C0", "setting": setting, "A": a, "B": b, "verdict": verdict(a, b)})
+    for name, steps in (("tmd", "one step"), ("tmd M2", "two steps, grid 0.999, 0.909"), ("tmd M2 even", "two steps, grid 0.999, 0.5")):
+        setting = f"after stage 1 (N = 4) against the teacher's mean velocity, {steps}"
+        rows.append(judge("C0", setting, [name], numbers(name, "stage1"), numbers(name, "teacher")))
     for claim, setting, name_a, name_b, phase in CLAIMS:
         phase_a, _, phase_b = phase.partition("/")
-        a, b = numbers(name_a, phase_a), numbers(name_b, phase_b or phase_a)
-        rows.append({"claim": claim, "setting": setting, "A": a, "B": b, "verdict": verdict(a, b) if a and b else "not run"})
+        rows.append(judge(claim, setting, {name_a, name_b}, numbers(name_a, phase_a), numbers(name_b, phase_b or phase_a)))
     models = {}
     for name, records in jobs.items():
         done = [r for r in records if "end" in r]
         if len(done) > 1:
             models[name] = {"effective_nfe": done[0]["effective_nfe"], "updates": done[0]["updates"], **numbers(name, "end"),
+                            "student_updates": done[0]["student_updates"], "seeds": len(done),
                             "seconds": summary([r["seconds"] for r in done]), "diverged": len(records) - len(done)}  # fmt: skip
     drift = {n: [r["per_t"] for r in rs if "per_t" in r] for n, rs in jobs.items() if any("per_t" in r for r in rs)}
     result = {"rule": "2 sqrt(se_A^2 + se_B^2), see toy_claims.py", "rows": rows, "models": models, "x_hat_per_time": drift}
@@ -286,10 +308,14 @@ def markdown(result: dict) -> str:
 
     lines = ["| claim | setting (A against B) | A | B | A beats B |", "|---|---|---|---|---|"]
     lines += [f"| {r['claim']} | {r['setting']} | {both(r['A'])} | {both(r['B'])} | {r['verdict']} |" for r in result["rows"]]
-    lines += ["", "| student | effective NFE | updates | sliced Wasserstein | off support, % | training, s |", "|---|---|---|---|---|---|"]
+    lines += ["", "| student | effective NFE | updates (of the student) | sliced Wasserstein | off support, % | training, s | seeds |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     for name, m in sorted(result["models"].items()):
-        cost, quality = f"{m['effective_nfe']:.2f} | {m['updates']}", f"{show(m['swd'])} | {show(m['off_support'], True)}"
-        lines.append(f"| {name} | {cost} | {quality} | {m['seconds']['mean']:.0f} |")
+        cost, quality = (
+            f"{m['effective_nfe']:.2f} | {m['updates']} ({m['student_updates']})",
+            f"{show(m['swd'])} | {show(m['off_support'], True)}",
+        )
+        lines.append(f"| {name} | {cost} | {quality} | {m['seconds']['mean']:.0f} | {m['seeds']} |")
     lines += ["", "| student, M = 2 | x_hat from t_1 | x_hat from t_2 | mixture (what the fake score sees) |", "|---|---|---|---|"]
     for name, rs in sorted(result["x_hat_per_time"].items()):
         cells = [show(summary([r["each"][i] for r in rs])) for i in (0, 1)] + [show(summary([r["mixture"] for r in rs]))]

@@ -71,7 +71,72 @@ def test_resume_is_exact(which, tmp_path):
     torch.manual_seed(999)  # whatever the resuming process did before
     resumed, phase = train(which, 14, tmp_path / "c.pt")
     assert torch.equal(straight, resumed)
+    train(which, 14)
+    after = torch.get_rng_state()
+    torch.manual_seed(998)
+    train(which, 14, tmp_path / "c.pt")  # the finished checkpoint restores torch's global generator too
+    assert torch.equal(torch.get_rng_state(), after)
     assert phase.step == 14 and phase.log == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("which", ["stage1", "stage2"])
+def test_every_setting_reaches_the_training(which, monkeypatch):
+    """Each option of the config dataclasses changes what is trained: none is parsed and dropped."""
+    teacher = lambda: (tmd.seed_everything(0), tmd.PlanarNet(2, 16, 3, 2))[1]
+
+    def result(student={}, stage={}):  # noqa: B006
+        how = tmd.StudentConfig(**{"M": 2, "N": 2, "H": 1, "outer_shift": 1.0, "inner_shift": 1.0, **student})
+        net = teacher()
+        for p in net.parameters():
+            p.data.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        common = {"c_neg": 2, "seed": 3, "progress": False}
+        pupil = tmd.TMDStudent(net, 1, how.fusion, how.gate_init)
+        if which == "stage1":
+            cfg = tmd.Stage1Config(**{"updates": 3, "batch": 32, "lr": 1e-3, "cond_drop": 0.3, **stage})
+            return flat(tmd.train_stage1(pupil, data, how, cfg, **common)[0])
+        disc = tmd.PlanarDiscriminator(16, 2)
+        cfg = tmd.Stage2Config(**{"iterations": 10, "batch": 32, "lr": 1e-3, **stage})
+        net.requires_grad_(False)
+        ema, phase = tmd.train_stage2(pupil, net, disc, data, how, cfg, taps=(0, 2), **common)
+        return torch.cat([flat(ema), flat(*phase.nets.values())])
+
+    students = [{"target": "x"}, {"field": "printed"}, {"outer_shift": 5.0}, {"inner_shift": 5.0}, {"M": 3}, {"N": 3}]
+    if which == "stage1":
+        stages = [{"lr": 2e-3}, {"guidance": 1.0}, {"cond_drop": 0.0}, {"flow_map_share": 0.0}, {"s_shift": 1.0}, {"derivative": "jvp"}]
+        stages += [{"fd_step": 0.02}, {"adaptive_c": 1e-5}, {"ema": 0.05}]
+    else:
+        students += [{"clean": "printed"}]
+        stages = [{"lr": 2e-3}, {"student_every": 2}, {"dmd_shift": 1.0}, {"guidance": 1.0}, {"gan_weight": 0.3}, {"normalizer": "paper"}]
+        stages += [{"rollout": "last"}, {"rollout": "none"}, {"ema": 0.05}]
+    base = result()
+    for change in students:
+        assert not torch.equal(result(student=change), base), change
+    for change in stages:
+        assert not torch.equal(result(stage=change), base), change
+
+
+def test_kd_brings_the_student_to_the_teacher_s_samples():
+    """KD warm-up regresses x_hat onto the paired sample: on pairs x = 0.5 x_1 + 1 the error falls below a tenth."""
+    tmd.seed_everything(0)
+    student, how = tmd.PlainStudent(tmd.PlanarNet(2, 16, 3)), tmd.StudentConfig(M=1, N=1)
+
+    def pairs(g):
+        x_1 = torch.randn(64, 2, generator=g)
+        return x_1, 0.5 * x_1 + 1, None
+
+    seen = []
+    tmd.train_kd(student, pairs, how, updates=300, lr=3e-3, progress=False, on_step=lambda _, terms: seen.append(terms["kd"].item()))
+    x_1 = torch.randn(500, 2, generator=torch.Generator().manual_seed(5))
+    x = tmd.sample(student, x_1, outer_grid=how.outer_grid, inner_grid=how.inner_grid)
+    assert (x - (0.5 * x_1 + 1)).square().mean() < 0.1 * seen[0]
+
+
+def test_fake_score_starts_as_the_teacher():
+    """Section 6: before its first update the fake score is the teacher, so the first student gradient is guidance and rounding alone."""
+    _, phase = train("stage2", 1, on_step=None)
+    tmd.seed_everything(0)
+    teacher = flat(tmd.PlanarNet(2, 16, 3, 2))
+    assert (flat(phase.nets["fake"]) - teacher).abs().max() <= 1.1e-3  # one AdamW step of rate 1e-3 away
 
 
 def test_a_finished_phase_is_not_run_again(tmp_path):
@@ -117,6 +182,44 @@ def test_checkpoint_of_another_config_is_refused(tmp_path):
     with pytest.raises(tmd.CheckpointError):
         train("teacher", 6, tmp_path / "c.pt")
     assert (tmp_path / "c.pt").read_bytes() == before
+
+
+def test_settings_of_the_call_are_part_of_the_checkpoint(tmp_path):
+    """Without any config handed in, another seed or rate is still another run."""
+    train("teacher", 3, tmp_path / "c.pt")
+    with pytest.raises(tmd.CheckpointError, match="another seed"):
+        train("teacher", 6, tmp_path / "c.pt", seed=4)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"x": 1}, {"phase": "stage1", "config": None, "step": 1}])
+def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
+    """A readable file of another kind is one sentence, too."""
+    torch.save(content, tmp_path / "c.pt")
+    with pytest.raises(tmd.CheckpointError) as error:
+        train("stage1", 6, tmp_path / "c.pt")
+    assert "\n" not in str(error.value)
+
+
+def test_networks_of_another_shape_are_refused(tmp_path):
+    """Same settings, another width: one sentence, not a page of parameter names."""
+    train("stage1", 3, tmp_path / "c.pt")
+    state = tmd.safe_load(str(tmp_path / "c.pt"))
+    state["nets"]["student"]["gate"] = torch.zeros(7)
+    tmd.atomic_save(state, str(tmp_path / "c.pt"))
+    with pytest.raises(tmd.CheckpointError, match="another shape") as error:
+        train("stage1", 3, tmp_path / "c.pt")
+    assert "\n" not in str(error.value)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights():
+    """A finite loss with an infinite gradient stops the run; no weight moves."""
+    net = tmd.PlanarNet(2, 16, 3)
+    phase = tmd.Phase("teacher", {"teacher": net}, "teacher", 1e-3, 0.9, 0, {})
+    before = flat(net)
+    loss = (net(torch.zeros(1, 2), torch.zeros(1)) - net(torch.zeros(1, 2), torch.zeros(1)).detach()).abs().sum().sqrt()
+    with pytest.raises(FloatingPointError, match="gradient norm of 'teacher' is nan at step 0"):
+        phase.update("teacher", {"root": loss})
+    assert torch.equal(flat(net), before)
 
 
 @pytest.mark.parametrize("cut", [0, 10, 500, -1])

@@ -41,7 +41,7 @@ def test_data_lie_on_their_own_support(name, g):
 
 
 def test_support_metric_sees_bridges_that_sliced_wasserstein_hides(g):
-    """10 % of the samples moved between neighbouring modes: off_support rises by 10 %, sliced Wasserstein stays within 4 floors."""
+    """A tenth of the samples spread over the ring of modes: those between modes show in off_support, not in sliced Wasserstein."""
     data = dataset("gaussians")
     x, _ = data.draw(5000, g)
     other, _ = data.draw(5000, g)
@@ -135,6 +135,11 @@ def test_redraw_uses_saved_numbers_alone(tmp_path):
         (["--M", "0"], "M is 0"),
         (["--samples", "0"], "samples is 0"),
         (["--outer-shift", "-1"], "must be positive"),
+        (["--dmd-shift", "0"], "must be positive"),
+        (["--depth", "2", "--H", "1"], "depth is 2"),
+        (["--stage1-updates", "-5"], "stage1_updates is -5"),
+        (["--threads", "0"], "positive"),
+        (["--claims", "--seed", "3"], "leave out seed"),
         (["--outer", "sideways"], "choose one of"),
         (["--out", "/proc/nowhere"], "cannot write"),
         (["--redraw", "--out", "/nonexistent"], "No such file"),
