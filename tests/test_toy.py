@@ -190,6 +190,15 @@ def test_the_rule_of_the_claims_table():
     assert case((low, low), (wide, low)) == "inconclusive"
 
 
+def test_false_verdicts_of_the_rule_are_as_often_as_the_readme_says(g):
+    """Two equal methods, three seeds, two independent distances: about one row of ten holds and one of ten does not."""
+    rows = torch.randn(4000, 2, 2, 3, generator=g).tolist()
+    one = lambda values: dict(zip(("swd", "off_support"), map(toy_claims.summary, values)))
+    verdicts = [toy_claims.verdict(one(a), one(b)) for a, b in rows]
+    for word in ("holds", "does not hold"):
+        assert verdicts.count(word) / len(verdicts) == pytest.approx(0.106, abs=0.02)
+
+
 def test_every_claim_names_jobs_that_exist_and_differ():
     """Each row compares two known jobs (or one job with itself at N = 1), and the claims asked for are all there."""
     for _, _, a, b, phase in toy_claims.CLAIMS:
