@@ -202,7 +202,7 @@ def fit_student(bench: Bench, teacher, name: str, how: tmd.StudentConfig, stage1
 
         def on_step(phase, terms):
             if every and (phase.step % every == 0 or phase.step == 1):
-                points = bench.student_samples(phase.ema, how, n=min(4096, cfg.samples))
+                points = bench.student_samples(phase.ema, how, n=min(2048, cfg.samples))
                 phase.log.append(
                     {"updates": updates + phase.step, **bench.distances(points, None if bench.c is None else bench.c[: len(points)])}
                 )
@@ -450,9 +450,9 @@ def run(cfg: Toy, resume: bool = False, progress: bool = True) -> dict:
 
     how, plain, stage2 = cfg.student_config(), cfg.student_config(H=0, N=1), cfg.stage2_config()
     kd, plain_stage2 = baseline_budget(cfg, stage2)
-    base = fit_student(bench, teacher, "dmd2v", plain, None, plain_stage2, checkpoints, kd_updates=kd, curve=20, **more)
+    base = fit_student(bench, teacher, "dmd2v", plain, None, plain_stage2, checkpoints, kd_updates=kd, curve=12, **more)
     stage1 = cfg.stage1_config() if cfg.stage1_updates else None
-    ours = fit_student(bench, teacher, "tmd", how, stage1, stage2, checkpoints, curve=20, **more)
+    ours = fit_student(bench, teacher, "tmd", how, stage1, stage2, checkpoints, curve=12, **more)
     facts = {"effective_nfe": float(cfg.M), "seconds": base["seconds"], "updates": base["updates"]}
     keep("dmd2v", f"DMD2-v, M={cfg.M}", lambda: bench.student_samples(base["student"], plain), **facts)
     facts = {"effective_nfe": tmd.effective_nfe(cfg.M, cfg.N, cfg.H, cfg.depth)}
