@@ -249,7 +249,7 @@ INK, GREY, BLUE, ORANGE = "#1b2a41", "#b8bfca", "#2c6fbb", "#d9722e"
 def plane(ax, title=""):
     """Equal aspect, fixed limits, no ticks: every panel shows the same window."""
     ax.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal", xticks=[], yticks=[])
-    ax.set_title(title, fontsize=9)
+    ax.set_title(title, fontsize=8.5)
 
 
 def pyplot():
@@ -280,33 +280,34 @@ def draw_samples(points: dict, records: dict, path: Path):
 
 
 def draw_inner_flow(data_points, traces: dict, path: Path):
-    """A row per outer transition: y_s from noise to target for several x_t, shown as x_t - t y_s, and the outer transition."""
+    """A row per student and outer transition: y_s from noise to target for several x_t, shown as x_t - t y_s, and the outer transition."""
     plt = pyplot()
-    M = len(traces["t"])
-    fig, axes = plt.subplots(M, 5, figsize=(13.5, 2.95 * M), squeeze=False, layout="constrained")
-    for row in range(M):
-        t, t_next = traces["t"][row], traces["t"][row + 1] if row + 1 < M else 0.0
-        x_t, y = traces["x_t"][row], traces["y"][row]  # (B, 2), (N+1, B, 2)
-        paths = x_t[None] - t * y
-        per = traces["per"]
-        for k in range(4):
-            ax, these = axes[row, k], slice(k * per, (k + 1) * per)
+    rows = [(name, found, i) for name, found in traces.items() for i in range(len(found["t"]))]
+    fig, axes = plt.subplots(len(rows), 5, figsize=(13.5, 2.95 * len(rows)), squeeze=False, layout="constrained")
+    for panels, (name, found, i) in zip(axes, rows):
+        t, t_next = found["t"][i], found["t"][i + 1] if i + 1 < len(found["t"]) else 0.0
+        x_t, per = found["x_t"][i], int(found["per"])
+        x_next = found["x_t"][i + 1] if i + 1 < len(found["t"]) else found["x"]
+        paths = x_t[None] - t * found["y"][i]  # (N+1, B, 2)
+        for ax in panels:
             ax.scatter(*data_points.T, s=0.6, lw=0, color=GREY, alpha=0.5)
-            ax.plot(paths[:, these, 0], paths[:, these, 1], color=BLUE, lw=0.4, alpha=0.35)
+        for k, ax in enumerate(panels[:4]):
+            these = slice(k * per, (k + 1) * per)
+            ax.plot(paths[:, these, 0], paths[:, these, 1], color=BLUE, lw=0.4, alpha=0.3)
             ax.scatter(*paths[0, these].T, s=4, lw=0, color=INK, alpha=0.5)
-            ax.scatter(*paths[-1, these].T, s=5, lw=0, color=ORANGE)
-            ax.plot(*x_t[k * per], marker="*", ms=11, color="black", mec="white", mew=0.8)
-            plane(ax, f"t = {t:.3g}: one x_t (star), {per} inner noises")
-        ax = axes[row, 4]
-        x_next = traces["x_t"][row + 1] if row + 1 < M else traces["x"]
-        ax.scatter(*data_points.T, s=0.6, lw=0, color=GREY, alpha=0.5)
+            ax.scatter(*paths[-1, these].T, s=7, lw=0, color=ORANGE, zorder=3)
+            ax.plot(*x_t[k * per], marker="*", ms=11, color="black", mec="white", mew=0.8, zorder=4)
+            plane(ax, f"t = {t:.3g}: one x_t, {per} inner noises")
+        panels[0].set_ylabel(name, fontsize=10)
         some = slice(4 * per, 4 * per + 250)
-        ax.plot(np.stack([x_t[some, 0], x_next[some, 0]]), np.stack([x_t[some, 1], x_next[some, 1]]), color=BLUE, lw=0.3, alpha=0.5)
-        ax.scatter(*x_t[some].T, s=4, lw=0, color=INK, alpha=0.5)
-        ax.scatter(*x_next[some].T, s=5, lw=0, color=ORANGE)
-        plane(ax, f"outer transition {t:.3g} to {t_next:.3g}")
-    fig.suptitle("inner flow, drawn as x_t - t y_s: dark = noise, orange = where the head's rollout ends, grey = data", fontsize=9)
-    fig.savefig(path, dpi=120)
+        panels[4].plot(np.stack([x_t[some, 0], x_next[some, 0]]), np.stack([x_t[some, 1], x_next[some, 1]]), color=BLUE, lw=0.3, alpha=0.5)
+        panels[4].scatter(*x_t[some].T, s=4, lw=0, color=INK, alpha=0.5)
+        panels[4].scatter(*x_next[some].T, s=5, lw=0, color=ORANGE)
+        plane(panels[4], f"outer transition {t:.3g} to {t_next:.3g}")
+    fig.suptitle(
+        "inner flow, drawn as x_t - t y_s: star = x_t, dark = inner noise, orange = where the rollout ends, grey = data", fontsize=9
+    )
+    fig.savefig(path, dpi=100)
     plt.close(fig)
 
 
@@ -463,13 +464,15 @@ def run(cfg: Toy, resume: bool = False, progress: bool = True) -> dict:
     keep("tmd", f"TMD, M={cfg.M} N={cfg.N} H={cfg.H}", lambda: bench.student_samples(ours["student"], how), **facts)
 
     curves = {"DMD2-v": base["curve"], "TMD": ours["curve"]}
-    traces = trace_transitions(bench, ours["student"], how)
+    traces = {"stage 1": trace_transitions(bench, ours["stage1"], how)} if ours["stage1"] else {}
+    traces["stage 2"] = trace_transitions(bench, ours["student"], how)
+    flat = {f"trace {name} {key}": value for name, found in traces.items() for key, value in found.items()}
     metrics = {"config": asdict(cfg), "floors": floors, "models": records, "curves": curves, "torch": torch.__version__,
                "threads": torch.get_num_threads(), "total_seconds": round(time.perf_counter() - started, 1)}  # fmt: skip
     write_json(folder / "metrics.json", metrics)
     (folder / "metrics.md").write_text(markdown(metrics))
     with open(folder / "samples.npz.tmp", "wb") as file:
-        np.savez_compressed(file, **{k: v.numpy() for k, v in points.items()}, **{f"trace_{k}": v for k, v in traces.items()})
+        np.savez_compressed(file, **{k: v.numpy() for k, v in points.items()}, **flat)
     os.replace(folder / "samples.npz.tmp", folder / "samples.npz")
     draw(folder)
     print(f"done in {time.perf_counter() - started:.0f} s: {folder}/metrics.json, samples.png, inner_flow.png, curves.png, transition.gif")
@@ -490,11 +493,15 @@ def draw(folder: Path) -> None:
     """All pictures, from metrics.json and samples.npz alone."""
     metrics, saved = json.loads((folder / "metrics.json").read_text()), np.load(folder / "samples.npz")
     points = {name: saved[name] for name in metrics["models"]}
-    traces = {key[6:]: saved[key] for key in saved.files if key.startswith("trace_")}
+    traces = {}
+    for key in saved.files:
+        if key.startswith("trace "):
+            _, name, number, what = key.split()
+            traces.setdefault(f"{name} {number}", {})[what] = saved[key]
     draw_samples(points, metrics["models"], folder / "samples.png")
     draw_inner_flow(points["data"][:2500], traces, folder / "inner_flow.png")
     draw_curves(metrics["curves"], metrics["floors"], metrics["models"]["teacher_50"], folder / "curves.png")
-    draw_gif(points["data"][:2500], traces, folder / "transition.gif")
+    draw_gif(points["data"][:2500], traces["stage 2"], folder / "transition.gif")
 
 
 def parser() -> argparse.ArgumentParser:
