@@ -133,8 +133,10 @@ def run(out: str, quick: bool = False) -> list[dict]:
     """Measure on one and on two threads, each in a process of its own; print the table and write bench.json into `out`."""
     rows = []
     for threads in (1, 2):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rows += pool.apply(measure, (threads, 5 if quick else 100))
+        pool = multiprocessing.get_context("spawn").Pool(1)
+        rows += pool.apply(measure, (threads, 5 if quick else 100))
+        pool.close()  # and join, so that the child ends by itself and leaves nothing behind
+        pool.join()
     print(markdown(rows))
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / "bench.json", rows)
