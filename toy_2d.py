@@ -49,8 +49,8 @@ class Toy:
     conditional: bool = option(False, "tell the networks the class (arm, moon, mode, half) of each point")
     guidance: float = option(1.0, "teacher's guidance in both stages, with --conditional; 1 is none")
     teacher_updates: int = option(2500, "updates of the teacher")
-    stage1_updates: int = option(1000, "updates of stage 1 (TM-MF)")
-    iterations: int = option(2000, "iterations of stage 2, every 5th of the student")
+    stage1_updates: int = option(800, "updates of stage 1 (TM-MF)")
+    iterations: int = option(1600, "iterations of stage 2, every 5th of the student")
     # choice: learning rates for a network of 0.1 M parameters; the paper's are for 1.3 B
     teacher_lr: float = option(2e-3, "learning rate of the teacher")
     stage1_lr: float = option(1e-3, "learning rate of stage 1; paper: 3e-5")
