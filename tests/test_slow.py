@@ -17,6 +17,6 @@ def test_default_run_draws_shapes_not_blobs(data, tmp_path):
     assert models["teacher_50"]["off_support"] < 0.1 and models["teacher_50"]["swd"] < 0.06
     few = models[f"teacher_{cfg.M}"]
     for student in ("dmd2v", "tmd"):
-        assert models[student]["off_support"] < 0.2 and models[student]["swd"] < 0.15
+        assert models[student]["off_support"] < 0.2 and models[student]["swd"] < 0.25
         assert models[student]["swd"] < few["swd"] and models[student]["off_support"] < few["off_support"]
     assert metrics["total_seconds"] < 300
