@@ -1,8 +1,9 @@
-"""What the stages cost in the plane: python toy_2d.py --bench (make bench).
+"""What a run costs: python toy_2d.py --bench, python toy_video.py --bench (or make bench, both).
 
-For every stage: milliseconds per update (median), and the floor: the update's matrix products alone, recorded from one real update and
-replayed on ready-made tensors. The gap between the two is what everything else costs (elementwise work, launch overhead, AdamW). On one
-and on two threads, each in a process of its own, one after the other; peak memory of the process beside it.
+For every stage: milliseconds per update (median), and the floor: the update's matrix products alone (attention counted as its two),
+recorded from one real update and replayed on ready-made tensors. The gap between the two is what everything else costs (elementwise work,
+launch overhead, AdamW). On one and on two CPU threads, each in a process of its own, one after the other; peak memory of the process
+beside it. The student update with N = 1 stands beside the one with N steps: claim C12, rollout costs (N-1) H / L of a forward and backward.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import tmd_minimal as tmd
-from toy_2d import Bench, Toy, write_json
+from ladder import Ladder, write_json
 
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 
 
 class Recorder(TorchDispatchMode):
-    """Records the shapes of every matrix product, forward and backward."""
+    """Records the shapes and types of every matrix product, forward and backward."""
 
     def __init__(self):
         super().__init__()
@@ -34,28 +35,43 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in PRODUCTS:
             a, b = args[-2:]
-            self.products.append((tuple(a.shape), tuple(b.shape)))
+            self.products.append((tuple(a.shape), tuple(b.shape), a.dtype))
+        elif "scaled_dot_product" in func.__name__:
+            backward = "backward" in func.__name__
+            q, k = args[1:3] if backward else args[:2]
+            n, m, d = q.shape[-2], k.shape[-2], q.shape[-1]
+            lead = (q.shape[0] * q.shape[1],)
+            pair = [((*lead, n, d), (*lead, d, m), q.dtype), ((*lead, n, m), (*lead, m, d), q.dtype)]
+            self.products += pair * (2 if backward else 1)
         return func(*args, **(kwargs or {}))
 
 
-def median_ms(f, repeats: int) -> float:
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def median_ms(f, repeats: int, device: str = "cpu") -> float:
     """Median wall-clock milliseconds of f(), after a warm-up."""
     for _ in range(3):
         f()
     times = []
     for _ in range(repeats):
+        wait(device)
         start = time.perf_counter()
         f()
+        wait(device)
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times)
 
 
-def stages(cfg: Toy) -> dict:
-    """One callable per stage that makes one update, on untrained networks of the run's size: the cost does not depend on the weights."""
-    bench, g = Bench(cfg), torch.Generator().manual_seed(0)
-    teacher = tmd.PlanarNet(2, cfg.width, cfg.depth)
-    how, plain = cfg.student_config(), cfg.student_config(H=0, N=1)
-    taps = (cfg.depth // 2 - 1, cfg.depth - 2)
+def stages(bench: Ladder, sampled: list[tuple[int, int]], n: int) -> dict:
+    """One callable per stage that makes one update, on untrained networks of the run's size: the cost does not depend on the weights.
+
+    `sampled` lists the (M, N) at which n samples are drawn.
+    """
+    cfg = bench.cfg
+    teacher, how, plain = bench.network(), cfg.student_config(), cfg.student_config(H=0, N=1)
     updates = {}
 
     def one_step(train, *args, step=0, **kw):
@@ -73,49 +89,70 @@ def stages(cfg: Toy) -> dict:
 
         def update():
             caught["phase"].step = step
-            caught["iterate"](caught["phase"])
+            with bench.precision():
+                caught["iterate"](caught["phase"])
 
         return update
 
     def kd_pairs(generator):
-        x, _ = bench.data(cfg.batch, generator)
-        return tmd.randn_like(x, generator), x, None
+        x, c = bench.data(cfg.batch, generator)
+        return tmd.randn_like(x, generator), x, c
 
-    settings = {"updates": 1, "batch": cfg.batch, "lr": 1e-4}
-    updates["teacher"] = one_step(tmd.train_teacher, copy.deepcopy(teacher), bench.data, **settings)
-    updates["stage 1 (TM-MF)"] = one_step(tmd.train_stage1, tmd.TMDStudent(teacher, cfg.H), bench.data, how, cfg.stage1_config())
-    updates["KD warm-up (DMD2-v)"] = one_step(tmd.train_kd, tmd.PlainStudent(teacher), kd_pairs, plain, updates=1, lr=1e-4)
+    def made(student):
+        return student.to(bench.device).requires_grad_(True)
+
+    settings, neg = {"updates": 1, "batch": cfg.batch, "lr": 1e-4}, {"c_neg": bench.c_neg}
+    updates["teacher"] = one_step(tmd.train_teacher, copy.deepcopy(teacher), bench.data, **settings, **neg)
+    tmd_student, dmd_student = (lambda: made(tmd.TMDStudent(teacher, cfg.H))), (lambda: made(tmd.PlainStudent(teacher)))
+    updates["stage 1 (TM-MF)"] = one_step(tmd.train_stage1, tmd_student(), bench.data, how, cfg.stage1_config(), **neg)
+    updates["KD warm-up (DMD2-v)"] = one_step(tmd.train_kd, dmd_student(), kd_pairs, plain, updates=1, lr=1e-4)
     frozen = teacher.requires_grad_(False)
-    for name, student, h in (("TMD", tmd.TMDStudent(teacher, cfg.H), how), ("DMD2-v", tmd.PlainStudent(teacher), plain)):
-        student.requires_grad_(True)
-        for kind, step in (("student update", cfg.stage2_config().student_every - 1), ("critic update", 0)):
-            disc, net = tmd.PlanarDiscriminator(cfg.width, len(taps)), copy.deepcopy(student)
-            f = one_step(tmd.train_stage2, net, frozen, disc, bench.data, h, cfg.stage2_config(), taps=taps, step=step)
-            updates[f"stage 2, {name}, {kind}"] = f
-        x_1 = torch.randn(cfg.samples, 2, generator=g)
-        updates[f"sampling {cfg.samples} points, {name} M={h.M} N={h.N}"] = lambda s=student, h=h, x=x_1: tmd.sample(
-            s, x, outer_grid=h.outer_grid, inner_grid=h.inner_grid, generator=g
-        )
+    one, two = cfg.student_config(N=1), cfg.stage2_config()
+    rows = [(f"TMD N={how.N}", tmd_student, how, "student"), ("TMD N=1", tmd_student, one, "student"),
+            (f"TMD N={how.N}", tmd_student, how, "critic"), ("DMD2-v", dmd_student, plain, "student"),
+            ("DMD2-v", dmd_student, plain, "critic")]  # fmt: skip
+    for name, make, h, kind in rows:
+        step = two.student_every - 1 if kind == "student" else 0
+        more = {"taps": bench.taps, "step": step, **neg}
+        f = one_step(tmd.train_stage2, make(), frozen, bench.discriminator(), bench.data, h, two, **more)
+        updates[f"stage 2, {name}, {kind} update"] = f
+    for name, M, N in [("DMD2-v", 1, 1)] + [("TMD", M, N) for M, N in sampled]:
+        h, student = cfg.student_config(M=M, N=N), dmd_student() if name == "DMD2-v" else tmd_student()
+        updates[f"sampling {n}, {name} M={M} N={N}"] = lambda s=student, h=h: bench.student_samples(s, h, n)
+    updates[f"sampling {n}, teacher, one step"] = lambda: bench.teacher_samples(frozen, 1, n)
     return updates
 
 
-def measure(threads: int, repeats: int) -> list[dict]:
+def measure(ladder: type[Ladder], cfg, sampled, n: int, threads: int, repeats: int) -> list[dict]:
     """One row per stage: milliseconds, matmul floor, matmul GFLOP."""
     torch.set_num_threads(threads)
-    updates, recorders, times = stages(Toy()), {}, {}
+    bench = ladder(cfg)
+    device = bench.device
+    updates, recorders, times = stages(bench, sampled, n), {}, {}
     repeat = lambda name: max(3, repeats // 10) if "sampling" in name else repeats
     for name, update in tqdm(updates.items(), desc=f"{threads} thread{'s' * (threads > 1)}", disable=None):
         with Recorder() as recorders[name]:
             update()
-        times[name] = median_ms(update, repeat(name))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # before the replay, which needs tensors of its own
+        times[name] = median_ms(update, repeat(name), device)
+    # before the replay, which needs tensors of its own
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     rows = []
     for name, recorder in recorders.items():
-        pairs = [(torch.randn(a), torch.randn(b)) for a, b in recorder.products]
+        pairs = [(torch.randn(a, device=device, dtype=t), torch.randn(b, device=device, dtype=t)) for a, b, t in recorder.products]
         flop = sum(2 * a.numel() * b.shape[-1] for a, b in pairs)
-        floor = median_ms(lambda pairs=pairs: [torch.matmul(a, b) for a, b in pairs], repeat(name))
+        floor = median_ms(lambda pairs=pairs: [torch.matmul(a, b) for a, b in pairs], max(3, repeats // 10), device)
         rows.append({"stage": name, "ms": times[name], "floor_ms": floor, "gflop": flop / 1e9})
-    return [{**row, "threads": threads, "peak_mb": peak, "torch": torch.__version__} for row in rows]
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    return [{**row, "threads": threads, "peak_mb": peak, "torch": torch.__version__, "device": name} for row in rows]
+
+
+def rollout_cost(rows: list[dict], N: int, H: int, L: int) -> str:
+    """C12 in one sentence: what rollout adds to the student update, beside (N-1) H / L of the student's own forward and backward."""
+    ms = {r["stage"]: r["ms"] for r in rows if r["threads"] == 1}
+    added = ms[f"stage 2, TMD N={N}, student update"] - ms["stage 2, TMD N=1, student update"]
+    share, base = (N - 1) * H / L, ms["stage 2, TMD N=1, student update"]
+    expected = f"(N-1) H / L = {share:.2f} of a teacher update (the whole network, forward and backward) is {share * ms['teacher']:.1f} ms"
+    return f"Rollout with N = {N} adds {added:.1f} ms to a student update of {base:.1f} ms; {expected}."
 
 
 def markdown(rows: list[dict]) -> str:
@@ -129,15 +166,16 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(out: str, quick: bool = False) -> list[dict]:
+def run(ladder: type[Ladder], cfg, out: str, sampled: list[tuple[int, int]], n: int, repeats: int) -> list[dict]:
     """Measure on one and on two threads, each in a process of its own; print the table and write bench.json into `out`."""
     rows = []
     for threads in (1, 2):
         pool = multiprocessing.get_context("spawn").Pool(1)
-        rows += pool.apply(measure, (threads, 5 if quick else 100))
+        rows += pool.apply(measure, (ladder, cfg, sampled, n, threads, repeats))
         pool.close()  # and join, so that the child ends by itself and leaves nothing behind
         pool.join()
     print(markdown(rows))
+    print(rollout_cost(rows, cfg.N, cfg.H, cfg.depth))
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / "bench.json", rows)
     return rows

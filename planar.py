@@ -1,4 +1,4 @@
-"""Two-dimensional data with known supports, and the two distances that judge samples of them.
+"""Points in the plane: data with known supports, the two distances that judge samples of them, and the network for points.
 
 Every set has classes (arm, moon, mode, half), zero mean and about unit scale. A set is a skeleton (curve, centres, squares) with
 Gaussian or uniform width around it, so how far a point lies off the support is known exactly.
@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+
+import tmd_minimal as tmd
 
 
 def _spiral(u):  # u (n,) in [0, 1] -> one arm (n, 2), thinner towards the centre
@@ -102,3 +105,51 @@ def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor, directions: int = 256) 
     w = torch.randn(a.shape[1], directions, generator=g)
     w = (w / w.norm(dim=0)).to(a.dtype)
     return ((a @ w).sort(0).values - (b @ w).sort(0).values).abs().mean().item()
+
+
+class PlanarNet(tmd.Network):
+    """L residual AdaLN blocks for points (B, dim); optional class condition c (B,) int, `classes` being the empty one."""
+
+    def __init__(self, dim: int = 2, width: int = 64, depth: int = 6, classes: int = 0):
+        super().__init__()
+        self.dim, self.classes = dim, classes
+        self.time = tmd.TimeEmbedding(width, max_freq=20.0)  # choice: Wan's 1000 makes a difference of step 0.005 alias
+        self.patch = nn.Linear(7 * dim, width)
+        self.classes_table = nn.Embedding(classes + 1, width) if classes else None
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 5 * width))  # shared by all blocks, as in Wan
+        self.blocks = nn.ModuleList(tmd.AdaMLP(width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.proj = nn.Linear(width, dim)
+
+    def embed(self, x):
+        if x.ndim != 2 or x.shape[1] != self.dim:
+            raise ValueError(f"points of shape {tuple(x.shape)} do not fit a network for (B, {self.dim}).")
+        waves = [f(k * x) for k in (1, 2, 4) for f in (torch.sin, torch.cos)]  # a plain linear layer blurs a curve's edge
+        return self.patch(torch.cat([x, *waves], -1))
+
+    def context(self, c, x):
+        if self.classes_table is None:
+            if c is not None:
+                raise ValueError("this network knows no classes; pass c=None or build it with classes > 0.")
+            return 0.0
+        return self.classes_table(torch.full((len(x),), self.classes, device=x.device) if c is None else c)
+
+    def modulate(self, temb, ctx):
+        return self.modulation(temb + ctx).unflatten(-1, (5, -1)).split((3, 2), 1)  # (B, 3, W), (B, 2, W)
+
+    def output(self, h, e):
+        scale, shift_ = e[1].unbind(1)
+        return self.proj(self.norm(h) * (1 + scale) + shift_)
+
+
+class PlanarDiscriminator(nn.Module):
+    """One small MLP head a tapped teacher block: list of (B, W) -> logits (B, heads)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)) for _ in range(heads)
+        )
+
+    def forward(self, features):
+        return torch.cat([head(f) for head, f in zip(self.heads, features, strict=True)], -1)

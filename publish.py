@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import bench
+import claims
 import toy_2d
 import toy_claims
 
@@ -23,7 +24,7 @@ def tables() -> dict[str, str]:
     load = lambda name: json.loads((RESULTS / name).read_text())
     return {
         "metrics": toy_2d.markdown(load("metrics.json")),
-        "claims": toy_claims.markdown(load("claims.json")).split("\n\n")[0] + "\n",
+        "claims": claims.claims_table(toy_claims.RUNG, load("claims.json")),
         "bench": bench.markdown(load("bench.json")),
     }
 

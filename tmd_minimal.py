@@ -37,10 +37,12 @@ import time
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 T_MIN, T_MAX = 0.001, 0.999  # every sampled time lies in here; t_M = s_N = T_MAX
@@ -130,13 +132,6 @@ def shift(t, gamma: float):
     return gamma * t / ((gamma - 1) * t + 1)
 
 
-def check_grid(grid: torch.Tensor) -> torch.Tensor:
-    """Return `grid` if it is one: (K+1,), strictly increasing, first time 0, last at most 1; else ValueError."""
-    if grid.ndim != 1 or len(grid) < 2 or grid[0] != 0 or grid[-1] > 1 or not bool((grid.diff() > 0).all()):
-        raise ValueError(f"a time grid must increase from 0 to at most 1; this one of {grid.numel()} times does not.")
-    return grid
-
-
 def make_grid(steps: int, gamma: float, name: str = "steps") -> torch.Tensor:
     """Times shift(i / steps, gamma) with the last at 0.999: (steps+1,), increasing; the outer (M) or inner (N) grid."""
     if steps < 1:
@@ -145,12 +140,14 @@ def make_grid(steps: int, gamma: float, name: str = "steps") -> torch.Tensor:
     if grid[-2] >= T_MAX:
         raise ValueError(f"{name} = {steps} with shift {gamma:g} puts two times above {T_MAX}; take fewer steps or a smaller shift.")
     grid[-1] = T_MAX
-    return check_grid(grid.float())  # choice: float32 times; pass float64 ones where the embedding needs them
+    return grid.float()  # choice: float32 times; pass float64 ones where the embedding needs them
 
 
-def down(grid: torch.Tensor):
-    """Pairs (from, to) of neighbouring times, from noise to data."""
-    return zip(grid.flip(0)[:-1], grid.flip(0)[1:])
+def down(grid: torch.Tensor, device=None):
+    """Pairs (from, to) of neighbouring times of a grid (K+1,), from noise to data; ValueError unless it increases from 0 to at most 1."""
+    if grid.ndim != 1 or len(grid) < 2 or grid[0] != 0 or grid[-1] > 1 or not bool((grid.diff() > 0).all()):
+        raise ValueError(f"a time grid must increase from 0 to at most 1; this one of {grid.numel()} times does not.")
+    return pairwise(grid.flip(0).to(device))
 
 
 def bcast(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -188,13 +185,7 @@ def sample_times(x: torch.Tensor, gamma: float, generator: torch.Generator | Non
 
 def sample_outer(x: torch.Tensor, outer_grid: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     """t_i uniform over {t_1, ..., t_M}: (B,)."""
-    i = torch.randint(1, len(outer_grid), (len(x),), generator=generator, device=x.device)
-    return outer_grid.to(x.device)[i]
-
-
-def draw_dropped(x: torch.Tensor, cond_drop: float, generator: torch.Generator | None) -> torch.Tensor:
-    """Which samples lose their condition: (B,) bool."""
-    return torch.rand(len(x), generator=generator, device=x.device) < cond_drop
+    return outer_grid.to(x.device)[torch.randint(1, len(outer_grid), (len(x),), generator=generator, device=x.device)]
 
 
 def sample_s_r(x, inner_grid, s_shift: float, flow_map_share: float, generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,7 +203,6 @@ def effective_nfe(M: int, N: int, H: int, L: int) -> float:
 
 
 # ---- Networks: Wan's layout, small -----------------------------------------------------------------------------------
-# A network is embed -> blocks -> output, with an opaque modulation e from time and condition.
 
 
 class TimeEmbedding(nn.Module):
@@ -238,82 +228,134 @@ class AdaMLP(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, expand * width), nn.GELU("tanh"), nn.Linear(expand * width, width))
 
     def forward(self, h, e):  # h (B, ..., W), e[0] (B, 3, W)
-        shift_, scale, gate = (e[0] + self.table).reshape(len(h), 3, *[1] * (h.ndim - 2), h.shape[-1]).unbind(1)
+        shift_, scale, gate = (e[0][:, -3:] + self.table).reshape(len(h), 3, *[1] * (h.ndim - 2), h.shape[-1]).unbind(1)
         return h + gate * self.mlp(self.norm(h) * (1 + scale) + shift_)
 
 
 class Network(nn.Module):
-    """What the rungs' networks share: forward and taps, written with embed, context, modulate, blocks and output.
+    """What the rungs' networks share. A rung's network has `time`, `patch`, `blocks` and writes
 
-    embed(x) -> h; context(c, x) -> ctx, once a sample; modulate(time embedding, ctx) -> e; blocks[i](h, e) -> h;
-    output(h, e) -> velocity. `time` embeds t (B,).
+    embed(x) -> h; context(c, x) -> ctx, once a sample; modulate(time embedding, ctx) -> e; output(h, e) -> velocity.
+    Hidden states h are (B, ..., width), blocks are called as block(h, e).
     """
+
+    def run(self, h, e, start: int = 0, stop: int | None = None):
+        """Blocks start to stop."""
+        for block in self.blocks[start:stop]:
+            h = block(h, e)
+        return h
 
     def forward(self, x_t, t, c=None):
         """Velocity E[x_1 - x | x_t], Eq. (2). x_t (B, *D), t (B,), c or None -> (B, *D)."""
-        h, e = self.embed(x_t), self.modulate(self.time(t), self.context(c, x_t))
-        for block in self.blocks:
-            h = block(h, e)
-        return self.output(h, e)
+        e = self.modulate(self.time(t), self.context(c, x_t))
+        return self.output(self.run(self.embed(x_t), e), e)
 
     def taps(self, x_t, t, c, blocks) -> list[torch.Tensor]:
         """Hidden states after the given blocks (0-based, increasing), stopping at the last of them."""
         if not blocks or min(blocks) < 0 or max(blocks) >= len(self.blocks):
             raise ValueError(f"feature blocks {list(blocks)} are not in this network; it has blocks 0 to {len(self.blocks) - 1}.")
-        h, e, found = self.embed(x_t), self.modulate(self.time(t), self.context(c, x_t)), []
-        for i, block in enumerate(self.blocks[: max(blocks) + 1]):
-            h = block(h, e)
-            if i in blocks:
-                found.append(h)
-        return found
+        e, found = self.modulate(self.time(t), self.context(c, x_t)), [self.embed(x_t)]
+        for before, i in zip((-1, *blocks), blocks):
+            found.append(self.run(found[-1], e, before + 1, i + 1))
+        return found[1:]
 
 
-class PlanarNet(Network):
-    """L residual AdaLN blocks for points (B, dim); optional class condition c (B,) int, `classes` being the empty one."""
-
-    def __init__(self, dim: int = 2, width: int = 64, depth: int = 6, classes: int = 0):
-        super().__init__()
-        self.dim, self.classes = dim, classes
-        self.time = TimeEmbedding(width, max_freq=20.0)  # choice: Wan's 1000 makes a difference of step 0.005 alias
-        self.patch = nn.Linear(7 * dim, width)
-        self.classes_table = nn.Embedding(classes + 1, width) if classes else None
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 5 * width))  # shared by all blocks, as in Wan
-        self.blocks = nn.ModuleList(AdaMLP(width) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.proj = nn.Linear(width, dim)
-
-    def embed(self, x):
-        if x.ndim != 2 or x.shape[1] != self.dim:
-            raise ValueError(f"points of shape {tuple(x.shape)} do not fit a network for (B, {self.dim}).")
-        waves = [f(k * x) for k in (1, 2, 4) for f in (torch.sin, torch.cos)]  # a plain linear layer blurs a curve's edge
-        return self.patch(torch.cat([x, *waves], -1))
-
-    def context(self, c, x):
-        if self.classes_table is None:
-            if c is not None:
-                raise ValueError("this network knows no classes; pass c=None or build it with classes > 0.")
-            return 0.0
-        return self.classes_table(torch.full((len(x),), self.classes, device=x.device) if c is None else c)
-
-    def modulate(self, temb, ctx):
-        return self.modulation(temb + ctx).unflatten(-1, (5, -1)).split((3, 2), 1)  # (B, 3, W), (B, 2, W)
-
-    def output(self, h, e):
-        scale, shift_ = e[1].unbind(1)
-        return self.proj(self.norm(h) * (1 + scale) + shift_)
-
-
-class PlanarDiscriminator(nn.Module):
-    """One small MLP head a tapped teacher block: list of (B, W) -> logits (B, heads)."""
+class Attention(nn.Module):
+    """Multi-head attention of x (B, n, W) to ctx (B, k, W), queries and keys RMS-normed; `rope` = (cos, sin), each (n, d/2), turns both."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.heads = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)) for _ in range(heads)
-        )
+        self.heads = heads
+        self.q, self.kv, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.norm_q, self.norm_k = nn.RMSNorm(width), nn.RMSNorm(width)
+
+    def forward(self, x, ctx, rope=None):
+        k, v = self.kv(ctx).chunk(2, -1)
+        q, k, v = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (self.norm_q(self.q(x)), self.norm_k(k), v))
+        if rope is not None:  # pairs of channels (a, b) turn by the position's angle
+            cos, sin = (a.to(q.dtype) for a in rope)
+            turn = lambda z: torch.cat([z[0] * cos - z[1] * sin, z[0] * sin + z[1] * cos], -1)
+            q, k = turn(q.chunk(2, -1)), turn(k.chunk(2, -1))
+        return self.out(F.scaled_dot_product_attention(q, k, v.to(q.dtype)).transpose(1, 2).flatten(2))
+
+
+class DiTBlock(AdaMLP):
+    """Wan's block on h (B, T', H', W', W): gated self-attention under adaptive norm, cross-attention to the prompt, AdaMLP."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, expand=4)
+        self.attn_table = nn.Parameter(torch.randn(3, width) / width**0.5)
+        self.attn, self.cross, self.cross_norm = Attention(width, heads), Attention(width, heads), nn.LayerNorm(width)
+
+    def forward(self, h, e):
+        text, rope = e[-1]
+        shift_, scale, gate = (e[0][:, :3] + self.attn_table)[:, :, None].unbind(1)  # (B, 1, W) each
+        tokens = h.flatten(1, -2)  # (B, n, W)
+        z = self.norm(tokens) * (1 + scale) + shift_
+        tokens = tokens + gate * self.attn(z, z, rope)
+        tokens = tokens + self.cross(self.cross_norm(tokens), text)
+        return super().forward(tokens.view_as(h), e)
+
+
+class VideoDiT(Network):
+    """Wan in small, for clips (B, C, T, H, W) with prompts c (B, K) of word numbers, `words` being the empty word."""
+
+    def __init__(self, channels: int = 1, width: int = 64, depth: int = 6, heads: int = 4, patch=(2, 4, 4), words: int = 1):
+        super().__init__()
+        self.patch_size, self.heads, self.words = tuple(patch), heads, words
+        self.time = TimeEmbedding(width, max_freq=20.0)
+        self.patch = nn.Conv3d(channels, width, self.patch_size, self.patch_size)
+        self.text = nn.Sequential(nn.Embedding(words + 1, width), nn.Linear(width, width), nn.GELU("tanh"), nn.Linear(width, width))
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 8 * width))
+        self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.proj = nn.Linear(width, channels * math.prod(self.patch_size))
+
+    def embed(self, x):
+        if x.ndim != 5 or any(n % p for n, p in zip(x.shape[2:], self.patch_size)):
+            raise ValueError(f"clips of shape {tuple(x.shape)} do not split into patches of {self.patch_size}; sizes must be multiples.")
+        return self.patch(x).movedim(1, -1)  # (B, T', H', W', width)
+
+    def context(self, c, x):
+        c = torch.full((len(x), 1), self.words, device=x.device) if c is None else c
+        return at_least_fp32(self.text(c)), self.rope([n // p for n, p in zip(x.shape[2:], self.patch_size)], x.device)
+
+    def rope(self, grid, device):
+        """Angles of the 3-D rotary positions as (cos, sin), each (n, d/2): the pairs of a head are dealt to height, width, and time."""
+        half = self.patch.weight.shape[0] // self.heads // 2
+        share = (half - 2 * (half // 3), half // 3, half // 3)
+        freqs = [10000.0 ** -(torch.arange(k, device=device) / max(k, 1)) for k in share]
+        places = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
+        angles = torch.cat([place.flatten()[:, None] * f for place, f in zip(places, freqs)], -1)
+        return angles.cos(), angles.sin()
+
+    def modulate(self, temb, ctx):
+        return *self.modulation(temb).unflatten(-1, (8, -1)).split((6, 2), 1), ctx  # (B, 6, W), (B, 2, W), ctx
+
+    def output(self, h, e):
+        scale, shift_ = e[1][:, :, None, None, None].unbind(1)
+        patches = self.proj(self.norm(h) * (1 + scale) + shift_).unflatten(-1, (-1, *self.patch_size))  # (B, T', H', W', C, p, q, r)
+        return at_least_fp32(patches.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3))
+
+
+class VideoDiscriminator(nn.Module):
+    """A head a tapped teacher block (Table 3): list of features (B, T', H', W', width) -> logits (B, any number); gan_loss averages."""
+
+    def __init__(self, width: int, heads: int, kind: str = "conv3d"):
+        super().__init__()
+        # two 3x3x3 convolutions; or one in space, one in time; or every token looks at all others
+        kernels = {"conv3d": [(3, 3, 3), (3, 3, 3)], "conv1d2d": [(1, 3, 3), (3, 1, 1)], "attention": []}
+        choose("discriminator", kind, kernels)
+        conv = lambda k: (nn.Conv3d(width, width, k, padding=[n // 2 for n in k]), nn.GroupNorm(1, width), nn.SiLU())
+        layers = lambda: [layer for k in kernels[kind] for layer in conv(k)]
+        self.heads = nn.ModuleList(nn.Sequential(nn.GroupNorm(1, width), *layers(), nn.Conv3d(width, 1, 1)) for _ in range(heads))
+        self.attn = nn.ModuleList(Attention(width, 4) for _ in range(heads if kind == "attention" else 0))
 
     def forward(self, features):
-        return torch.cat([head(f) for head, f in zip(self.heads, features, strict=True)], -1)
+        for i, attn in enumerate(self.attn):
+            tokens = F.layer_norm(features[i], features[i].shape[-1:]).flatten(1, -2)
+            features = [*features[:i], features[i] + attn(tokens, tokens).view_as(features[i]), *features[i + 1 :]]
+        return torch.cat([head(h.movedim(-1, 1)).flatten(1) for head, h in zip(self.heads, features, strict=True)], -1)
 
 
 class TMDStudent(nn.Module):
@@ -330,8 +372,8 @@ class TMDStudent(nn.Module):
         choose("fusion", fusion, ("gated", "concat"))
         self.net, self.H, self.fusion = copy.deepcopy(net), H, fusion
         self.span = copy.deepcopy(net.time)  # embeds s - r
-        nn.init.zeros_(self.span.mlp[-1].weight)  # only the LAST layer: zeroing all of them would kill the gradient for good
-        nn.init.zeros_(self.span.mlp[-1].bias)
+        for p in self.span.mlp[-1].parameters():  # only the LAST layer: zeroing all of them would kill the gradient for good
+            nn.init.zeros_(p)
         if fusion == "gated":
             self.fuse = AdaMLP(width)
             self.gate = nn.Parameter(torch.full((width,), gate_init))  # choice: one gate a channel
@@ -343,10 +385,7 @@ class TMDStudent(nn.Module):
     def features(self, x_t, t, c=None):
         """Main feature m = m_theta(x_t, t, c), evaluated once per outer transition."""
         ctx = self.net.context(c, x_t)
-        h, e = self.net.embed(x_t), self.net.modulate(self.net.time(t), ctx)
-        for block in self.net.blocks[: -self.H]:
-            h = block(h, e)
-        return h, ctx
+        return self.net.run(self.net.embed(x_t), self.net.modulate(self.net.time(t), ctx), stop=-self.H), ctx
 
     def head(self, y_s, s, r, m):
         """Prediction of y from y_s at time s for the step to r <= s, given m. y_s (B, *D), s, r (B,) -> (B, *D)."""
@@ -359,9 +398,7 @@ class TMDStudent(nn.Module):
         else:
             h = self.fuse(torch.cat([h.to(z.dtype), z], -1))
         e = self.net.modulate(temb + self.span(s - r), ctx)
-        for block in self.net.blocks[-self.H :]:
-            h = block(h, e)
-        return self.net.output(h, e)
+        return self.net.output(self.net.run(h, e, start=-self.H), e)
 
 
 class PlainStudent(nn.Module):
@@ -416,7 +453,7 @@ def inner_flow(predict, y_1, inner_grid, field: str = "consistent", grad: str = 
     step but the last. `trace` collects y_s of every step.
     """
     y_s = y_1
-    for s, r in down(check_grid(inner_grid).to(y_1.device)):
+    for s, r in down(inner_grid, y_1.device):
         with torch.set_grad_enabled(torch.is_grad_enabled() and (grad == "full" or bool(r == 0))):
             if trace is not None:
                 trace.append(y_s)
@@ -459,7 +496,7 @@ def sample(student, x_1, c=None, *, outer_grid, inner_grid, target="x1-x", field
     `trace` collects one dict a transition: t, x_t, x_hat and the list of y_s.
     """
     x = x_1
-    for t, t_next in down(check_grid(outer_grid).to(x.device)):
+    for t, t_next in down(outer_grid, x.device):
         t, t_next = t.expand(len(x)), t_next.expand(len(x))
         predict = transition(student, x, t, c, target)  # backbone, once
         inner = [] if trace is not None else None
@@ -484,7 +521,7 @@ def sample_teacher(teacher, x_1, c=None, c_neg=None, *, grid, guidance: float = 
     """Integrate dx/dt = v from t_K to 0 by Euler or Heun (two evaluations a step but the last): x_1 (B, *D) -> (B, *D)."""
     choose("method", method, ("euler", "heun"))
     x = x_1
-    for t, t_next in down(check_grid(grid).to(x.device)):
+    for t, t_next in down(grid, x.device):
         t, t_next = t.expand(len(x)), t_next.expand(len(x))
         v = guided(teacher, x, t, c, c_neg, guidance)
         dt = bcast(t_next - t, x)
@@ -524,7 +561,8 @@ def total_derivative(f, y_s, s, v, method: str = "fd", step: float = 0.005):
     y_s, v = at_least_fp32(y_s), at_least_fp32(v)  # 0.005 is below what bf16 resolves: the difference would be rounding
     with torch.no_grad(), torch.autocast(y_s.device.type, enabled=False):
         if method == "jvp":
-            return torch.func.jvp(f, (y_s, s), (v, torch.ones_like(s)))[1]
+            with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward mode
+                return torch.func.jvp(f, (y_s, s), (v, torch.ones_like(s)))[1]
         up, low = (s + step).clamp(max=T_MAX), (s - step).clamp(min=T_MIN)
         high = f(y_s + bcast(up - s, y_s) * v, up)
         return (high - f(y_s + bcast(low - s, y_s) * v, low)) / bcast(up - low, y_s)
@@ -540,7 +578,7 @@ def stage1_draw(x, outer_grid, inner_grid, s_shift=3.0, flow_map_share=0.25, con
     """All random numbers of one stage 1 update (Alg. 2): t, x_1, y_1, s, r and which conditions are dropped."""
     s, r = sample_s_r(x, inner_grid, s_shift, flow_map_share, generator)
     t, x_1, y_1 = sample_outer(x, outer_grid, generator), randn_like(x, generator), randn_like(x, generator)
-    return {"t": t, "x_1": x_1, "y_1": y_1, "s": s, "r": r, "dropped": draw_dropped(x, cond_drop, generator)}
+    return {"t": t, "x_1": x_1, "y_1": y_1, "s": s, "r": r, "dropped": torch.rand(len(x), generator=generator, device=x.device) < cond_drop}
 
 
 def tm_mf_loss(student, x, c=None, *, t, x_1, y_1, s, r, dropped=None, c_neg=None, guidance=1.0, target="x1-x",
@@ -569,7 +607,7 @@ def tm_mf_loss(student, x, c=None, *, t, x_1, y_1, s, r, dropped=None, c_neg=Non
         # choice: the derivative runs along the guided v, the velocity of the flow whose map is being learnt
         dh_ds = total_derivative(lambda y_s, s: predict(y_s, s, r), y_s, s, v, derivative, fd_step)
         # the 1/s of the consistent field by the quotient rule: a difference of step 0.005 across it is wrong by its own size below s = 0.02
-        du_ds = -dh_ds if field == "printed" else (v - dh_ds - u.detach()) / bcast(s, y_s)
+        du_ds = -dh_ds if field == "printed" else (v - dh_ds - u) / bcast(s, y_s)
         goal = v - bcast(s - r, y_s) * du_ds  # Eq. (10)
     error = u - goal.detach()
     # choice: measured on the head's output, so that both fields weigh s alike (u = (y_s - head) / s would weigh it by 1 / s^2)
@@ -692,6 +730,8 @@ class Phase:
     checkpoint and compared on load. Paper's AdamW: weight decay 0.01, betas (0.9, 0.99), eps 1e-8.
     """
 
+    KEPT = ("name", "config", "step", "seconds", "log", "ema_updates")  # the plain values of a checkpoint
+
     def __init__(self, name, nets: dict, averaged: str, lr: float, ema: float, seed: int, config: dict | None, clip: float = 1.0):
         self.name, self.nets, self.averaged, self.config = name, nets, averaged, config or {}
         self.generator = seed_everything(seed, next(nets[averaged].parameters()).device)
@@ -701,16 +741,16 @@ class Phase:
             key: torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99), eps=1e-8, fused=True)
             for key, net in nets.items()
         }
-        self.ema = copy.deepcopy(nets[averaged]).requires_grad_(False)
-        self.ema_updates = 0
+        self.ema, self.ema_updates = copy.deepcopy(nets[averaged]).requires_grad_(False), 0
 
     def check(self, what: str, value: torch.Tensor) -> None:
         if not bool(torch.isfinite(value)):
-            advice = "the last checkpoint is kept, lower the learning rate"
-            raise FloatingPointError(f"{self.name}: {what} is {value.item()} at step {self.step}; {advice}.")
+            raise FloatingPointError(
+                f"{self.name}: {what} is {value.item()} at step {self.step}; lower the rate, the last checkpoint is kept."
+            )
 
-    def update(self, name: str, terms: dict) -> None:
-        """Backward through the sum of `terms`, clip (choice: norm 1), step the optimizer of net `name`, then its EMA.
+    def update(self, name: str, terms: dict) -> dict:
+        """Backward through the sum of `terms`, clip (choice: norm 1), step the optimizer of net `name`, then its EMA; returns `terms`.
 
         A term or gradient that is not finite is a FloatingPointError, raised before it reaches any weight.
         """
@@ -725,44 +765,39 @@ class Phase:
             decay = min(self.ema_decay, self.ema_updates / (self.ema_updates + 10))  # choice: short memory at the start
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.ema.parameters()), list(self.nets[name].parameters()), 1 - decay)
+        return terms
 
-    def state(self) -> dict:
-        """Everything, in one dict of tensors and plain values."""
-        return {
-            "phase": self.name, "step": self.step, "seconds": self.seconds, "config": self.config, "log": self.log,
-            "nets": {key: net.state_dict() for key, net in self.nets.items()},
-            "optimizers": {key: optimizer.state_dict() for key, optimizer in self.optimizers.items()},
-            "ema": self.ema.state_dict(), "ema_updates": self.ema_updates,
-            "rng": {"phase": self.generator.get_state(), "torch": torch.get_rng_state(),
-                    "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []},
-        }  # fmt: skip
+    def parts(self) -> dict:
+        """Everything with a state_dict, by name."""
+        return {**self.nets, **{f"{key} optimizer": optimizer for key, optimizer in self.optimizers.items()}, "ema": self.ema}
 
     def save(self, path: str) -> None:
-        atomic_save(self.state(), path)
+        """Everything, in one dict of tensors and plain values, atomically."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        rng = {"phase": self.generator.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+        kept = {key: getattr(self, key) for key in self.KEPT}
+        atomic_save({**kept, "parts": {key: part.state_dict() for key, part in self.parts().items()}, "rng": rng}, path)
 
     def load(self, path: str) -> None:
         """Restore everything from `path`; CheckpointError if it is unreadable or of another phase or config."""
         state = safe_load(path)
         if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
             raise CheckpointError(f"{path} is not a checkpoint of this program; give another output folder.")
-        if state.get("phase") != self.name or state["config"] != self.config:
+        if state.get("name") != self.name or state["config"] != self.config:
             old, new = state["config"], self.config
             keys = sorted(k for k in {*old, *new} if old.get(k) != new.get(k)) or ["phase"]
             raise CheckpointError(f"{path} was made with another {', '.join(keys)}; give the same settings or another output folder.")
         try:
-            for key, net in self.nets.items():
-                net.load_state_dict(state["nets"][key])
-                self.optimizers[key].load_state_dict(state["optimizers"][key])
-            self.ema.load_state_dict(state["ema"])
-            self.step, self.seconds, self.log, self.ema_updates = (state[k] for k in ("step", "seconds", "log", "ema_updates"))
+            for key, part in self.parts().items():
+                part.load_state_dict(state["parts"][key])
+            for key in self.KEPT:
+                setattr(self, key, state[key])
             self.generator.set_state(state["rng"]["phase"])
             torch.set_rng_state(state["rng"]["torch"])
             if torch.cuda.is_available() and state["rng"]["cuda"]:
                 torch.cuda.set_rng_state_all(state["rng"]["cuda"])
         except (KeyError, RuntimeError, ValueError) as e:
-            raise CheckpointError(
-                f"{path} was made with networks of another shape; give the same settings or another output folder."
-            ) from e
+            raise CheckpointError(f"{path} holds networks of another shape; give the same settings or another output folder.") from e
 
     def run(self, iterate, steps: int, path: str | None = None, save_every: int = 1000, on_step=None, progress: bool = True):
         """Call iterate(self) -> terms until `steps`; checkpoint to `path`; on_step(self, terms) may log. Resumes from `path`.
@@ -799,26 +834,24 @@ def train_teacher(net, data, *, updates, batch, lr, cond_drop=0.1, c_neg=None, t
         g = phase.generator
         x, c = data(batch, g)
         if c is not None:
-            c = drop_condition(c, c_neg, draw_dropped(x, cond_drop, g))
+            c = drop_condition(c, c_neg, torch.rand(len(x), generator=g, device=x.device) < cond_drop)
         terms = {"denoising": denoising_loss(net, x, randn_like(x, g), sample_times(x, t_shift, g), c)}
-        phase.update("teacher", terms)
-        return terms
+        return phase.update("teacher", terms)
 
     return phase.run(iterate, updates, **run), phase
 
 
 def train_stage1(student, data, how: StudentConfig, cfg: Stage1Config, *, c_neg=None, seed=0, config=None, **run):
     """Stage 1: TM-MF pretraining of the student (Algorithm 2); returns its EMA and the phase."""
-    config = {**asdict(how), **asdict(cfg), "seed": seed, **(config or {})}
-    phase = Phase("stage1", {"student": student}, "student", cfg.lr, cfg.ema, seed, config)
+    own = {**asdict(how), **asdict(cfg), "seed": seed}
+    phase = Phase("stage1", {"student": student}, "student", cfg.lr, cfg.ema, seed, own | (config or {}))
 
     def iterate(phase):
         x, c = data(cfg.batch, phase.generator)
         draws = stage1_draw(x, how.outer_grid, how.inner_grid, cfg.s_shift, cfg.flow_map_share, cfg.cond_drop, phase.generator)
         loss = tm_mf_loss(student, x, c, **draws, c_neg=c_neg, guidance=cfg.guidance, target=how.target, field=how.field,
                           derivative=cfg.derivative, fd_step=cfg.fd_step, adaptive_c=cfg.adaptive_c)  # fmt: skip
-        phase.update("student", {"tm_mf": loss})
-        return {"tm_mf": loss}
+        return phase.update("student", {"tm_mf": loss})
 
     return phase.run(iterate, cfg.updates, **run), phase
 
@@ -833,8 +866,7 @@ def train_kd(student, pairs, how: StudentConfig, *, updates, lr, ema=0.99, seed=
         t = how.outer_grid[-1].to(x.device).expand(len(x))
         y_hat = inner_flow(transition(student, x_1, t, c, how.target), randn_like(x, phase.generator), how.inner_grid, how.field)
         terms = {"kd": (clean_estimate(y_hat, x_1, t, how.target) - x).square().mean()}
-        phase.update("student", terms)
-        return terms
+        return phase.update("student", terms)
 
     return phase.run(iterate, updates, **run), phase
 
@@ -844,8 +876,7 @@ def train_stage2(student, teacher, discriminator, data, how: StudentConfig, cfg:
     """Stage 2: DMD2-v with rollout (with PlainStudent: DMD2-v). The fake score starts as the teacher. Returns EMA and phase."""
     config = {**asdict(how), **asdict(cfg), "taps": list(taps), "seed": seed, **(config or {})}
     fake_score = copy.deepcopy(teacher).requires_grad_(True)
-    nets = {"student": student, "fake": fake_score, "disc": discriminator}
-    phase = Phase("stage2", nets, "student", cfg.lr, cfg.ema, seed, config)
+    phase = Phase("stage2", {"student": student, "fake": fake_score, "disc": discriminator}, "student", cfg.lr, cfg.ema, seed, config)
     gan = {"gan_weight": cfg.gan_weight, "taps": taps}
 
     def iterate(phase):
@@ -859,12 +890,11 @@ def train_stage2(student, teacher, discriminator, data, how: StudentConfig, cfg:
         if is_student:
             terms = stage2_student_loss(x_hat, teacher, fake_score, discriminator, c, c_neg, t=t, noise=noise,
                                         guidance=cfg.guidance, normalizer=cfg.normalizer, **gan)  # fmt: skip
-            phase.update("student", terms)
-        else:
-            noise_real = randn_like(x, g)
-            terms = stage2_critic_loss(x_hat, x, teacher, fake_score, discriminator, c, t=t, noise=noise, noise_real=noise_real, **gan)
-            for key, value in terms.items():
-                phase.update(key, {key: value})
+            return phase.update("student", terms)
+        noise_real = randn_like(x, g)
+        terms = stage2_critic_loss(x_hat, x, teacher, fake_score, discriminator, c, t=t, noise=noise, noise_real=noise_real, **gan)
+        for key, value in terms.items():
+            phase.update(key, {key: value})
         return terms
 
     return phase.run(iterate, cfg.iterations, **run), phase

@@ -13,28 +13,24 @@ The algorithm itself is in tmd_minimal.py; here are only data, sizes, distances 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import ladder
 import tmd_minimal as tmd
-from planar import DATA, dataset, off_support, sliced_wasserstein
-
-
-def option(default, text, **more):
-    """A dataclass field with its help text, which argparse shows."""
-    return field(default=default, metadata={"help": text, **more})
+from ladder import BLUE, GREY, INK, ORANGE, Ladder, Settings, open_folder, option, pyplot, write_json
+from planar import DATA, PlanarDiscriminator, PlanarNet, dataset, off_support, sliced_wasserstein
 
 
 @dataclass
-class Toy:
+class Toy(Settings):
     """One run of the plane. Where a value differs from the paper's, the README's "Differences from the paper" says why."""
 
     data: str = option("spirals", f"data set: {', '.join(DATA)}")
@@ -49,8 +45,8 @@ class Toy:
     conditional: bool = option(False, "tell the networks the class (arm, moon, mode, half) of each point")
     guidance: float = option(1.0, "teacher's guidance in both stages, with --conditional; 1 is none")
     teacher_updates: int = option(2500, "updates of the teacher")
-    stage1_updates: int = option(800, "updates of stage 1 (TM-MF)")
-    iterations: int = option(1600, "iterations of stage 2, every 5th of the student")
+    stage1_updates: int = option(1000, "updates of stage 1 (TM-MF)")
+    iterations: int = option(2400, "iterations of stage 2, every 5th of the student")
     # choice: learning rates for a network of 0.1 M parameters; the paper's are for 1.3 B
     teacher_lr: float = option(2e-3, "learning rate of the teacher")
     stage1_lr: float = option(1e-3, "learning rate of stage 1; paper: 3e-5")
@@ -67,175 +63,49 @@ class Toy:
 
     def __post_init__(self):
         dataset(self.data)
-        if not 1 <= self.H < self.depth:
-            raise ValueError(f"the flow head has H = {self.H} blocks of a network of {self.depth}; choose 1 <= H < depth.")
-        least = {"batch": 1, "teacher_updates": 1, "iterations": 1, "samples": 1, "width": 2, "depth": 3, "stage1_updates": 0}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}.")
-        for name in ("teacher_lr", "stage1_lr", "stage2_lr", "outer_shift", "inner_shift", "s_shift", "dmd_shift"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
         self.out = self.out or f"runs/toy_2d/{self.data}"
-        self.student_config(), self.stage1_config(), self.stage2_config()  # their own checks
-
-    def student_config(self, **kw) -> tmd.StudentConfig:
-        base = {key: getattr(self, key) for key in ("M", "N", "H", "outer_shift", "inner_shift", "outer")}
-        return tmd.StudentConfig(**{**base, **kw})
-
-    def stage1_config(self, **kw) -> tmd.Stage1Config:
-        # choice: a shorter average than the paper-sized default, for a stage of a thousand updates
-        base = {"updates": self.stage1_updates, "batch": self.batch, "lr": self.stage1_lr, "s_shift": self.s_shift, "ema": 0.995}
-        return tmd.Stage1Config(**{**base, "guidance": self.guidance, **kw})
-
-    def stage2_config(self, **kw) -> tmd.Stage2Config:
-        base = {"iterations": self.iterations, "batch": self.batch, "lr": self.stage2_lr, "dmd_shift": self.dmd_shift}
-        return tmd.Stage2Config(**{**base, "guidance": self.guidance, "gan_weight": self.gan_weight, **kw})
+        super().__post_init__()
 
 
 QUICK = {"teacher_updates": 500, "stage1_updates": 150, "iterations": 250, "samples": 2000, "width": 48, "depth": 4, "batch": 192}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The ladder: teacher -> stage 1 -> stage 2, and the baseline. Each phase has a checkpoint; a finished one is not run again.
-# ---------------------------------------------------------------------------------------------------------------------
+class PlanarLadder(Ladder):
+    """The ladder in the plane: points, classes, planar networks, two distances."""
 
-
-class Bench:
-    """Data, sampling noise and distances of one Toy, so that every model is trained on and judged by the same things."""
+    settings = Toy
+    of_teacher = ("data", "seed", "width", "depth", "batch", "conditional", "teacher_updates", "teacher_lr")
+    t_shift = 0.5  # choice: more time near the data, where a curve's edge is decided
 
     def __init__(self, cfg: Toy):
-        self.cfg, self.set = cfg, dataset(cfg.data)
+        super().__init__(cfg)
+        self.set = dataset(cfg.data)
         self.c_neg = self.set.classes if cfg.conditional else None
         g = torch.Generator().manual_seed(cfg.seed + 10_000)
         self.x, self.label = self.set.draw(cfg.samples, g)
         self.c = self.label if cfg.conditional else None
         self.x_1 = torch.randn(cfg.samples, 2, generator=g)
         self.other, self.other_label = self.set.draw(cfg.samples, g)
+        self.taps = (cfg.depth // 2 - 1, cfg.depth - 2)  # choice: middle and last but one, as (15, 22, 29) of 30
 
     def data(self, n, generator):
         """What the trainings draw from: x (n, 2) and class (n,) or None."""
         x, label = self.set.draw(n, generator)
         return x, (label if self.cfg.conditional else None)
 
-    def distances(self, points, c=None) -> dict:
+    def network(self):
+        return PlanarNet(2, self.cfg.width, self.cfg.depth, self.set.classes if self.cfg.conditional else 0)
+
+    def discriminator(self):
+        return PlanarDiscriminator(self.cfg.width, len(self.taps))
+
+    def floor(self) -> dict:
+        """The score of a second draw of the data."""
+        return self.score(self.other, None if self.c is None else self.other_label)
+
+    def score(self, points, c=None) -> dict:
         """{"swd", "off_support"} of samples against the data; off the support of their own class, if they were told one."""
-        n = len(points)
-        return {"swd": sliced_wasserstein(points, self.x[:n]), "off_support": off_support(self.set, points, c)}
-
-    def student_samples(self, student, how: tmd.StudentConfig, n=None, trace=None, **kw):
-        c = None if self.c is None else self.c[:n]
-        kw = {
-            "outer_grid": how.outer_grid,
-            "inner_grid": how.inner_grid,
-            "target": how.target,
-            "field": how.field,
-            "outer": how.outer,
-            **kw,
-        }
-        return tmd.sample(student, self.x_1[:n], c, generator=torch.Generator().manual_seed(1), trace=trace, **kw)
-
-    def teacher_samples(self, teacher, steps, n=None, method="euler"):
-        c = None if self.c is None else self.c[:n]
-        grid = tmd.make_grid(steps, 1.0)  # choice: an even grid; in the plane no part of the path is much more curved
-        return tmd.sample_teacher(teacher, self.x_1[:n], c, self.c_neg, grid=grid, guidance=self.cfg.guidance, method=method)
-
-    def judge(self, sampler, **facts) -> tuple[dict, torch.Tensor]:
-        """Sample, time it, measure: the record that metrics.json holds for a model, and the points."""
-        start = time.perf_counter()
-        points = sampler()
-        seconds = time.perf_counter() - start
-        return {**facts, **self.distances(points, self.c), "sample_seconds": seconds, "seed": self.cfg.seed}, points
-
-
-def fit_teacher(bench: Bench, folder: Path, **run):
-    """Train the teacher, or load it: (frozen EMA, phase)."""
-    cfg = bench.cfg
-    tmd.seed_everything(cfg.seed)
-    net = tmd.PlanarNet(2, cfg.width, cfg.depth, bench.set.classes if cfg.conditional else 0)
-    config = {key: getattr(cfg, key) for key in ("data", "seed", "width", "depth", "batch", "conditional", "teacher_updates", "teacher_lr")}
-    # choice: t_shift 0.5, more time near the data, where a curve's edge is decided
-    return tmd.train_teacher(net, bench.data, updates=cfg.teacher_updates, batch=cfg.batch, lr=cfg.teacher_lr, c_neg=bench.c_neg,
-                             t_shift=0.5, seed=cfg.seed, config=config, path=str(folder / "teacher.pt"), **run)  # fmt: skip
-
-
-def fit_student(bench: Bench, teacher, name: str, how: tmd.StudentConfig, stage1: tmd.Stage1Config | None,
-                stage2: tmd.Stage2Config | None, folder: Path | None, kd_updates: int = 0, curve: int = 0, **run) -> dict:  # fmt: skip
-    """Stage 1 (or KD warm-up) and stage 2 of one student; plain when how.H is 0.
-
-    Returns {"student", "stage1" (the student after it, or None), "curve" (distance against updates), "seconds", ...}.
-    """
-    cfg = bench.cfg
-    config = {"toy": {k: v for k, v in asdict(cfg).items() if k not in ("out", "samples")}}
-    common = {"c_neg": bench.c_neg, "seed": cfg.seed, "config": config, **run}
-    tmd.seed_everything(cfg.seed)  # choice: every phase starts from the run's one seed
-    student = tmd.TMDStudent(teacher, how.H, how.fusion, how.gate_init) if how.H else tmd.PlainStudent(teacher)
-    student.requires_grad_(True)
-    seconds, stage1_seconds, updates, after_stage1, log = 0.0, 0.0, 0, None, []
-
-    def path(phase):
-        return str(folder / f"{name}.{phase}.pt") if folder else None
-
-    if stage1:
-        after_stage1, phase = tmd.train_stage1(student, bench.data, how, stage1, path=path("stage1"), **common)
-        student.load_state_dict(after_stage1.state_dict())  # choice: stage 2 starts from the average of stage 1
-        seconds, updates = phase.seconds, stage1.updates
-        stage1_seconds = seconds
-    if kd_updates:
-        start = time.perf_counter()
-        noise, clean, c = kd_pairs(bench, teacher)
-
-        def pairs(g):
-            i = torch.randint(len(noise), (cfg.batch,), generator=g)
-            return noise[i], clean[i], None if c is None else c[i]
-
-        pair_seconds = time.perf_counter() - start
-        del common["c_neg"]
-        ema, phase = tmd.train_kd(student, pairs, how, updates=kd_updates, lr=cfg.stage1_lr, path=path("kd"), **common)
-        common["c_neg"] = bench.c_neg
-        student.load_state_dict(ema.state_dict())
-        seconds, updates = phase.seconds + pair_seconds, kd_updates
-    if stage2:
-        taps = (cfg.depth // 2 - 1, cfg.depth - 2)  # choice: middle and last but one, as (15, 22, 29) of 30
-        discriminator = tmd.PlanarDiscriminator(cfg.width, len(taps))
-        every = max(1, stage2.iterations // curve) if curve else 0
-
-        def on_step(phase, terms):
-            if every and (phase.step % every == 0 or phase.step == 1):
-                points = bench.student_samples(phase.ema, how, n=min(2048, cfg.samples))
-                phase.log.append(
-                    {"updates": updates + phase.step, **bench.distances(points, None if bench.c is None else bench.c[: len(points)])}
-                )
-
-        student, phase = tmd.train_stage2(student, teacher, discriminator, bench.data, how, stage2, taps=taps, path=path("stage2"),
-                                          on_step=on_step, **common)  # fmt: skip
-        seconds, updates, log = seconds + phase.seconds, updates + stage2.iterations, phase.log
-    else:
-        student = after_stage1
-    return {
-        "student": student,
-        "stage1": after_stage1,
-        "stage1_seconds": stage1_seconds,
-        "seconds": seconds,
-        "updates": updates,
-        "curve": log,
-    }
-
-
-def baseline_budget(cfg: Toy, stage2: tmd.Stage2Config) -> tuple[int, tmd.Stage2Config]:
-    """DMD2-v gets the updates that TMD spends on stage 1: as KD warm-up at M = 1, else as more iterations (Table 4: KD hurts there)."""
-    if cfg.M == 1:
-        return cfg.stage1_updates, stage2
-    return 0, replace(stage2, iterations=stage2.iterations + cfg.stage1_updates)
-
-
-def kd_pairs(bench: Bench, teacher, n: int = 10_000):
-    """KD pairs (paper: 10k): noise, the teacher's 50-step sample, class."""
-    g = torch.Generator().manual_seed(bench.cfg.seed + 20_000)
-    _, c = bench.data(n, g)
-    noise = torch.randn(n, 2, generator=g)
-    grid = tmd.make_grid(50, 1.0)
-    return noise, tmd.sample_teacher(teacher, noise, c, bench.c_neg, grid=grid, guidance=bench.cfg.guidance), c
+        return {"swd": sliced_wasserstein(points, self.x[: len(points)]), "off_support": off_support(self.set, points, c)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,22 +113,12 @@ def kd_pairs(bench: Bench, teacher, n: int = 10_000):
 # ---------------------------------------------------------------------------------------------------------------------
 
 LIMIT = 2.3
-INK, GREY, BLUE, ORANGE = "#1b2a41", "#b8bfca", "#2c6fbb", "#d9722e"
 
 
 def plane(ax, title=""):
     """Equal aspect, fixed limits, no ticks: every panel shows the same window."""
     ax.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal", xticks=[], yticks=[])
     ax.set_title(title, fontsize=8.5)
-
-
-def pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
 
 
 def draw_samples(points: dict, records: dict, path: Path):
@@ -353,7 +213,7 @@ def draw_gif(data_points, traces: dict, path: Path):
     plt.close(fig)
 
 
-def trace_transitions(bench: Bench, student, how, per: int = 200) -> dict:
+def trace_transitions(bench: PlanarLadder, student, how, per: int = 200) -> dict:
     """Trajectories for the pictures: 4 points with `per` inner noises each, then 1200 points with one each."""
     g = torch.Generator().manual_seed(3)
     four = torch.tensor([[1.2, 0.6], [-1.0, 0.9], [-0.8, -1.1], [0.9, -0.9]]).repeat_interleave(per, 0)
@@ -387,48 +247,11 @@ def trace_transitions(bench: Bench, student, how, per: int = 200) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_json(path: Path, value) -> None:
-    """Atomically, so that a kill never leaves half a file."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
-def open_folder(out: str, config: dict, resume: bool) -> Path:
-    """Make the output folder, or enter it; RuntimeError in one sentence if it is unwritable or holds another run."""
-    folder, old = Path(out), None
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        if (folder / "config.json").exists():
-            try:
-                old = json.loads((folder / "config.json").read_text())
-            except ValueError as e:
-                raise RuntimeError(f"{folder}/config.json is not readable JSON; choose another folder with --out.") from e
-            if not isinstance(old, dict):
-                raise RuntimeError(f"{folder}/config.json is not a run's settings; choose another folder with --out.")
-        probe = folder / ".write-test"
-        probe.touch()
-        probe.unlink()
-    except OSError as e:
-        raise RuntimeError(f"cannot write to {folder} ({e.strerror}); choose another folder with --out.") from e
-    if old is not None and old != config:
-        changed = ", ".join(f"--{k.replace('_', '-')} {old.get(k)}" for k in sorted(config) if old.get(k) != config[k])
-        raise RuntimeError(
-            f"{folder} holds a run with {changed or 'other settings'}; give the same settings, or another folder with --out."
-        )
-    if old is not None and not resume:  # the same run from the start, which gives the same numbers again
-        for file in (folder / "checkpoints").glob("*.pt"):
-            file.unlink()
-    write_json(folder / "config.json", config)
-    return folder
-
-
 def run(cfg: Toy, resume: bool = False, progress: bool = True) -> dict:
     """The whole ladder; returns what metrics.json holds."""
     started = time.perf_counter()
     folder = open_folder(cfg.out, {k: v for k, v in asdict(cfg).items() if k != "out"}, resume)
-    checkpoints, bench = folder / "checkpoints", Bench(cfg)
-    more = {"progress": progress, "save_every": 500}
+    checkpoints, bench = folder / "checkpoints", PlanarLadder(cfg)
     records, points, curves = {}, {}, {}
 
     def keep(name, title, sampler, **facts):
@@ -436,12 +259,9 @@ def run(cfg: Toy, resume: bool = False, progress: bool = True) -> dict:
         r = records[name]
         print(f"{title:<24} NFE {r['effective_nfe']:<5.3g} sliced Wasserstein {r['swd']:.4f}   off support {r['off_support']:.2%}")
 
-    floors = {
-        "swd": sliced_wasserstein(bench.other, bench.x),
-        "off_support": off_support(bench.set, bench.other, None if bench.c is None else bench.other_label),
-    }
+    floors = bench.floor()
     records["data"], points["data"] = {"title": "data (floor: two draws)", "effective_nfe": None, **floors}, bench.x
-    teacher, phase = fit_teacher(bench, checkpoints, **more)
+    teacher, phase = bench.fit_teacher(checkpoints, save_every=bench.save_every, progress=progress)
     per_step = 2 if cfg.guidance != 1 and cfg.conditional else 1
     for steps in (50, 4, 2, 1):
         facts = {"effective_nfe": float(steps * per_step), "seconds": phase.seconds, "updates": cfg.teacher_updates}
@@ -449,11 +269,8 @@ def run(cfg: Toy, resume: bool = False, progress: bool = True) -> dict:
     draw_samples(points, records, folder / "samples.png")
     print(f"first picture after {time.perf_counter() - started:.0f} s: {folder / 'samples.png'} (data and teacher; the students follow)")
 
-    how, plain, stage2 = cfg.student_config(), cfg.student_config(H=0, N=1), cfg.stage2_config()
-    kd, plain_stage2 = baseline_budget(cfg, stage2)
-    base = fit_student(bench, teacher, "dmd2v", plain, None, plain_stage2, checkpoints, kd_updates=kd, curve=12, **more)
-    stage1 = cfg.stage1_config() if cfg.stage1_updates else None
-    ours = fit_student(bench, teacher, "tmd", how, stage1, stage2, checkpoints, curve=12, **more)
+    how, plain = cfg.student_config(), cfg.student_config(H=0, N=1)
+    ours, base = bench.fit_both(teacher, checkpoints, curve=12, progress=progress)
     facts = {"effective_nfe": float(cfg.M), "seconds": base["seconds"], "updates": base["updates"]}
     keep("dmd2v", f"DMD2-v, M={cfg.M}", lambda: bench.student_samples(base["student"], plain), **facts)
     facts = {"effective_nfe": tmd.effective_nfe(cfg.M, cfg.N, cfg.H, cfg.depth)}
@@ -504,37 +321,27 @@ def draw(folder: Path) -> None:
     draw_gif(points["data"][:2500], traces["stage 2"], folder / "transition.gif")
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
-        "--quick", action="store_true", help="a small run in under 30 seconds: " + ", ".join(f"{k} {v}" for k, v in QUICK.items())
-    )
-    p.add_argument("--resume", action="store_true", help="go on where a killed run stopped; finished phases are loaded")
-    p.add_argument("--redraw", action="store_true", help="only draw the pictures again from the saved numbers")
-    p.add_argument("--claims", action="store_true", help="measure the paper's claims in the plane (see toy_claims.py)")
-    p.add_argument("--bench", action="store_true", help="measure steps per second of every stage (see bench.py)")
+MODES = {
+    "quick": "a small run in under 30 seconds: " + ", ".join(f"{k} {v}" for k, v in QUICK.items()),
+    "resume": "go on where a killed run stopped; finished phases are loaded",
+    "redraw": "only draw the pictures again from the saved numbers",
+    "claims": "measure the paper's claims in the plane (see toy_claims.py)",
+    "bench": "measure steps per second of every stage (see bench.py)",
+}
+
+
+def parser():
+    p = ladder.parser(Toy, __doc__, **MODES)
     p.add_argument("--threads", type=int, default=1, help="CPU threads; these networks are fastest on one (default: 1)")
-    for f in fields(Toy):
-        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
-        if f.type == "bool":
-            p.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
-        else:
-            kind = {"int": int, "float": float, "str": str}[f.type]
-            p.add_argument(
-                flag,
-                type=kind,
-                default=argparse.SUPPRESS,
-                metavar=f.type.upper(),
-                help=f"{text} (default: {f.default if f.default != '' else '-'})",
-            )
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status. Errors are one sentence on stderr."""
     args = vars(parser().parse_args(argv))
-    mode = {key: args.pop(key) for key in ("quick", "resume", "redraw", "claims", "bench", "threads")}
-    try:
+    mode = {key: args.pop(key) for key in (*MODES, "threads")}
+
+    def work():
         torch.set_num_threads(mode["threads"])
         if (mode["claims"] or mode["bench"]) and set(args) - {"out"}:
             raise ValueError(f"--claims and --bench have settings of their own; leave out {', '.join(sorted(set(args) - {'out'}))}.")
@@ -546,18 +353,14 @@ def main(argv: list[str] | None = None) -> int:
         elif mode["bench"]:
             import bench
 
-            bench.run(cfg.out if "out" in args else "runs/toy_2d", quick=mode["quick"])
+            out = cfg.out if "out" in args else "runs/toy_2d"
+            bench.run(PlanarLadder, Toy(), out, [(cfg.M, cfg.N)], n=Toy.samples, repeats=5 if mode["quick"] else 100)
         elif mode["redraw"]:
             draw(Path(cfg.out))
         else:
             run(cfg, mode["resume"])
-    except KeyboardInterrupt:
-        print("toy_2d.py: interrupted; the same command with --resume goes on from the last checkpoint.", file=sys.stderr)
-        return 130
-    except (ValueError, RuntimeError, FloatingPointError, OSError) as e:
-        print(f"toy_2d.py: {e}", file=sys.stderr)
-        return 1
-    return 0
+
+    return ladder.command("toy_2d.py", work)
 
 
 if __name__ == "__main__":

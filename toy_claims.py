@@ -1,33 +1,22 @@
-"""What the paper claims, measured on points in the plane: python toy_2d.py --claims.
-
-Every job trains one student from one seed's teacher; jobs run two at a time (one thread each) and each writes a JSON file, so a
-killed run goes on with the jobs that are missing. The table compares jobs by a rule stated here, before any run:
-
-    A beats B on a distance if mean(B) - mean(A) > 2 sqrt(se_A^2 + se_B^2) over seeds. A claim "A beats B" HOLDS if A beats B on one of the
-    two distances (sliced Wasserstein, share off the support) and B beats A on neither, DOES NOT HOLD the other way round, and is
-    INCONCLUSIVE otherwise.
-
-Every student gets the same number of updates: what TMD spends on stage 1, DMD2-v spends on KD warm-up (M = 1) or on more iterations.
-"""
+"""What the paper claims, measured on points in the plane: python toy_2d.py --claims. The rule and the engine are in claims.py."""
 
 from __future__ import annotations
 
 import json
-import math
-import multiprocessing
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+import claims
 import tmd_minimal as tmd
+from claims import SEEDS, Rung, show, summary, verdict
+from ladder import BLUE, GREY, INK, ORANGE, pyplot
 from oracles import ExactStudent, GaussianMixture
 from planar import _CENTRES, sliced_wasserstein
-from toy_2d import QUICK, Bench, Toy, baseline_budget, fit_student, fit_teacher, write_json
+from toy_2d import QUICK, PlanarLadder, Toy
 
+SCORES = {"swd": -1, "off_support": -1}
 SIZE = {"stage1_updates": 800, "iterations": 1600, "M": 1, "N": 4, "H": 2, "outer": "deterministic"}  # one job takes about a minute
-SEEDS = (0, 1, 2)
 M2 = {"M": 2, "outer_shift": 10.0}
 EVEN = {"M": 2, "outer_shift": 1.0}
 
@@ -70,7 +59,6 @@ JOBS = {
     "tmd long": ({"iterations": 4800}, {}, {}, {}),
     "dmd2v long": ({"iterations": 4800}, "plain", {}, {}),
 }
-QUICK_JOBS = ("tmd", "dmd2v", "tmd TM")
 
 # claim, setting, A, B, phase: the claim is that A beats B
 CLAIMS = [
@@ -115,88 +103,23 @@ CLAIMS = [
 ]  # fmt: skip
 
 
-def toy_of(name: str, seed: int, quick: bool) -> Toy:
-    settings = JOBS[name][0]
-    return Toy(
-        **{**SIZE, **(QUICK | {"iterations": 40, "stage1_updates": 30, "teacher_updates": 60} if quick else {}), **settings, "seed": seed}
-    )
+def teacher_name(cfg: Toy) -> str:
+    return f"teacher-{cfg.data}-{'cond' if cfg.conditional else 'free'}-L{cfg.depth}-seed{cfg.seed}"
 
 
-def teacher_folder(root: Path, cfg: Toy) -> Path:
-    return root / f"teacher-{cfg.data}-{'cond' if cfg.conditional else 'free'}-L{cfg.depth}-seed{cfg.seed}"
-
-
-def run_teacher(args) -> None:
-    """Train the teacher of a job's data and seed and write its own distances; a finished one is not trained again."""
-    root, name, seed, quick = args
-    torch.set_num_threads(1)
-    cfg = toy_of(name, seed, quick)
-    folder = teacher_folder(root, cfg)
-    if (folder / "teacher.json").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    bench = Bench(cfg)
-    teacher, phase = fit_teacher(bench, folder, progress=False)
-    record = {str(k): bench.distances(bench.teacher_samples(teacher, k), bench.c) for k in (50, 4, 2, 1)}
-    record["floor"] = {**bench.distances(bench.other, None if bench.c is None else bench.other_label)}
-    write_json(folder / "teacher.json", {**record, "seconds": phase.seconds})
-
-
-def plan(name: str, seed: int, quick: bool):
-    """What a job is, fully resolved: the Toy, the student, stage 1 or None, stage 2, KD updates."""
-    cfg = toy_of(name, seed, quick)
-    _, student, stage1, stage2 = JOBS[name]
-    plain = isinstance(student, str)
-    how = cfg.student_config(**({"H": 0, "N": 1} if plain else student))
-    two, kd = cfg.stage2_config(**stage2), 0
-    if student == "plain":
-        kd, two = baseline_budget(cfg, two)
-    elif plain or stage1 is None:  # the updates of the warm-up left out go to stage 2
-        two = replace(two, iterations=two.iterations + cfg.stage1_updates)
-    return cfg, how, None if plain or stage1 is None else cfg.stage1_config(**stage1), two, kd
-
-
-def settings_of(cfg, how, one, two, kd) -> dict:
-    """What a finished job is compared by before it is taken as it stands."""
-    stages = {"student": asdict(how), "stage1": asdict(one) if one else None, "stage2": asdict(two), "kd_updates": kd}
-    return {"toy": asdict(cfg) | {"out": None}, **stages, "torch": torch.__version__}
-
-
-def run_job(args) -> None:
-    """Train one student and write distances after stage 1, after stage 2, and of the latter with one inner step."""
-    root, name, seed, quick = args
-    file = root / "jobs" / f"{name.replace(' ', '-')}-seed{seed}.json"
-    torch.set_num_threads(1)
-    cfg, how, one, two, kd = plan(name, seed, quick)
-    bench, settings = Bench(cfg), settings_of(cfg, how, one, two, kd)
-    if file.exists():
-        if json.loads(file.read_text())["settings"] != settings:
-            raise RuntimeError(f"{file} was made with other settings; delete it, or choose another folder with --out.")
-        return
-    teacher, _ = fit_teacher(bench, teacher_folder(root, cfg), progress=False)
-    student_updates = kd + (one.updates if one else 0) + two.iterations // two.student_every
-    record = {"name": name, "seed": seed, "effective_nfe": tmd.effective_nfe(how.M, how.N, how.H, cfg.depth), "settings": settings}
-    record["student_updates"] = student_updates
-    try:
-        fit = fit_student(bench, teacher, name.replace(" ", "-"), how, one, two, None, kd_updates=kd, progress=False)
-    except FloatingPointError as e:  # a diverged student is a result, not a crash of the table
-        write_json(file, {**record, "diverged": str(e)})
-        return
-    sampled = lambda net, how: bench.distances(bench.student_samples(net, how), bench.c)
-    record |= {"seconds": fit["seconds"], "updates": fit["updates"], "end": sampled(fit["student"], how)}
-    if one:
-        record["stage1"] = sampled(fit["stage1"], how)
-        few = tmd.sample_teacher(teacher, bench.x_1, bench.c, bench.c_neg, grid=how.outer_grid)  # C0: mean velocity on the same grid
-        record["teacher"] = bench.distances(few, bench.c)
-    if how.H and how.N > 1:
-        record["one"] = sampled(fit["student"], replace(how, N=1))
+def extra(bench: PlanarLadder, teacher, fit: dict, how) -> dict:
+    """More of a job: the teacher's mean velocity on the same grid (C0), and x_hat by outer time."""
+    found = {}
+    if fit["stage1"]:
+        few = tmd.sample_teacher(teacher, bench.x_1, bench.c, bench.c_neg, grid=how.outer_grid)
+        found["teacher"] = bench.score(few, bench.c)
     if how.M > 1:  # found here: the fake score sees the mixture over t_i, so each x_hat(t_i) may drift while the mixture fits
-        record["per_t"] = x_hat_per_time(bench, fit["student"], how)
-    write_json(file, record)
+        found["per_t"] = x_hat_per_time(bench, fit["student"], how)
+    return found
 
 
 @torch.no_grad()
-def x_hat_per_time(bench: Bench, student, how) -> dict:
+def x_hat_per_time(bench: PlanarLadder, student, how) -> dict:
     """Sliced Wasserstein of x_hat to the data at each outer time on its own, and of the equal mixture that the fake score sees."""
     g, n, found = torch.Generator().manual_seed(4), len(bench.x), []
     for t in how.outer_grid[1:]:
@@ -228,99 +151,30 @@ def exact_c0(seeds=SEEDS, n: int = 5000) -> list[dict]:
     return rows
 
 
-def summary(values: list[float]) -> dict:
-    """Mean, sample standard deviation and standard error."""
-    n, mean = len(values), sum(values) / len(values)
-    std = math.sqrt(sum((v - mean) ** 2 for v in values) / max(n - 1, 1))
-    return {"mean": mean, "std": std, "se": std / math.sqrt(n), "n": n}
-
-
-def beats(a: dict, b: dict) -> bool:
-    """The rule: lower by more than twice the pooled standard error."""
-    return b["mean"] - a["mean"] > 2 * math.sqrt(a["se"] ** 2 + b["se"] ** 2)
-
-
-def verdict(a: dict, b: dict) -> str:
-    """a, b: {"swd": summary, "off_support": summary}; the claim is that a beats b."""
-    wins = any(beats(a[k], b[k]) for k in a)
-    losses = any(beats(b[k], a[k]) for k in a)
-    return "holds" if wins and not losses else "does not hold" if losses and not wins else "inconclusive"
-
-
-def tabulate(root: Path) -> dict:
-    """Read every finished job and write claims.json and claims.md."""
-    jobs = {}
-    for file in sorted((root / "jobs").glob("*.json")):
-        record = json.loads(file.read_text())
-        jobs.setdefault(record["name"], []).append(record)
-
-    def numbers(name, phase):
-        rows = [r[phase] for r in jobs.get(name, []) if phase in r]
-        return {k: summary([r[k] for r in rows]) for k in ("swd", "off_support")} if len(rows) > 1 else None
-
-    def judge(claim, setting, names, a, b):
-        """One row; a diverged seed on either side leaves the claim undecided and is said."""
-        diverged = sum("diverged" in r for name in names for r in jobs.get(name, []))
-        what = f"inconclusive ({diverged} diverged)" if diverged else verdict(a, b) if a and b else "not run"
-        return {"claim": claim, "setting": setting, "A": a, "B": b, "verdict": what}
-
-    rows, c0 = [], exact_c0()
-    for row in c0:
+def table(jobs: dict, numbers, judge, result: dict) -> None:
+    """C0 above the other rows, and the drift of x_hat by outer time."""
+    rows = []
+    for row in exact_c0():
         a, b = ({"swd": row[k]} for k in ("tm", "flow"))
         setting = f"exact oracle, eight Gaussians of width {row['sigma']}, M = {row['M']}: transition against flow matching"
-        rows.append({"claim": "C0", "setting": setting, "A": a, "B": b, "verdict": verdict(a, b)})
+        rows.append({"claim": "C0", "setting": setting, "A": a, "B": b, "verdict": verdict(a, b, SCORES)})
     for name, steps in (("tmd", "one step"), ("tmd M2", "two steps, grid 0.999, 0.909"), ("tmd M2 even", "two steps, grid 0.999, 0.5")):
         setting = f"after stage 1 (N = 4) against the teacher's mean velocity, {steps}"
         rows.append(judge("C0", setting, [name], numbers(name, "stage1"), numbers(name, "teacher")))
-    for claim, setting, name_a, name_b, phase in CLAIMS:
-        phase_a, _, phase_b = phase.partition("/")
-        rows.append(judge(claim, setting, {name_a, name_b}, numbers(name_a, phase_a), numbers(name_b, phase_b or phase_a)))
-    models = {}
-    for name, records in jobs.items():
-        done = [r for r in records if "end" in r]
-        if len(done) > 1:
-            models[name] = {"effective_nfe": done[0]["effective_nfe"], "updates": done[0]["updates"], **numbers(name, "end"),
-                            "student_updates": done[0]["student_updates"], "seeds": len(done),
-                            "seconds": summary([r["seconds"] for r in done]), "diverged": len(records) - len(done)}  # fmt: skip
-    drift = {n: [r["per_t"] for r in rs if "per_t" in r] for n, rs in jobs.items() if any("per_t" in r for r in rs)}
-    result = {"rule": "2 sqrt(se_A^2 + se_B^2), see toy_claims.py", "rows": rows, "models": models, "x_hat_per_time": drift}
-    write_json(root / "claims.json", result)
-    (root / "claims.md").write_text(markdown(result))
-    return result
+    result["rows"] = rows + result["rows"]
+    result["x_hat_per_time"] = {n: [r["per_t"] for r in rs if "per_t" in r] for n, rs in jobs.items() if any("per_t" in r for r in rs)}
 
 
-def show(s: dict, percent=False) -> str:
-    scale, digits = (100, 1) if percent else (1, 3)
-    return f"{scale * s['mean']:.{digits}f} ± {scale * s['std']:.{digits}f}"
-
-
-def markdown(result: dict) -> str:
-    """The claims table: A and B as sliced Wasserstein / percent off the support, mean ± standard deviation over seeds."""
-
-    def both(x):
-        return "-" if x is None else show(x["swd"]) + (f" / {show(x['off_support'], True)} %" if "off_support" in x else "")
-
-    lines = ["| claim | setting (A against B) | A | B | A beats B |", "|---|---|---|---|---|"]
-    lines += [f"| {r['claim']} | {r['setting']} | {both(r['A'])} | {both(r['B'])} | {r['verdict']} |" for r in result["rows"]]
-    lines += ["", "| student | effective NFE | updates (of the student) | sliced Wasserstein | off support, % | training, s | seeds |"]
-    lines += ["|---|---|---|---|---|---|---|"]
-    for name, m in sorted(result["models"].items()):
-        cost, quality = (
-            f"{m['effective_nfe']:.2f} | {m['updates']} ({m['student_updates']})",
-            f"{show(m['swd'])} | {show(m['off_support'], True)}",
-        )
-        lines.append(f"| {name} | {cost} | {quality} | {m['seconds']['mean']:.0f} | {m['seeds']} |")
-    lines += ["", "| student, M = 2 | x_hat from t_1 | x_hat from t_2 | mixture (what the fake score sees) |", "|---|---|---|---|"]
+def drift_table(result: dict) -> list[str]:
+    lines = ["| student, M = 2 | x_hat from t_1 | x_hat from t_2 | mixture (what the fake score sees) |", "|---|---|---|---|"]
     for name, rs in sorted(result["x_hat_per_time"].items()):
         cells = [show(summary([r["each"][i] for r in rs])) for i in (0, 1)] + [show(summary([r["mixture"] for r in rs]))]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return ["\n".join(lines) + "\n"]
 
 
 def draw(root: Path, result: dict) -> None:
     """Quality against effective NFE (C1, C2), teachers beside the students."""
-    from toy_2d import BLUE, GREY, INK, ORANGE, pyplot
-
     plt = pyplot()
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     teachers = [json.loads(f.read_text()) for f in sorted(root.glob("teacher-spirals-free-L6-seed*/teacher.json"))]
@@ -352,25 +206,24 @@ def draw(root: Path, result: dict) -> None:
     plt.close(fig)
 
 
+RUNG = Rung(
+    ladder=PlanarLadder,
+    jobs=JOBS,
+    claims=CLAIMS,
+    size=SIZE,
+    quick=QUICK | {"iterations": 40, "stage1_updates": 30, "teacher_updates": 60},
+    quick_jobs=("tmd", "dmd2v", "tmd TM"),
+    scores=SCORES,
+    labels={"swd": "sliced Wasserstein", "off_support": "off support"},
+    teacher_name=teacher_name,
+    percent=("off_support",),
+    extra=extra,
+    table=table,
+    more_tables=drift_table,
+    draw=draw,
+)
+
+
 def run(out: str, quick: bool = False, workers: int = 2) -> dict:
     """Run every missing job, then write claims.json, claims.md and quality_vs_nfe.png."""
-    root = Path(out)
-    (root / "jobs").mkdir(parents=True, exist_ok=True)
-    stamp = {**asdict(toy_of("tmd", 0, quick)), "out": None}
-    if (root / "claims.config.json").exists() and json.loads((root / "claims.config.json").read_text()) != stamp:
-        raise RuntimeError(f"{root} holds claims of another size; choose another folder with --out.")
-    write_json(root / "claims.config.json", stamp)
-    names, seeds = (QUICK_JOBS, SEEDS[:2]) if quick else (tuple(JOBS), SEEDS)
-    teachers = {str(teacher_folder(root, toy_of(n, s, quick))): (root, n, s, quick) for s in seeds for n in names}
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for todo, work, what in (
-            (list(teachers.values()), run_teacher, "teachers"),
-            ([(root, n, s, quick) for s in seeds for n in names], run_job, "students"),
-        ):
-            for _ in tqdm(pool.imap_unordered(work, todo), total=len(todo), desc=what, disable=None):
-                pass
-    result = tabulate(root)
-    if not quick:
-        draw(root, result)
-    print((root / "claims.md").read_text())
-    return result
+    return claims.run(RUNG, out, quick, workers)

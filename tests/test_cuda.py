@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tmd_minimal as tmd
+from planar import PlanarDiscriminator, PlanarNet
 
 
 @pytest.mark.cuda
@@ -17,7 +18,7 @@ def test_every_training_and_sampler_runs_on_a_gpu_and_resumes(tmp_path):
     def everything():
         tmd.seed_everything(0)
         run = {"progress": False, "c_neg": 2}
-        net = tmd.PlanarNet(2, 32, 4, 2).cuda()
+        net = PlanarNet(2, 32, 4, 2).cuda()
         teacher, _ = tmd.train_teacher(net, data, updates=20, batch=64, lr=1e-3, path=str(tmp_path / "teacher.pt"), **run)
         how = tmd.StudentConfig(M=2, N=2, H=2)
         student = tmd.TMDStudent(teacher, 2).cuda().requires_grad_(True)
@@ -25,7 +26,7 @@ def test_every_training_and_sampler_runs_on_a_gpu_and_resumes(tmp_path):
         student.load_state_dict(tmd.train_stage1(student, data, how, stage1, path=str(tmp_path / "1.pt"), **run)[0].state_dict())
         pairs = lambda g: (torch.randn(64, 2, generator=g, device="cuda"), *data(64, g))
         tmd.train_kd(student, pairs, how, updates=5, lr=1e-3, progress=False, path=str(tmp_path / "kd.pt"))
-        disc = tmd.PlanarDiscriminator(32, 2).cuda()
+        disc = PlanarDiscriminator(32, 2).cuda()
         stage2 = tmd.Stage2Config(iterations=20, batch=64, lr=1e-3)
         ema, _ = tmd.train_stage2(student, teacher, disc, data, how, stage2, taps=(1, 2), path=str(tmp_path / "2.pt"), **run)
         x_1 = torch.randn(100, 2, generator=torch.Generator("cuda").manual_seed(1), device="cuda")

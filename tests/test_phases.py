@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tmd_minimal as tmd
+from planar import PlanarDiscriminator, PlanarNet
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,7 +28,7 @@ def flat(*modules):
 def train(which, steps, path=None, save_every=1000, **kw):
     """Run one of the four trainings on a tiny network; returns everything it trained, flattened, and the phase."""
     tmd.seed_everything(0)
-    teacher = tmd.PlanarNet(2, 16, 3, 2)
+    teacher = PlanarNet(2, 16, 3, 2)
     how = tmd.StudentConfig(M=2, N=2, H=1)
     common = {"seed": 3, "path": path and str(path), "save_every": save_every, "progress": False, **kw}
     if which == "teacher":
@@ -39,7 +40,7 @@ def train(which, steps, path=None, save_every=1000, **kw):
         pairs = lambda g: (torch.randn(8, 2, generator=g), *data(8, g))
         ema, phase = tmd.train_kd(tmd.TMDStudent(teacher, 1), pairs, how, updates=steps, lr=1e-3, **common)
     else:
-        student, disc = tmd.TMDStudent(teacher, 1), tmd.PlanarDiscriminator(16, 2)
+        student, disc = tmd.TMDStudent(teacher, 1), PlanarDiscriminator(16, 2)
         cfg = tmd.Stage2Config(iterations=steps, batch=8, lr=1e-3)
         teacher.requires_grad_(False)
         ema, phase = tmd.train_stage2(student, teacher, disc, data, how, cfg, taps=(0, 2), c_neg=2, **common)
@@ -82,7 +83,7 @@ def test_resume_is_exact(which, tmp_path):
 @pytest.mark.parametrize("which", ["stage1", "stage2"])
 def test_every_setting_reaches_the_training(which, monkeypatch):
     """Each option of the config dataclasses changes what is trained: none is parsed and dropped."""
-    teacher = lambda: (tmd.seed_everything(0), tmd.PlanarNet(2, 16, 3, 2))[1]
+    teacher = lambda: (tmd.seed_everything(0), PlanarNet(2, 16, 3, 2))[1]
 
     def result(student={}, stage={}):  # noqa: B006
         how = tmd.StudentConfig(**{"M": 2, "N": 2, "H": 1, "outer_shift": 1.0, "inner_shift": 1.0, **student})
@@ -94,7 +95,7 @@ def test_every_setting_reaches_the_training(which, monkeypatch):
         if which == "stage1":
             cfg = tmd.Stage1Config(**{"updates": 3, "batch": 32, "lr": 1e-3, "cond_drop": 0.3, **stage})
             return flat(tmd.train_stage1(pupil, data, how, cfg, **common)[0])
-        disc = tmd.PlanarDiscriminator(16, 2)
+        disc = PlanarDiscriminator(16, 2)
         cfg = tmd.Stage2Config(**{"iterations": 10, "batch": 32, "lr": 1e-3, **stage})
         net.requires_grad_(False)
         ema, phase = tmd.train_stage2(pupil, net, disc, data, how, cfg, taps=(0, 2), **common)
@@ -118,7 +119,7 @@ def test_every_setting_reaches_the_training(which, monkeypatch):
 def test_kd_brings_the_student_to_the_teacher_s_samples():
     """KD warm-up regresses x_hat onto the paired sample: on pairs x = 0.5 x_1 + 1 the error falls below a tenth."""
     tmd.seed_everything(0)
-    student, how = tmd.PlainStudent(tmd.PlanarNet(2, 16, 3)), tmd.StudentConfig(M=1, N=1)
+    student, how = tmd.PlainStudent(PlanarNet(2, 16, 3)), tmd.StudentConfig(M=1, N=1)
 
     def pairs(g):
         x_1 = torch.randn(64, 2, generator=g)
@@ -135,7 +136,7 @@ def test_fake_score_starts_as_the_teacher():
     """Section 6: before its first update the fake score is the teacher, so the first student gradient is guidance and rounding alone."""
     _, phase = train("stage2", 1, on_step=None)
     tmd.seed_everything(0)
-    teacher = flat(tmd.PlanarNet(2, 16, 3, 2))
+    teacher = flat(PlanarNet(2, 16, 3, 2))
     assert (flat(phase.nets["fake"]) - teacher).abs().max() <= 1.1e-3  # one AdamW step of rate 1e-3 away
 
 
@@ -164,7 +165,7 @@ def test_ema_is_the_stated_average():
     history = []
     _, phase = train("teacher", 5, on_step=lambda phase, terms: history.append(flat(phase.nets["teacher"])))
     tmd.seed_everything(0)
-    average = flat(tmd.PlanarNet(2, 16, 3, 2))
+    average = flat(PlanarNet(2, 16, 3, 2))
     for n, net in enumerate(history, 1):
         average = torch.lerp(average, net, 1 - min(0.999, n / (n + 10)))
     torch.testing.assert_close(flat(phase.ema), average)
@@ -204,7 +205,7 @@ def test_networks_of_another_shape_are_refused(tmp_path):
     """Same settings, another width: one sentence, not a page of parameter names."""
     train("stage1", 3, tmp_path / "c.pt")
     state = tmd.safe_load(str(tmp_path / "c.pt"))
-    state["nets"]["student"]["gate"] = torch.zeros(7)
+    state["parts"]["student"]["gate"] = torch.zeros(7)
     tmd.atomic_save(state, str(tmp_path / "c.pt"))
     with pytest.raises(tmd.CheckpointError, match="another shape") as error:
         train("stage1", 3, tmp_path / "c.pt")
@@ -213,7 +214,7 @@ def test_networks_of_another_shape_are_refused(tmp_path):
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights():
     """A finite loss with an infinite gradient stops the run; no weight moves."""
-    net = tmd.PlanarNet(2, 16, 3)
+    net = PlanarNet(2, 16, 3)
     phase = tmd.Phase("teacher", {"teacher": net}, "teacher", 1e-3, 0.9, 0, {})
     before = flat(net)
     loss = (net(torch.zeros(1, 2), torch.zeros(1)) - net(torch.zeros(1, 2), torch.zeros(1)).detach()).abs().sum().sqrt()
@@ -242,12 +243,12 @@ def test_nan_stops_with_step_and_term_and_keeps_the_last_good_checkpoint(tmp_pat
         return (x * float("nan") if len(calls) > 5 else x), c
 
     tmd.seed_everything(0)
-    net, path = tmd.PlanarNet(2, 16, 3, 2), str(tmp_path / "c.pt")
+    net, path = PlanarNet(2, 16, 3, 2), str(tmp_path / "c.pt")
     with pytest.raises(FloatingPointError, match=r"'denoising' is nan at step 5"):
         tmd.train_teacher(net, poisoned, updates=20, batch=8, lr=1e-3, c_neg=2, seed=3, path=path, save_every=2, progress=False)
     assert torch.isfinite(flat(net)).all()
     state = tmd.safe_load(path)
-    assert state["step"] == 4 and all(torch.isfinite(v).all() for v in state["nets"]["teacher"].values())
+    assert state["step"] == 4 and all(torch.isfinite(v).all() for v in state["parts"]["teacher"].values())
 
 
 def test_kill_9_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 import tmd_minimal as tmd
 from oracles import GaussianInnerFlow
+from planar import PlanarDiscriminator, PlanarNet
 
 F64 = torch.float64
 CLASSES = 3
@@ -15,7 +16,7 @@ CLASSES = 3
 
 @pytest.fixture
 def teacher():
-    return tmd.PlanarNet(2, 32, 4, CLASSES).double()
+    return PlanarNet(2, 32, 4, CLASSES).double()
 
 
 def perturbed(module, scale=0.05):
@@ -445,7 +446,7 @@ def test_span_embedding_learns(teacher, g):
 
 def stage2_parts(teacher):
     student = perturbed(tmd.TMDStudent(teacher, 2)).double()
-    return student, copy.deepcopy(teacher), tmd.PlanarDiscriminator(32, 2).double()
+    return student, copy.deepcopy(teacher), PlanarDiscriminator(32, 2).double()
 
 
 def test_student_update_touches_only_the_student(teacher, g):
@@ -605,18 +606,18 @@ def test_taps_are_the_forward_s_hidden_states_and_stop_early(teacher, g):
         (lambda: tmd.Stage2Config(normalizer="x"), "normalizer"),
         (lambda: tmd.Stage2Config(student_every=1), "student_every"),
         (lambda: tmd.shift(0.5, 0.0), "positive"),
-        (lambda: tmd.check_grid(torch.tensor([0, 0.5, 0.4])), "increase"),
-        (lambda: tmd.check_grid(torch.tensor([0.1, 0.5])), "increase"),
+        (lambda: tmd.down(torch.tensor([0, 0.5, 0.4])), "increase"),
+        (lambda: tmd.down(torch.tensor([0.1, 0.5])), "increase"),
         (lambda: tmd.interpolate(torch.zeros(2, 2), torch.zeros(2, 2), torch.tensor([0.5, 1.5])), "[0, 1]"),
         (lambda: tmd.interpolate(torch.zeros(2, 2), torch.zeros(2, 3), torch.tensor([0.5, 0.5])), "disagree"),
         (lambda: tmd.interpolate(torch.zeros(2, 2), torch.zeros(2, 2), torch.tensor([0.5])), "one time a sample"),
-        (lambda: tmd.TMDStudent(tmd.PlanarNet(2, 16, 3), 3), "1 <= H < L"),
-        (lambda: tmd.TMDStudent(tmd.PlanarNet(2, 16, 3), 0), "1 <= H < L"),
-        (lambda: tmd.PlanarNet(2, 16, 3)(torch.zeros(4, 3), torch.zeros(4)), "(B, 2)"),
-        (lambda: tmd.PlanarNet(2, 16, 3)(torch.zeros(4, 2), torch.zeros(4), torch.zeros(4)), "no classes"),
-        (lambda: tmd.PlanarNet(2, 16, 3).taps(torch.zeros(4, 2), torch.zeros(4), None, (3,)), "blocks 0 to 2"),
+        (lambda: tmd.TMDStudent(PlanarNet(2, 16, 3), 3), "1 <= H < L"),
+        (lambda: tmd.TMDStudent(PlanarNet(2, 16, 3), 0), "1 <= H < L"),
+        (lambda: PlanarNet(2, 16, 3)(torch.zeros(4, 3), torch.zeros(4)), "(B, 2)"),
+        (lambda: PlanarNet(2, 16, 3)(torch.zeros(4, 2), torch.zeros(4), torch.zeros(4)), "no classes"),
+        (lambda: PlanarNet(2, 16, 3).taps(torch.zeros(4, 2), torch.zeros(4), None, (3,)), "blocks 0 to 2"),
         (lambda: tmd.sample_teacher(None, torch.zeros(4, 2), grid=tmd.make_grid(2, 1.0), method="rk4"), "method"),
-        (lambda: tmd.guided(tmd.PlanarNet(2, 16, 3, 2), torch.zeros(4, 2), torch.zeros(4), torch.zeros(4).long(), None, 2.0), "c_neg"),
+        (lambda: tmd.guided(PlanarNet(2, 16, 3, 2), torch.zeros(4, 2), torch.zeros(4), torch.zeros(4).long(), None, 2.0), "c_neg"),
     ],
 )
 def test_bad_input_is_one_sentence(call, words):

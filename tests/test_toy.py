@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import claims
 import toy_2d
 import toy_claims
 from planar import DATA, dataset, off_support, sliced_wasserstein
@@ -181,8 +182,8 @@ def test_read_only_folder(tmp_path, capsys):
 
 def test_the_rule_of_the_claims_table():
     """Better on one distance and worse on none holds; the other way round does not; overlap or conflict is inconclusive."""
-    low, high, wide = toy_claims.summary([0.10, 0.11, 0.12]), toy_claims.summary([0.30, 0.31, 0.32]), toy_claims.summary([0.0, 0.2, 0.4])
-    case = lambda a, b: toy_claims.verdict({"swd": a[0], "off_support": a[1]}, {"swd": b[0], "off_support": b[1]})
+    low, high, wide = claims.summary([0.10, 0.11, 0.12]), claims.summary([0.30, 0.31, 0.32]), claims.summary([0.0, 0.2, 0.4])
+    case = lambda a, b: claims.verdict({"swd": a[0], "off_support": a[1]}, {"swd": b[0], "off_support": b[1]}, toy_claims.SCORES)
     assert low["mean"] == pytest.approx(0.11) and low["std"] == pytest.approx(0.01) and low["se"] == pytest.approx(0.01 / 3**0.5)
     assert case((low, low), (high, low)) == "holds"
     assert case((high, low), (low, low)) == "does not hold"
@@ -193,8 +194,8 @@ def test_the_rule_of_the_claims_table():
 def test_false_verdicts_of_the_rule_are_as_often_as_the_readme_says(g):
     """Two equal methods, three seeds, two independent distances: about one row of ten holds and one of ten does not."""
     rows = torch.randn(4000, 2, 2, 3, generator=g).tolist()
-    one = lambda values: dict(zip(("swd", "off_support"), map(toy_claims.summary, values)))
-    verdicts = [toy_claims.verdict(one(a), one(b)) for a, b in rows]
+    one = lambda values: dict(zip(("swd", "off_support"), map(claims.summary, values)))
+    verdicts = [claims.verdict(one(a), one(b), toy_claims.SCORES) for a, b in rows]
     for word in ("holds", "does not hold"):
         assert verdicts.count(word) / len(verdicts) == pytest.approx(0.106, abs=0.02)
 
@@ -206,7 +207,7 @@ def test_every_claim_names_jobs_that_exist_and_differ():
     asked = {"C1", "C2", "C3", "C4", "C6", "C7", "C8", "C10", "trap 2", "trap 3", "trap 5", "trap 9"}
     assert asked <= {row[0] for row in toy_claims.CLAIMS}
     for name in toy_claims.JOBS:
-        toy_claims.toy_of(name, 0, False)
+        toy_claims.RUNG.toy_of(name, 0, False)
 
 
 def test_claims_resume_and_tabulate(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import torch
 
 import tmd_minimal as tmd
 from oracles import GaussianInnerFlow, GaussianMixture
+from planar import PlanarNet
 
 
 def test_tm_mf_head_reaches_the_closed_form_average_velocity():
@@ -16,7 +17,7 @@ def test_tm_mf_head_reaches_the_closed_form_average_velocity():
     errors = {}
     for share in (0.25, 0.0):
         tmd.seed_everything(0)
-        net = tmd.PlanarNet(2, 48, 3)
+        net = PlanarNet(2, 48, 3)
         how = tmd.StudentConfig(M=1, N=2, H=2, inner_shift=1.0)
         cfg = tmd.Stage1Config(updates=1200, batch=256, lr=1e-3, flow_map_share=share, ema=0.99, guidance=1.0)
         student, _ = tmd.train_stage1(tmd.TMDStudent(net, 2, gate_init=0.0), data, how, cfg, progress=False)
@@ -41,7 +42,7 @@ def test_tm_mf_head_reaches_the_closed_form_average_velocity():
     assert errors[0.25] < 0.01 < 0.03 < errors[0.0], errors
 
 
-class ExactPlusResidual(tmd.PlanarNet):
+class ExactPlusResidual(PlanarNet):
     """A closed-form velocity plus a small network that starts at zero: exact as the teacher, trainable as fake score and student."""
 
     def __init__(self, exact):
