@@ -1,13 +1,16 @@
-# Two commands: `make toy` (train and draw, about 3 minutes) and `make test` (the oracles). Both make their own .venv.
+# Three commands: `make toy` (train and draw, about 3 minutes), `make video` (about 25) and `make test` (the oracles). Each makes its own .venv.
 PYTHON ?= python3
 VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: toy test slow claims bench publish lint clean
+.PHONY: toy video test slow claims video-claims bench publish lint clean
 
 toy: $(STAMP)            ## train teacher, baseline and TMD on two spirals and draw them
 	$(RUN) toy_2d.py --resume
+
+video: $(STAMP)          ## the same on tiny videos with prompts: teacher, baseline, TMD, contact sheet
+	$(RUN) toy_video.py
 
 test: $(STAMP)           ## lint, then every test that is not marked slow
 	$(RUN) -m ruff check .
@@ -19,8 +22,12 @@ slow: $(STAMP)           ## the tests marked slow: default-sized runs
 claims: $(STAMP)         ## the paper's claims in the plane, three seeds (about an hour, resumable)
 	$(RUN) toy_2d.py --claims
 
+video-claims: $(STAMP)   ## the paper's claims on moving shapes, three seeds (a night on two cores, resumable)
+	$(RUN) toy_video.py --claims
+
 bench: $(STAMP)          ## steps per second of every stage against their matmuls alone
 	$(RUN) toy_2d.py --bench
+	$(RUN) toy_video.py --bench
 
 publish: $(STAMP)        ## copy measured numbers and pictures to results/ and set the README's tables from them
 	$(RUN) publish.py

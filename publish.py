@@ -14,18 +14,37 @@ import bench
 import claims
 import toy_2d
 import toy_claims
+import toy_video
+import video_claims
 
-RUNS, RESULTS = Path("runs/toy_2d"), Path("results/toy_2d")
-PICTURES = ("samples.png", "inner_flow.png", "curves.png", "transition.gif")
+RUNS, RESULTS = Path("runs"), Path("results")
+PLANE = ("metrics.json", "samples.png", "inner_flow.png", "curves.png", "transition.gif")
+VIDEO = ("metrics.json", "contact_sheet.png", "clips.gif", "quality_vs_nfe.png", "curves.png")
+COPIES = {  # results: runs
+    **{f"toy_2d/{name}": f"toy_2d/spirals/{name}" for name in PLANE},
+    "toy_2d/checkerboard.png": "toy_2d/checkerboard/samples.png",
+    **{f"toy_2d/{name}": f"toy_2d/claims/{name}" for name in ("claims.json", "claims.md", "quality_vs_nfe.png")},
+    "toy_2d/bench.json": "toy_2d/bench.json",
+    **{f"toy_video/{name}": f"toy_video/tiny/{name}" for name in VIDEO},
+    **{f"toy_video/{name}": f"toy_video/claims-tiny/{name}" for name in ("claims.json", "claims.md")},
+    "toy_video/claims_quality_vs_nfe.png": "toy_video/claims-tiny/quality_vs_nfe.png",
+    "toy_video/bench.json": "toy_video/bench.json",
+}
 
 
 def tables() -> dict[str, str]:
     """Every table of the README by the name of its marker, from results/ alone."""
     load = lambda name: json.loads((RESULTS / name).read_text())
+    size = load("toy_video/metrics.json")["config"]
+    video = load("toy_video/bench.json")
     return {
-        "metrics": toy_2d.markdown(load("metrics.json")),
-        "claims": claims.claims_table(toy_claims.RUNG, load("claims.json")),
-        "bench": bench.markdown(load("bench.json")),
+        "metrics": toy_2d.markdown(load("toy_2d/metrics.json")),
+        "claims": claims.claims_table(toy_claims.RUNG, load("toy_2d/claims.json")),
+        "bench": bench.markdown(load("toy_2d/bench.json")),
+        "video": toy_video.markdown(load("toy_video/metrics.json")),
+        "video-claims": claims.claims_table(video_claims.rung("tiny"), load("toy_video/claims.json")),
+        "video-students": "\n".join(video_claims.measured(load("toy_video/claims.json"))),
+        "video-bench": bench.markdown(video) + "\n" + bench.rollout_cost(video, size["N"], size["H"], size["depth"]) + "\n",
     }
 
 
@@ -39,13 +58,10 @@ def fill(text: str, found: dict[str, str]) -> str:
 
 
 def main() -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.json", *PICTURES):
-        shutil.copy(RUNS / "spirals" / name, RESULTS / name)
-    shutil.copy(RUNS / "checkerboard" / "samples.png", RESULTS / "checkerboard.png")
-    for name in ("claims.json", "claims.md", "quality_vs_nfe.png"):
-        shutil.copy(RUNS / "claims" / name, RESULTS / name)
-    shutil.copy(RUNS / "bench.json", RESULTS / "bench.json")
+    for result, run in COPIES.items():
+        if (RUNS / run).exists():  # what was not run again stays as it was published
+            (RESULTS / result).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(RUNS / run, RESULTS / result)
     readme = Path("README.md")
     readme.write_text(fill(readme.read_text(), tables()))
 

@@ -6,7 +6,7 @@ blocks), run N times inside each transition. Stage 1 (TM-MF) pretrains the head 
 distils the teacher's distribution into the whole student while the head is rolled out.
 
     python toy_2d.py               # the method on points in the plane: teacher, stage 1, stage 2, baseline, pictures
-    python toy_2d.py --claims      # what the paper claims, measured in the plane
+    python toy_video.py            # and on tiny videos with prompts: the same functions
     make test                      # the closed forms that this file is checked against
 
 Notation (the paper's; TIME 1 IS NOISE, TIME 0 IS DATA, in the outer and in the inner flow)
@@ -47,8 +47,7 @@ from tqdm import tqdm
 
 T_MIN, T_MAX = 0.001, 0.999  # every sampled time lies in here; t_M = s_N = T_MAX
 
-# ---- Config: one dataclass a stage -----------------------------------------------------------------------------------
-# Defaults are the paper's; a rung passes only what differs.
+# ---- Config: one dataclass a stage. Defaults are the paper's; a rung passes only what differs. -----------------------
 
 
 def choose(name: str, value, known) -> None:
@@ -221,7 +220,7 @@ class TimeEmbedding(nn.Module):
 class AdaMLP(nn.Module):
     """Residual MLP under adaptive norm: h + gate * MLP((1 + scale) norm(h) + shift); e[0] (B, 3, W) plus a table give the three."""
 
-    def __init__(self, width: int, expand: int = 2):  # choice: the fusion MLP expands twofold, as the planar blocks do
+    def __init__(self, width: int, expand: int = 2):  # choice: the fusion MLP expands twofold, as the blocks of the toys do
         super().__init__()
         self.table = nn.Parameter(torch.randn(3, width) / width**0.5)
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
@@ -305,11 +304,13 @@ class VideoDiT(Network):
         self.patch_size, self.heads, self.words = tuple(patch), heads, words
         self.time = TimeEmbedding(width, max_freq=20.0)
         self.patch = nn.Conv3d(channels, width, self.patch_size, self.patch_size)
-        self.text = nn.Sequential(nn.Embedding(words + 1, width), nn.Linear(width, width), nn.GELU("tanh"), nn.Linear(width, width))
+        layers = nn.Linear(width, width), nn.GELU("tanh"), nn.Linear(width, width)
+        self.text = nn.Sequential(
+            nn.Embedding(words + 1, width), *layers, nn.LayerNorm(width)
+        )  # choice: prompts at the scale of the tokens
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 8 * width))
         self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.proj = nn.Linear(width, channels * math.prod(self.patch_size))
+        self.norm, self.proj = nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, channels * math.prod(self.patch_size))
 
     def embed(self, x):
         if x.ndim != 5 or any(n % p for n, p in zip(x.shape[2:], self.patch_size)):
@@ -343,7 +344,6 @@ class VideoDiscriminator(nn.Module):
 
     def __init__(self, width: int, heads: int, kind: str = "conv3d"):
         super().__init__()
-        # two 3x3x3 convolutions; or one in space, one in time; or every token looks at all others
         kernels = {"conv3d": [(3, 3, 3), (3, 3, 3)], "conv1d2d": [(1, 3, 3), (3, 1, 1)], "attention": []}
         choose("discriminator", kind, kernels)
         conv = lambda k: (nn.Conv3d(width, width, k, padding=[n // 2 for n in k]), nn.GroupNorm(1, width), nn.SiLU())

@@ -52,7 +52,7 @@ def test_every_choice_is_listed():
     section = README[README.index("## Differences from the paper") : README.index("## Claims")]
     rows = set(re.findall(r"^\| `([^`]+)` \|", section, re.M))
     used = set()
-    for file in ("tmd_minimal.py", "ladder.py", "planar.py", "toy_2d.py"):
+    for file in ("tmd_minimal.py", "ladder.py", "planar.py", "toy_2d.py", "toy_video.py"):
         lines = (ROOT / file).read_text().splitlines()
         for i, line in enumerate(lines):
             if "choice:" in line:
@@ -64,10 +64,13 @@ def test_every_choice_is_listed():
 
 
 def test_every_command_of_the_readme_parses():
-    """Each `python toy_2d.py ...` line is accepted by the command line, and each make target exists."""
+    """Each `python toy_....py ...` line is accepted by its command line, and each make target exists."""
     import toy_2d
+    import toy_video
 
-    lines = re.findall(r"^\s*(python toy_2d\.py[^#\n]*|make \w+)", README + CODE + (ROOT / "toy_2d.py").read_text(), re.M)
+    parsers = {"toy_2d.py": toy_2d.parser(), "toy_video.py": toy_video.parser()}
+    text = README + CODE + "".join((ROOT / name).read_text() for name in parsers)
+    lines = re.findall(r"^\s*(python toy_\w+\.py[^#\n]*|make [\w-]+)", text, re.M)
     assert len(lines) > 6
     makefile = (ROOT / "Makefile").read_text()
     for line in lines:
@@ -75,7 +78,7 @@ def test_every_command_of_the_readme_parses():
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, re.M), line
         else:
-            toy_2d.parser().parse_args(words[2:])
+            parsers[words[1]].parse_args(words[2:])
 
 
 def test_tables_are_the_measured_ones(monkeypatch):
@@ -83,14 +86,16 @@ def test_tables_are_the_measured_ones(monkeypatch):
     import claims
     import publish
     import toy_claims
+    import video_claims
 
     monkeypatch.chdir(ROOT)
     assert publish.fill(README, publish.tables()) == README
-    result = json.loads((ROOT / "results/toy_2d/claims.json").read_text())
-    assert (ROOT / "results/toy_2d/claims.md").read_text() == claims.markdown(toy_claims.RUNG, result)
-    for row in result["rows"]:  # and the verdicts follow from the numbers by the stated rule
-        if row["A"] and row["B"]:
-            assert row["verdict"] == claims.verdict(row["A"], row["B"], toy_claims.SCORES)
+    for name, rung in (("toy_2d", toy_claims.RUNG), ("toy_video", video_claims.rung("tiny"))):
+        result = json.loads((ROOT / f"results/{name}/claims.json").read_text())
+        assert (ROOT / f"results/{name}/claims.md").read_text() == claims.markdown(rung, result)
+        for row in result["rows"]:  # and the verdicts follow from the numbers by the stated rule
+            if row["A"] and row["B"]:
+                assert row["verdict"] == claims.verdict(row["A"], row["B"], rung.scores)
 
 
 @pytest.mark.parametrize("name", [p.name for p in ROOT.glob("*.md")])

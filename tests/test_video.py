@@ -1,0 +1,270 @@
+"""The video transformer, the same algorithm on clips (B, C, T, H, W), and toy_video.py as its users run it."""
+
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import claims
+import tmd_minimal as tmd
+import toy_video
+import video_claims
+from moving_shapes import EMPTY, World
+
+TINY = ["--frames", "6", "--pixels", "12", "--patch-frames", "2", "--patch-pixels", "4", "--width", "16", "--depth", "3", "--H", "1",
+        "--heads", "2", "--taps", "0,1", "--teacher-updates", "2", "--stage1-updates", "2", "--iterations", "5", "--batch", "4",
+        "--samples", "120", "--kd-count", "8", "--kd-steps", "2", "--N", "2", "--curve", "1"]  # fmt: skip
+
+
+def network(**kw):
+    return tmd.VideoDiT(**{"channels": 2, "width": 24, "depth": 4, "heads": 2, "patch": (2, 4, 4), "words": 5, **kw}).double()
+
+
+def clips(g, n=3):
+    x = torch.randn(n, 2, 4, 8, 8, generator=g, dtype=torch.float64)
+    return x, torch.rand(n, generator=g, dtype=torch.float64), torch.randint(0, 5, (n, 3), generator=g)
+
+
+# -- the network --------------------------------------------------------------------------------------------------------
+
+
+def test_patches_go_back_where_they_came_from(g):
+    """Unpatchify undoes the patch embedding: with one channel a pixel, the round trip is the identity."""
+    net = tmd.VideoDiT(channels=2, width=64, depth=1, heads=1, patch=(2, 4, 4)).double()
+    net.patch.weight.data = torch.eye(64, dtype=torch.float64).reshape(64, 2, 2, 4, 4)
+    net.proj.weight.data = torch.eye(64, dtype=torch.float64)
+    net.norm = torch.nn.Identity()
+    for p in (net.patch.bias, net.proj.bias):
+        torch.nn.init.zeros_(p)
+    x, _, _ = clips(g)
+    assert_close(net.output(net.embed(x), (None, torch.zeros(3, 2, 64, dtype=torch.float64))), x)
+
+
+def test_rotary_attention_sees_only_differences_of_positions(g):
+    """Rotating by (t, h, w) and by a shift of it gives the same products of queries and keys: 3-D rotary positions are relative."""
+    net = network(width=48, heads=2)
+    cos, sin = (a.view(6, 5, 4, -1) for a in net.rope([6, 5, 4], "cpu"))
+    assert cos.shape[-1] == 12
+    a, b = torch.randn(2, 24, generator=g)
+
+    def product(p, q):
+        turn = lambda z, at: torch.cat([z[:12] * cos[at] - z[12:] * sin[at], z[:12] * sin[at] + z[12:] * cos[at]])
+        return turn(a, p) @ turn(b, q)
+
+    assert_close(product((0, 1, 2), (3, 2, 0)), product((2, 3, 3), (5, 4, 1)), atol=1e-4, rtol=1e-4)
+    for other in ((4, 2, 0), (3, 3, 0), (3, 2, 1)):  # and each of the three axes counts
+        assert abs(product((0, 1, 2), (3, 2, 0)) - product((0, 1, 2), other)) > 1e-3
+
+
+def test_no_prompt_is_the_empty_prompt(g):
+    """c = None and three empty words are the same condition, and a word changes the output."""
+    net = network()
+    x, t, c = clips(g)
+    assert_close(net(x, t), net(x, t, torch.full((3, 3), 5)))
+    assert (net(x, t) - net(x, t, c)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("fusion", ["gated", "concat"])
+def test_student_of_a_video_network_equals_its_teacher_while_the_gate_is_closed(fusion, g):
+    """At s = t the student's first prediction is the teacher's velocity, to 1e-6 with a closed gate (concat: the y_s part at zero)."""
+    net = network()
+    x, t, c = clips(g)
+    student = tmd.TMDStudent(net, 2, fusion, gate_init=-30.0).double()
+    if fusion == "concat":
+        student.fuse.weight.data[:, 24:] = 0
+    assert_close(student.head(torch.randn_like(x), t, t, student.features(x, t, c)), net(x, t, c), atol=1e-6, rtol=1e-6)
+
+
+def test_finite_difference_agrees_with_forward_mode_through_attention(g):
+    """du/ds of a video head by central differences equals torch.func.jvp to 1e-3: the head is smooth in s, attention included."""
+    student = tmd.TMDStudent(network(), 2).double()
+    x, t, c = clips(g)
+    m, v = student.features(x, t, c), torch.randn(x.shape, generator=g, dtype=torch.float64)
+    f = lambda y, s: student.head(y, s, 0.3 * t, m)
+    s = 0.1 + 0.8 * t
+    exact = tmd.total_derivative(f, x, s, v, "jvp")
+    assert_close(tmd.total_derivative(f, x, s, v, "fd", 1e-4), exact, atol=1e-3 * exact.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize(("M", "N"), [(1, 1), (1, 4), (2, 3)])
+def test_backbone_runs_m_times_and_head_m_n_times(M, N, g):
+    """Sampling costs exactly M backbone and M N head evaluations: that is what effective NFE counts."""
+    student = tmd.TMDStudent(network(), 1).double()
+    calls = {0: 0, 3: 0}
+    for i in calls:
+        student.net.blocks[i].register_forward_hook(lambda *_, i=i: calls.update({i: calls[i] + 1}))
+    x, _, c = clips(g)
+    how = tmd.StudentConfig(M=M, N=N, H=1)
+    tmd.sample(student, x, c, outer_grid=how.outer_grid.double(), inner_grid=how.inner_grid.double(), generator=g)
+    assert calls == {0: M, 3: M * N}
+
+
+@pytest.mark.parametrize("kind", ["conv3d", "conv1d2d", "attention"])
+def test_discriminator_heads_see_every_token(kind, g):
+    """Each kind of head gives logits per tapped block and depends on features everywhere in space and time."""
+    net, disc = network(), tmd.VideoDiscriminator(24, 2, kind).double()
+    x, t, c = clips(g)
+    features = [f.detach().requires_grad_(True) for f in net.taps(x, t, c, (1, 3))]
+    assert features[0].shape == (3, 2, 2, 2, 24)
+    logits = disc(features)
+    assert logits.shape[0] == 3 and logits.shape[1] % 2 == 0
+    logits.square().mean().backward()
+    assert all((f.grad.abs().sum(-1) > 0).all() for f in features)
+
+
+def test_conv1d2d_separates_space_and_time(g):
+    """The first convolution of conv1d2d mixes space only, conv3d's mixes time too."""
+    x = torch.randn(1, 24, 4, 4, 4, generator=g)
+    moved = x.clone()
+    moved[:, :, 3] += 1
+    for kind, mixes in (("conv3d", True), ("conv1d2d", False)):
+        conv = tmd.VideoDiscriminator(24, 1, kind).heads[0][1]
+        changed = (conv(x) - conv(moved)).abs().amax((0, 1, 3, 4)) > 1e-6
+        assert bool(changed[2]) is mixes and bool(changed[3])
+
+
+def test_both_stages_train_on_clips_and_reach_the_backbone(g):
+    """TM-MF with guidance and dropout, and both losses of stage 2, run on (B, C, T, H, W); the backbone takes gradient in both stages."""
+    net = network().requires_grad_(False)
+    student = tmd.TMDStudent(net, 2).double().requires_grad_(True)
+    x, t, c = clips(g)
+    how, neg = tmd.StudentConfig(M=2, N=2, H=2), torch.full((3,), 5)
+    grids = {"outer_grid": how.outer_grid.double(), "inner_grid": how.inner_grid.double()}
+    draws = tmd.stage1_draw(x, *grids.values(), flow_map_share=1.0, generator=g)
+    tmd.tm_mf_loss(student, x, c, **draws, c_neg=neg, guidance=3.0).backward()
+    assert student.net.blocks[0].attn.q.weight.grad.abs().sum() > 0 and student.net.text[1].weight.grad.abs().sum() > 0
+    student.zero_grad()
+    x_hat = tmd.generate(student, x, c, **grids, generator=g)
+    disc = tmd.VideoDiscriminator(24, 2).double()
+    more = {"t": t, "noise": torch.randn_like(x), "taps": (1, 2)}
+    terms = tmd.stage2_student_loss(x_hat, net, network(), disc, c, neg, guidance=2.0, **more)
+    sum(terms.values()).backward()
+    assert student.net.blocks[0].attn.q.weight.grad.abs().sum() > 0 and all(p.grad is None for p in disc.parameters())
+    critic = tmd.stage2_critic_loss(x_hat, x, net, network(), disc, c, noise_real=torch.randn_like(x), **more)
+    assert set(critic) == {"fake", "disc"} and all(torch.isfinite(v) for v in critic.values())
+
+
+def test_bf16_autocast_keeps_losses_and_derivatives_in_float32(g):
+    """Under bf16 autocast on clips the loss is float32, finite, and within 2 % of the float32 loss."""
+    net = tmd.VideoDiT(channels=2, width=24, depth=4, heads=2, words=5)
+    student = tmd.TMDStudent(net, 2)
+    x, _, c = clips(g)
+    x, how = x.float(), tmd.StudentConfig(M=1, N=2, H=2)
+    draws = tmd.stage1_draw(x, how.outer_grid, how.inner_grid, flow_map_share=1.0, generator=g)
+    neg = torch.full((3,), 5)
+    exact = tmd.tm_mf_loss(student, x, c, **draws, c_neg=neg)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = tmd.tm_mf_loss(student, x, c, **draws, c_neg=neg)
+    assert loss.dtype == torch.float32
+    assert_close(loss, exact, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: network()(torch.zeros(1, 2, 3, 8, 8), torch.zeros(1)), "multiples"),
+        (lambda: network()(torch.zeros(1, 2, 8, 8), torch.zeros(1)), "multiples"),
+        (lambda: network().taps(torch.zeros(1, 2, 4, 8, 8).double(), torch.zeros(1).double(), None, (1, 4)), "blocks 0 to 3"),
+        (lambda: tmd.VideoDiscriminator(24, 2, "conv4d"), "conv3d"),
+        (lambda: toy_video.ToyVideo(pixels=18), "multiple of patch_pixels"),
+        (lambda: toy_video.ToyVideo(width=60, heads=4), "multiple of twice"),
+        (lambda: toy_video.ToyVideo(taps="2,6"), "0 to 5"),
+        (lambda: toy_video.ToyVideo(samples=100), "at least 120"),
+        (lambda: toy_video.ToyVideo(prompts="bright blob circle"), "square | ring | cross"),
+        (lambda: toy_video.ToyVideo(prompts="bright any circle"), "leaves a word open"),
+        (lambda: toy_video.ToyVideo(size="large"), "tiny"),
+        (lambda: toy_video.ToyVideo(H=6), "1 <= H < depth"),
+        (lambda: video_claims.run("x", "tiny", only=("tmd M3",)), "unknown job 'tmd M3'"),
+    ],
+)
+def test_bad_input_is_one_sentence(call, words):
+    """Every bad input is a ValueError of one sentence that says what to do."""
+    with pytest.raises(ValueError) as error:
+        call()
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+# -- the command --------------------------------------------------------------------------------------------------------
+
+
+def tiny(out, *more):
+    return toy_video.main([*TINY, "--out", str(out), *more])
+
+
+def test_a_run_writes_numbers_then_pictures_and_is_not_run_again(tmp_path, capsys):
+    """Metrics, samples and pictures; the same command again trains nothing; other settings are refused; --restart starts anew."""
+    out = tmp_path / "v"
+    assert tiny(out) == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert list(metrics["models"]) == ["data", "teacher_50", "teacher_4", "teacher_2", "teacher_1", "dmd2v", "stage1", "tmd"]
+    assert metrics["models"]["teacher_50"]["effective_nfe"] == 100 and metrics["models"]["data"]["total"] > 0.9
+    assert metrics["models"]["tmd"]["effective_nfe"] == pytest.approx(1 + 1 / 3)
+    for name in ("preview.png", "contact_sheet.png", "clips.gif", "quality_vs_nfe.png", "curves.png", "samples.npz", "metrics.md"):
+        assert (out / name).stat().st_size > 500, name
+    stamps = {p: p.stat().st_mtime_ns for p in (out / "checkpoints").glob("*.pt")}
+    assert {p.name for p in stamps} == {"teacher.pt", "tmd.stage1.pt", "tmd.stage2.pt", "dmd2v.kd.pt", "dmd2v.stage2.pt"}
+    assert tiny(out) == 0
+    assert stamps == {p: p.stat().st_mtime_ns for p in (out / "checkpoints").glob("*.pt")}
+    again = json.loads((out / "metrics.json").read_text())
+    for name, record in metrics["models"].items():
+        assert record["total"] == again["models"][name]["total"]
+    capsys.readouterr()
+    assert tiny(out, "--seed", "1") == 1
+    error = capsys.readouterr().err
+    assert "--seed 0" in error and error.count("\n") == 1
+    assert tiny(out, "--restart") == 0
+    assert stamps != {p: p.stat().st_mtime_ns for p in (out / "checkpoints").glob("*.pt")}
+
+
+@pytest.mark.parametrize(("arguments", "words"), [(["--prompts", "dim ring"], "three words"), (["--taps", "0,9"], "taps"),
+                                                  (["--claims", "--seed", "1"], "leave out seed")])  # fmt: skip
+def test_command_line_errors_are_one_sentence(arguments, words, tmp_path, capsys):
+    """Unknown words, blocks and clashing switches end with status 1 and one line on stderr; nothing is written."""
+    assert toy_video.main([*arguments, "--out", str(tmp_path / "x")]) == 1
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and not (tmp_path / "x").exists()
+
+
+def test_out_of_memory_says_which_size_to_try(tmp_path, capsys, monkeypatch):
+    """A GPU that runs out of memory is told in one sentence with a smaller batch."""
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...\nlong report")
+
+    monkeypatch.setattr(toy_video, "run", full)
+    assert tiny(tmp_path / "x") == 1
+    assert "--batch 2" in capsys.readouterr().err
+
+
+def test_every_claim_names_jobs_that_exist():
+    """Each row compares two known jobs, every job resolves, and the claims asked for are all there."""
+    for _, _, a, b, phase in video_claims.CLAIMS:
+        assert a in video_claims.JOBS and b in video_claims.JOBS and (a != b or "/" in phase)
+    assert {"C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "C10"} <= {row[0] for row in video_claims.CLAIMS}
+    rung = video_claims.rung("tiny")
+    budgets = set()
+    for name in video_claims.JOBS:
+        cfg, _, one, two, kd, _ = rung.plan(name, 0, False)
+        budgets.add((cfg.frames, (one.updates if one else 0) + kd + two.iterations))
+    assert len({b for f, b in budgets if f == 8}) == 1, "students of one table make the same number of updates"
+
+
+def test_claims_run_and_resume(tmp_path):
+    """A second call runs no finished job and writes the same table; rows whose jobs are missing say so."""
+    rung = video_claims.rung("tiny")
+    claims.run(rung, str(tmp_path), quick=True)
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "jobs").glob("*.json")}
+    table = (tmp_path / "claims.md").read_text()
+    assert len(stamps) == 4 and "not run" in table and "bounce" in table
+    claims.run(rung, str(tmp_path), quick=True)
+    assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "jobs").glob("*.json")}
+    assert table == (tmp_path / "claims.md").read_text()
+
+
+def test_dropped_words_are_the_empty_word():
+    """The run's negative prompt is three empty words, which no clip is drawn for."""
+    bench = toy_video.VideoLadder(toy_video.ToyVideo(frames=6, pixels=12, samples=120))
+    assert bench.c_neg.tolist() == [EMPTY] * 3
+    c = World(6, 12).draw(200, torch.Generator().manual_seed(0))[1]
+    assert not (c == EMPTY).any()
