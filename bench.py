@@ -1,15 +1,15 @@
 """What a run costs: python toy_2d.py --bench, python toy_video.py --bench (or make bench, both).
 
-For every stage: milliseconds per update (median), and the floor: the update's matrix products alone (attention counted as its two),
-recorded from one real update and replayed on ready-made tensors. The gap between the two is what everything else costs (elementwise work,
-launch overhead, AdamW). On one and on two CPU threads, each in a process of its own, one after the other; peak memory of the process
-beside it. The student update with N = 1 stands beside the one with N steps: claim C12, rollout costs (N-1) H / L of a forward and backward.
+For every stage: milliseconds per update (median), and the floor: the update's matrix products alone (attention counted as its two;
+convolutions are left out), recorded from one real update and replayed on ready-made tensors. The gap between the two is what everything
+else costs (elementwise work, launch overhead, AdamW). On one and on two CPU threads, each in a process of its own, one after the other;
+peak memory of the process beside it. The student update with N = 1 stands beside the one with N steps: claim C12, rollout costs
+(N-1) H / L of a forward and backward.
 """
 
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import resource
 import statistics
 import time
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import tmd_minimal as tmd
-from ladder import Ladder, write_json
+from ladder import Ladder, workers, write_json
 
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 
@@ -143,12 +143,13 @@ def measure(ladder: type[Ladder], cfg, sampled, n: int, threads: int, repeats: i
         floor = median_ms(lambda pairs=pairs: [torch.matmul(a, b) for a, b in pairs], max(3, repeats // 10), device)
         rows.append({"stage": name, "ms": times[name], "floor_ms": floor, "gflop": flop / 1e9})
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    return [{**row, "threads": threads, "peak_mb": peak, "torch": torch.__version__, "device": name} for row in rows]
+    return [{**row, "threads": threads, "peak_mb": peak, "torch": torch.__version__, "device": name,
+             "N, H, L": [cfg.N, cfg.H, cfg.depth]} for row in rows]  # fmt: skip
 
 
-def rollout_cost(rows: list[dict], N: int, H: int, L: int) -> str:
+def rollout_cost(rows: list[dict]) -> str:
     """C12 in one sentence: what rollout adds to the student update, beside (N-1) H / L of the student's own forward and backward."""
-    ms = {r["stage"]: r["ms"] for r in rows if r["threads"] == 1}
+    ms, (N, H, L) = {r["stage"]: r["ms"] for r in rows if r["threads"] == 1}, rows[0]["N, H, L"]
     added = ms[f"stage 2, TMD N={N}, student update"] - ms["stage 2, TMD N=1, student update"]
     share, base = (N - 1) * H / L, ms["stage 2, TMD N=1, student update"]
     expected = f"(N-1) H / L = {share:.2f} of a teacher update (the whole network, forward and backward) is {share * ms['teacher']:.1f} ms"
@@ -170,12 +171,10 @@ def run(ladder: type[Ladder], cfg, out: str, sampled: list[tuple[int, int]], n: 
     """Measure on one and on two threads, each in a process of its own; print the table and write bench.json into `out`."""
     rows = []
     for threads in (1, 2):
-        pool = multiprocessing.get_context("spawn").Pool(1)
-        rows += pool.apply(measure, (ladder, cfg, sampled, n, threads, repeats))
-        pool.close()  # and join, so that the child ends by itself and leaves nothing behind
-        pool.join()
+        with workers(1) as pool:
+            rows += pool.submit(measure, ladder, cfg, sampled, n, threads, repeats).result()
     print(markdown(rows))
-    print(rollout_cost(rows, cfg.N, cfg.H, cfg.depth))
+    print(rollout_cost(rows))
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / "bench.json", rows)
     return rows

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-import os
 from collections.abc import Callable
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import tmd_minimal as tmd
-from ladder import Ladder, baseline_budget, leave_with_parent, write_json
+from ladder import Ladder, baseline_budget, workers, write_json
 
 SEEDS = (0, 1, 2)
 
@@ -209,7 +208,7 @@ def markdown(rung: Rung, result: dict) -> str:
     return "\n".join([claims_table(rung, result), students_table(rung, result), *(rung.more_tables(result) if rung.more_tables else [])])
 
 
-def run(rung: Rung, out: str, quick: bool = False, workers: int = 2, seeds=SEEDS, only: tuple = ()) -> dict:
+def run(rung: Rung, out: str, quick: bool = False, processes: int = 2, seeds=SEEDS, only: tuple = ()) -> dict:
     """Run every missing job (or those named in `only`), then write claims.json, claims.md and the rung's picture."""
     root, first = Path(out), next(iter(rung.jobs))
     (root / "jobs").mkdir(parents=True, exist_ok=True)
@@ -220,13 +219,10 @@ def run(rung: Rung, out: str, quick: bool = False, workers: int = 2, seeds=SEEDS
     names, seeds = (rung.quick_jobs, seeds[:2]) if quick else (only or tuple(rung.jobs), seeds)
     jobs = [(rung, root, n, s, quick) for s in seeds for n in names]
     teachers = {rung.teacher_name(rung.toy_of(n, s, quick)): (rung, root, n, s, quick) for _, _, n, s, _ in jobs}
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, initializer=leave_with_parent, initargs=(os.getpid(),)) as pool:
+    with workers(processes) as pool:
         for todo, work, what in ((list(teachers.values()), run_teacher, "teachers"), (jobs, run_job, "students")):
-            for _ in tqdm(pool.imap_unordered(work, todo), total=len(todo), desc=what, disable=None):
-                pass
-        pool.close()
-        pool.join()
+            for done in tqdm(as_completed([pool.submit(work, job) for job in todo]), total=len(todo), desc=what, disable=None):
+                done.result()
     result = tabulate(rung, root)
     if rung.draw and not quick:
         rung.draw(root, result)

@@ -13,6 +13,8 @@ import signal
 import sys
 import threading
 import time
+import zipfile
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -73,6 +75,8 @@ class Ladder:
     of_teacher = ()  # the settings that a teacher depends on
     t_shift = 1.0  # timestep shift of the teacher's training
     save_every, curve_samples, kd_count, kd_steps = 500, 2048, 10_000, 50  # paper: 10k KD pairs, 50 steps
+    kd_chunk = 10_000  # of them at once, so that memory stays bounded
+    only_shown = ()  # settings that change pictures and logs, but no training
     device, precision = "cpu", nullcontext
 
     def __init__(self, cfg):
@@ -98,6 +102,8 @@ class Ladder:
         """Sample, time it, measure: the record that metrics.json holds for a model, and the samples."""
         start = time.perf_counter()
         samples = sampler()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         return {**facts, **self.score(samples, self.c), "sample_seconds": seconds, "seed": self.cfg.seed}, samples
 
@@ -118,7 +124,8 @@ class Ladder:
         Returns {"student", "stage1" (the student after it, or None), "curve" (score against updates), "seconds", ...}.
         """
         cfg = self.cfg
-        config = {"toy": {k: v for k, v in asdict(cfg).items() if k not in ("out", "samples")}}
+        # by the name of the option, which the error of another run's checkpoint tells
+        config = {f"--{k}": v for k, v in asdict(cfg).items() if k not in ("out", "samples", *self.only_shown)}
         common = {"seed": cfg.seed, "config": config, **run}
         tmd.seed_everything(cfg.seed)  # choice: every phase starts from the run's one seed
         student = tmd.TMDStudent(teacher, how.H, how.fusion, how.gate_init) if how.H else tmd.PlainStudent(teacher)
@@ -179,13 +186,10 @@ class Ladder:
         student = (teacher, "tmd", cfg.student_config(), stage1, cfg.stage2_config(), checkpoints)
         if self.device != "cpu":
             return self.fit_student(*student, **run), self.fit_baseline(teacher, checkpoints, **run)
-        beside = multiprocessing.get_context("spawn").Pool(1, initializer=leave_with_parent, initargs=(os.getpid(),))
-        with beside as pool:
-            baseline = pool.apply_async(train_baseline, (type(self), cfg, {**run, "progress": False}))
+        with workers(1) as pool:
+            baseline = pool.submit(train_baseline, type(self), cfg, {**run, "progress": False})
             ours = self.fit_student(*student, **run)
-            baseline.get()
-            pool.close()  # and join, so that the worker ends by itself and leaves nothing behind
-            pool.join()
+            baseline.result()
         return ours, self.fit_baseline(teacher, checkpoints, **{**run, "progress": False})  # finished: loaded
 
     def kd_pairs(self, teacher):
@@ -193,8 +197,9 @@ class Ladder:
         g = torch.Generator(self.device).manual_seed(self.cfg.seed + 20_000)
         _, c = self.data(self.kd_count, g)
         noise = torch.randn(self.kd_count, *self.x_1.shape[1:], generator=g, device=self.device)
-        grid = tmd.make_grid(self.kd_steps, 1.0)
-        return noise, tmd.sample_teacher(teacher, noise, c, self.c_neg, grid=grid, guidance=self.cfg.guidance), c
+        more = {"grid": tmd.make_grid(self.kd_steps, 1.0), "guidance": self.cfg.guidance}
+        parts = zip(noise.split(self.kd_chunk), [None] * len(noise) if c is None else c.split(self.kd_chunk))
+        return noise, torch.cat([tmd.sample_teacher(teacher, x_1, part, self.c_neg, **more) for x_1, part in parts]), c
 
 
 def baseline_budget(cfg: Settings, stage2: tmd.Stage2Config) -> tuple[int, tmd.Stage2Config]:
@@ -209,6 +214,12 @@ def train_baseline(ladder: type[Ladder], cfg, run: dict) -> None:
     torch.set_num_threads(1)
     bench, checkpoints = ladder(cfg), Path(cfg.out) / "checkpoints"
     bench.fit_baseline(bench.fit_teacher(checkpoints, progress=False)[0], checkpoints, **run)
+
+
+def workers(n: int) -> ProcessPoolExecutor:
+    """n processes that end with this one; a worker that is killed is an error (BrokenProcessPool), not a wait for ever."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(n, mp_context=context, initializer=leave_with_parent, initargs=(os.getpid(),))
 
 
 def leave_with_parent(parent: int) -> None:
@@ -269,6 +280,14 @@ def open_folder(out: str, config: dict, resume: bool) -> Path:
             file.unlink()
     write_json(folder / "config.json", config)
     return folder
+
+
+def redraw(draw, folder: Path, *args) -> None:
+    """Draw a run's pictures again; RuntimeError if its numbers are not there or not whole."""
+    try:
+        draw(folder, *args)
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as e:
+        raise RuntimeError(f"{folder} holds no whole run to draw ({type(e).__name__}); run the command without --redraw first.") from e
 
 
 def parser(settings: type, doc: str, **modes: str) -> argparse.ArgumentParser:

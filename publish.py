@@ -35,7 +35,6 @@ COPIES = {  # results: runs
 def tables() -> dict[str, str]:
     """Every table of the README by the name of its marker, from results/ alone."""
     load = lambda name: json.loads((RESULTS / name).read_text())
-    size = load("toy_video/metrics.json")["config"]
     video = load("toy_video/bench.json")
     return {
         "metrics": toy_2d.markdown(load("toy_2d/metrics.json")),
@@ -44,7 +43,7 @@ def tables() -> dict[str, str]:
         "video": toy_video.markdown(load("toy_video/metrics.json")),
         "video-claims": claims.claims_table(video_claims.rung("tiny"), load("toy_video/claims.json")),
         "video-students": "\n".join(video_claims.measured(load("toy_video/claims.json"))),
-        "video-bench": bench.markdown(video) + "\n" + bench.rollout_cost(video, size["N"], size["H"], size["depth"]) + "\n",
+        "video-bench": bench.markdown(video) + "\n" + bench.rollout_cost(video) + "\n",
     }
 
 

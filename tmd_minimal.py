@@ -251,8 +251,8 @@ class Network(nn.Module):
 
     def taps(self, x_t, t, c, blocks) -> list[torch.Tensor]:
         """Hidden states after the given blocks (0-based, increasing), stopping at the last of them."""
-        if not blocks or min(blocks) < 0 or max(blocks) >= len(self.blocks):
-            raise ValueError(f"feature blocks {list(blocks)} are not in this network; it has blocks 0 to {len(self.blocks) - 1}.")
+        if not blocks or list(blocks) != sorted(set(blocks)) or blocks[0] < 0 or blocks[-1] >= len(self.blocks):
+            raise ValueError(f"feature blocks {list(blocks)} do not fit; give increasing ones of blocks 0 to {len(self.blocks) - 1}.")
         e, found = self.modulate(self.time(t), self.context(c, x_t)), [self.embed(x_t)]
         for before, i in zip((-1, *blocks), blocks):
             found.append(self.run(found[-1], e, before + 1, i + 1))
@@ -315,14 +315,14 @@ class VideoDiT(Network):
     def embed(self, x):
         if x.ndim != 5 or any(n % p for n, p in zip(x.shape[2:], self.patch_size)):
             raise ValueError(f"clips of shape {tuple(x.shape)} do not split into patches of {self.patch_size}; sizes must be multiples.")
-        return self.patch(x).movedim(1, -1)  # (B, T', H', W', width)
+        return at_least_fp32(self.patch(x).movedim(1, -1))  # (B, T', H', W', width), one dtype for all blocks
 
     def context(self, c, x):
         c = torch.full((len(x), 1), self.words, device=x.device) if c is None else c
         return at_least_fp32(self.text(c)), self.rope([n // p for n, p in zip(x.shape[2:], self.patch_size)], x.device)
 
     def rope(self, grid, device):
-        """Angles of the 3-D rotary positions as (cos, sin), each (n, d/2): the pairs of a head are dealt to height, width, and time."""
+        """Angles of the 3-D rotary positions as (cos, sin), each (n, d/2): the pairs of a head are dealt to time, height and width."""
         half = self.patch.weight.shape[0] // self.heads // 2
         share = (half - 2 * (half // 3), half // 3, half // 3)
         freqs = [10000.0 ** -(torch.arange(k, device=device) / max(k, 1)) for k in share]

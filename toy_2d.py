@@ -349,14 +349,14 @@ def main(argv: list[str] | None = None) -> int:
         if mode["claims"]:
             import toy_claims
 
-            toy_claims.run(cfg.out if "out" in args else "runs/toy_2d/claims", quick=mode["quick"])
+            toy_claims.run(cfg.out if "out" in args else f"runs/toy_2d/claims{'-quick' * mode['quick']}", quick=mode["quick"])
         elif mode["bench"]:
             import bench
 
             out = cfg.out if "out" in args else "runs/toy_2d"
             bench.run(PlanarLadder, Toy(), out, [(cfg.M, cfg.N)], n=Toy.samples, repeats=5 if mode["quick"] else 100)
         elif mode["redraw"]:
-            draw(Path(cfg.out))
+            ladder.redraw(draw, Path(cfg.out))
         else:
             run(cfg, mode["resume"])
 

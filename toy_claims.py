@@ -224,6 +224,6 @@ RUNG = Rung(
 )
 
 
-def run(out: str, quick: bool = False, workers: int = 2) -> dict:
+def run(out: str, quick: bool = False, processes: int = 2) -> dict:
     """Run every missing job, then write claims.json, claims.md and quality_vs_nfe.png."""
-    return claims.run(RUNG, out, quick, workers)
+    return claims.run(RUNG, out, quick, processes)

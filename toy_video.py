@@ -1,4 +1,4 @@
-"""Transition Matching Distillation on tiny videos with prompts: about 20 minutes on two CPU cores, minutes on a GPU.
+"""Transition Matching Distillation on tiny videos with prompts: at most 25 minutes on two CPU cores; sized for a GPU with --size small.
 
     python toy_video.py                  # moving shapes: teacher, stage 1, stage 2, the DMD2-v baseline, pictures
     python toy_video.py --M 2            # two transitions
@@ -85,8 +85,14 @@ class ToyVideo(Settings):
         for name, size, patch in (("frames", self.frames, self.patch_frames), ("pixels", self.pixels, self.patch_pixels)):
             if patch < 1 or size % patch:
                 raise ValueError(f"{name} is {size} and the patch {patch}; choose {name} as a multiple of patch_{name}.")
-        if self.heads < 1 or self.width % (2 * self.heads):
-            raise ValueError(f"width is {self.width}; it must be a multiple of twice the {self.heads} heads (rotary pairs).")
+        if self.heads < 1 or self.width % (2 * self.heads) or self.width < 6 * self.heads or self.width % 4:
+            raise ValueError(
+                f"width is {self.width}; it must be a multiple of 4 and of twice the {self.heads} heads, at least 6 a head (rope)."
+            )
+        tmd.choose("discriminator", self.discriminator, ("conv3d", "conv1d2d", "attention"))
+        for name, low in (("kd_count", 1), ("kd_steps", 1), ("curve", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}.")
         if not all(block.strip().isdigit() and int(block) < self.depth for block in self.taps.split(",")):
             raise ValueError(f"taps is {self.taps!r}; give block numbers from 0 to {self.depth - 1}, as in 2,4.")
         if self.samples < 4 * len(PROMPTS):
@@ -112,7 +118,7 @@ SIZES = {
     "small": {"frames": 16, "pixels": 32, "width": 256, "depth": 10, "heads": 8, "batch": 64, "teacher_updates": 8000, "kd_count": 4000,
               "taps": "4,7,9", "H": 3, "stage1_updates": 1500, "iterations": 5000, "teacher_lr": 1e-3, "samples": 960},
 }  # fmt: skip
-QUICK = {"frames": 6, "pixels": 12, "width": 32, "depth": 3, "H": 1, "taps": "0,1", "teacher_updates": 60, "stage1_updates": 10,
+QUICK = {"frames": 6, "pixels": 12, "width": 32, "heads": 4, "depth": 3, "H": 1, "taps": "0,1", "teacher_updates": 60, "stage1_updates": 10,
          "iterations": 30, "batch": 16, "samples": 120, "kd_count": 32, "kd_steps": 4}  # fmt: skip
 
 
@@ -122,13 +128,13 @@ class VideoLadder(Ladder):
     settings = ToyVideo
     of_teacher = ("seed", "frames", "pixels", "patch_frames", "patch_pixels", "width", "depth", "heads", "batch", "teacher_updates",
                   "teacher_lr")  # fmt: skip
-    curve_samples = 120
+    only_shown, kd_chunk, curve_samples = ("prompts", "curve"), 1000, 10_000
 
     def __init__(self, cfg: ToyVideo):
         super().__init__(cfg)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.device == "cuda":  # bf16 products under fp32 master weights; tmd_minimal keeps states and losses in fp32
-            self.precision = partial(torch.autocast, "cuda", dtype=torch.bfloat16)
+        if self.device == "cuda":
+            self.precision = self.precision_of("cuda")
             compile_blocks()
         self.world = World(cfg.frames, cfg.pixels)
         self.ruler = Ruler(self.world)
@@ -140,6 +146,14 @@ class VideoLadder(Ladder):
         g = torch.Generator(self.device).manual_seed(cfg.seed + 10_000)
         self.x = self.world.draw(len(self.c), g, self.c)[0]
         self.x_1 = torch.randn(self.x.shape, generator=g, device=self.device)
+
+    @staticmethod
+    def precision_of(device: str):
+        """bf16 products under fp32 master weights; tmd_minimal keeps states and losses in fp32.
+
+        NO CACHE: the context spans a whole training, and cached casts would stay the weights of its first step.
+        """
+        return partial(torch.autocast, device, dtype=torch.bfloat16, cache_enabled=False)
 
     def data(self, n, generator):
         """What the trainings draw from: clips (n, 1, T, H, W) and prompts (n, 3)."""
@@ -159,12 +173,14 @@ class VideoLadder(Ladder):
 
     def score(self, clips, c) -> dict:
         """The ruler's means, and those of each motion law under "laws"."""
-        return {k: v for k, v in self.ruler.score(clips, c).items() if k not in ("clips", "prompts")}
+        with torch.autocast(self.device, enabled=False):  # the ruler measures in fp32, also in the middle of a training
+            return {k: v for k, v in self.ruler.score(clips, c).items() if k not in ("clips", "prompts")}
 
 
 def compile_blocks() -> None:
     """Compile the forward of a transformer block, once for all networks and their copies (a GPU's elementwise passes fuse)."""
     if not hasattr(tmd.DiTBlock, "eager"):
+        torch._dynamo.config.recompile_limit = 64  # with and without gradient, autocast (du/ds runs without), and by batch size
         tmd.DiTBlock.eager, tmd.DiTBlock.forward = tmd.DiTBlock.forward, torch.compile(tmd.DiTBlock.forward)
 
 
@@ -226,9 +242,11 @@ def draw_quality(records: dict, path: Path):
         for name, r in records.items():
             if name != "data":
                 color = BLUE if "teacher" in name else INK if "dmd2v" in name else ORANGE
+                place = {"teacher": (4, -10), "dmd2v": (-4, 7), "stage1": (6, -2), "tmd": (4, 7)}[name.split("_")[0]]
                 ax.plot(r["effective_nfe"], r[key], "o", color=color, ms=5)
-                ax.annotate(r["title"].split(",")[0], (r["effective_nfe"], r[key]), xytext=(4, 4), textcoords="offset points", fontsize=6.5)
-        ax.set(xscale="log", xlabel="effective NFE", title=key, ylim=(0, 1.05))
+                text = {"dmd2v": "DMD2-v", "stage1": "stage 1", "tmd": "TMD"}.get(name, r["title"].replace("teacher, ", ""))
+                ax.annotate(text, (r["effective_nfe"], r[key]), xytext=place, textcoords="offset points", fontsize=7, color=color)
+        ax.set(xscale="log", xlabel="effective NFE (blue: teacher, steps x 2)", title=key, ylim=(-0.04, 1.05), xlim=(0.7, 220))
         ax.grid(alpha=0.2)
     fig.savefig(path, dpi=110)
     plt.close(fig)
@@ -250,10 +268,10 @@ def draw_curves(curves: dict, records: dict, path: Path):
     plt.close(fig)
 
 
-def draw(folder: Path) -> None:
-    """All pictures, from metrics.json and samples.npz alone."""
+def draw(folder: Path, prompts: list[str] | None = None) -> None:
+    """All pictures, from metrics.json and samples.npz alone; of other prompts than the run's, if given."""
     metrics, saved = json.loads((folder / "metrics.json").read_text()), np.load(folder / "samples.npz")
-    records, prompts = metrics["models"], metrics["shown"]
+    records, prompts = metrics["models"], prompts or metrics["shown"]
     rows = [int((saved["c"] == encode(prompt).numpy()).all(1).nonzero()[0][0]) for prompt in prompts]
     clips = {name: saved[name] for name in ("data", "teacher_50", "dmd2v", "tmd") if name in saved}
     draw_sheet(clips, records, rows, prompts, folder / "contact_sheet.png")
@@ -269,9 +287,9 @@ def draw(folder: Path) -> None:
 def run(cfg: ToyVideo, resume: bool = True, progress: bool = True) -> dict:
     """The whole ladder; returns what metrics.json holds."""
     started = time.perf_counter()
-    folder = open_folder(cfg.out, {k: v for k, v in asdict(cfg).items() if k not in ("out", "prompts")}, resume)
+    folder = open_folder(cfg.out, {k: v for k, v in asdict(cfg).items() if k not in ("out", *VideoLadder.only_shown)}, resume)
     checkpoints, bench = folder / "checkpoints", VideoLadder(cfg)
-    records, clips = {}, {}
+    records, clips, resumed = {}, {}, any(checkpoints.glob("*.pt"))
 
     def keep(name, title, sampler, **facts):
         records[name], clips[name] = bench.judge(sampler, title=title, **facts)
@@ -282,7 +300,7 @@ def run(cfg: ToyVideo, resume: bool = True, progress: bool = True) -> dict:
     def save(curves):
         metrics = {"config": asdict(cfg), "models": records, "curves": curves, "shown": cfg.shown(), "torch": torch.__version__,
                    "threads": torch.get_num_threads(), "device": device_name(bench.device),
-                   "total_seconds": round(time.perf_counter() - started, 1)}  # fmt: skip
+                   "resumed": resumed, "total_seconds": round(time.perf_counter() - started, 1)}  # fmt: skip
         write_json(folder / "metrics.json", metrics)
         (folder / "metrics.md").write_text(markdown(metrics))
         with open(folder / "samples.npz.tmp", "wb") as file:
@@ -378,6 +396,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(
                 f"--claims and --bench have settings of their own; leave out {', '.join(sorted(set(args) - {'out', 'size'}))}."
             )
+        if mode["only"] and not mode["claims"]:
+            raise ValueError("--only names students of --claims; give --claims as well.")
         size = args.get("size") or ("small" if torch.cuda.is_available() else "tiny")
         tmd.choose("size", size, SIZES)
         quick = {**QUICK, "out": "runs/toy_video/quick"} if mode["quick"] else {}
@@ -386,19 +406,26 @@ def main(argv: list[str] | None = None) -> int:
             import video_claims
 
             only = tuple(name.strip() for name in mode["only"].split(",") if name.strip())
-            video_claims.run(cfg.out if "out" in args else f"runs/toy_video/claims-{size}", size, quick=mode["quick"], only=only)
+            video_claims.run(
+                cfg.out if "out" in args else f"runs/toy_video/claims-{size}{'-quick' * mode['quick']}",
+                size,
+                quick=mode["quick"],
+                only=only,
+            )
         elif mode["bench"]:
             import bench
 
             out, sampled = cfg.out if "out" in args else "runs/toy_video", [(1, 1), (1, 2), (1, 4), (2, 2), (2, 4)]
             bench.run(VideoLadder, cfg, out, sampled, n=32, repeats=3 if mode["quick"] else 20)
         elif mode["redraw"]:
-            draw(Path(cfg.out))
+            ladder.redraw(draw, Path(cfg.out), cfg.shown() if cfg.prompts else None)
         else:
             try:
                 run(cfg, not mode["restart"])
             except torch.OutOfMemoryError as e:
-                raise RuntimeError(f"the GPU ran out of memory; try --batch {max(1, cfg.batch // 2)}, or --size tiny.") from e
+                raise RuntimeError(
+                    f"the GPU ran out of memory; try --batch {max(1, cfg.batch // 2)} with another --out, or --size tiny."
+                ) from e
 
     return ladder.command("toy_video.py", work)
 

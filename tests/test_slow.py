@@ -3,6 +3,7 @@
 import pytest
 
 import toy_2d
+import toy_video
 
 
 @pytest.mark.slow
@@ -20,3 +21,16 @@ def test_default_run_draws_shapes_not_blobs(data, tmp_path):
         assert models[student]["off_support"] < 0.2 and models[student]["swd"] < 0.25
         assert models[student]["swd"] < few["swd"] and models[student]["off_support"] < few["off_support"]
     assert metrics["total_seconds"] < 300
+
+
+@pytest.mark.slow
+def test_default_video_run_names_shapes_and_motions(tmp_path):
+    """The tiny video ladder: teacher and both one-step students are far above chance (1/30) on the joint prompt and far above the one-step
+    teacher, and the whole takes at most 25 minutes.
+    """
+    metrics = toy_video.run(toy_video.ToyVideo(size="tiny", out=str(tmp_path)))
+    models = metrics["models"]
+    for name in ("teacher_50", "dmd2v", "tmd"):
+        assert models[name]["semantic"] > 0.25, name
+        assert models[name]["total"] > models["teacher_1"]["total"] + 0.15, name
+    assert metrics["total_seconds"] < 1500

@@ -1,5 +1,6 @@
 """The video transformer, the same algorithm on clips (B, C, T, H, W), and toy_video.py as its users run it."""
 
+import contextlib
 import json
 
 import pytest
@@ -41,20 +42,39 @@ def test_patches_go_back_where_they_came_from(g):
     assert_close(net.output(net.embed(x), (None, torch.zeros(3, 2, 64, dtype=torch.float64))), x)
 
 
-def test_rotary_attention_sees_only_differences_of_positions(g):
-    """Rotating by (t, h, w) and by a shift of it gives the same products of queries and keys: 3-D rotary positions are relative."""
-    net = network(width=48, heads=2)
-    cos, sin = (a.view(6, 5, 4, -1) for a in net.rope([6, 5, 4], "cpu"))
-    assert cos.shape[-1] == 12
-    a, b = torch.randn(2, 24, generator=g)
+def test_rotary_positions_are_relative_in_three_axes(g):
+    """A query turned by its place and a key by its own give products that depend on the difference of places alone, on every axis.
 
-    def product(p, q):
-        turn = lambda z, at: torch.cat([z[:12] * cos[at] - z[12:] * sin[at], z[:12] * sin[at] + z[12:] * cos[at]])
-        return turn(a, p) @ turn(b, q)
+    The products are read off the attention itself: with values that name the key, the output of one query is its row of weights.
+    """
+    attention = tmd.Attention(24, 1)
+    cos, sin = (a.view(6, 5, 4, -1) for a in network(width=24, heads=1).rope([6, 5, 4], "cpu"))
+    attention.kv.weight.data[24:] = torch.eye(24)
+    attention.kv.bias.data.zero_()
+    attention.out = torch.nn.Identity()
+    query, keys = torch.randn(1, 1, 24, generator=g), torch.randn(1, 2, 24, generator=g)
 
-    assert_close(product((0, 1, 2), (3, 2, 0)), product((2, 3, 3), (5, 4, 1)), atol=1e-4, rtol=1e-4)
-    for other in ((4, 2, 0), (3, 3, 0), (3, 2, 1)):  # and each of the three axes counts
-        assert abs(product((0, 1, 2), (3, 2, 0)) - product((0, 1, 2), other)) > 1e-3
+    def mix(places):  # three tokens at three places: how the first looks at the other two
+        rope = tuple(torch.stack([a[p] for p in places]) for a in (cos, sin))
+        return attention(torch.cat([query, keys], 1), torch.cat([query, keys], 1), rope)[:, 0]
+
+    base = mix([(0, 1, 2), (3, 2, 0), (1, 1, 1)])
+    assert_close(mix([(2, 3, 3), (5, 4, 1), (3, 3, 2)]), base, atol=1e-5, rtol=1e-5)
+    for axis in range(3):  # moving the second token along each axis counts
+        place = [3, 2, 0]
+        place[axis] += 1
+        assert (mix([(0, 1, 2), tuple(place), (1, 1, 1)]) - base).abs().max() > 1e-5
+
+
+def test_a_block_knows_places_by_its_rotary_positions_only(g):
+    """Permuting the tokens of a block permutes its output without rotary positions, and not with them."""
+    net = network()
+    x, t, _ = clips(g)
+    e = net.modulate(net.time(t), net.context(None, x))
+    h, perm = net.embed(x), torch.tensor([1, 0])
+    without = (*e[:2], (e[2][0], None))
+    assert_close(net.blocks[0](h[:, perm], without), net.blocks[0](h, without)[:, perm])
+    assert (net.blocks[0](h[:, perm], e) - net.blocks[0](h, e)[:, perm]).abs().max() > 1e-4
 
 
 def test_no_prompt_is_the_empty_prompt(g):
@@ -100,17 +120,21 @@ def test_backbone_runs_m_times_and_head_m_n_times(M, N, g):
     assert calls == {0: M, 3: M * N}
 
 
-@pytest.mark.parametrize("kind", ["conv3d", "conv1d2d", "attention"])
-def test_discriminator_heads_see_every_token(kind, g):
-    """Each kind of head gives logits per tapped block and depends on features everywhere in space and time."""
-    net, disc = network(), tmd.VideoDiscriminator(24, 2, kind).double()
-    x, t, c = clips(g)
-    features = [f.detach().requires_grad_(True) for f in net.taps(x, t, c, (1, 3))]
-    assert features[0].shape == (3, 2, 2, 2, 24)
-    logits = disc(features)
-    assert logits.shape[0] == 3 and logits.shape[1] % 2 == 0
-    logits.square().mean().backward()
-    assert all((f.grad.abs().sum(-1) > 0).all() for f in features)
+@pytest.mark.parametrize(("kind", "far"), [("conv3d", False), ("conv1d2d", False), ("attention", True)])
+def test_discriminator_heads_see_neighbours_or_all_tokens(kind, far, g):
+    """A logit of the convolutions depends on neighbouring tokens, one of attention on the farthest as well (group norms taken out)."""
+    disc = tmd.VideoDiscriminator(24, 1, kind).double()
+    for module in list(disc.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.GroupNorm):
+                setattr(module, name, torch.nn.Identity())
+    h = torch.randn(1, 6, 6, 6, 24, generator=g, dtype=torch.float64, requires_grad=True)
+    logits = disc([h])
+    assert logits.shape == (1, 216)
+    seen = torch.autograd.grad(logits[0, 0], h)[0].abs().sum(-1)[0]
+    assert (seen[5, 5, 5] > 0) == far and seen[0, 0, 0] > 0
+    for neighbour in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
+        assert seen[neighbour] > 0
 
 
 def test_conv1d2d_separates_space_and_time(g):
@@ -160,6 +184,27 @@ def test_bf16_autocast_keeps_losses_and_derivatives_in_float32(g):
     assert_close(loss, exact, rtol=0.02, atol=0)
 
 
+def test_training_under_bf16_autocast_moves_the_weights_it_uses():
+    """A training inside one autocast context learns as fast as in float32: no cached casts of the first step's weights."""
+
+    def data(n, generator):
+        x = torch.randint(0, 2, (n, 1, 1, 1, 1), generator=generator) * 2.0 - 1
+        return x.expand(n, 2, 2, 4, 4), None
+
+    def last_losses(context):
+        tmd.seed_everything(0)
+        net, losses = tmd.VideoDiT(channels=2, width=24, depth=2, heads=2), []
+        with context:
+            tmd.train_teacher(net, data, updates=100, batch=16, lr=3e-3, seed=0, progress=False, on_step=lambda _, t: losses.append(t))
+        return sum(t["denoising"].item() for t in losses[-20:]) / 20
+
+    bench = toy_video.VideoLadder.precision_of("cuda")
+    assert bench.keywords["cache_enabled"] is False
+    exact = last_losses(contextlib.nullcontext())
+    assert last_losses(torch.autocast("cpu", **bench.keywords)) == pytest.approx(exact, rel=0.1)
+    assert last_losses(torch.autocast("cpu", dtype=torch.bfloat16)) > 1.3 * exact  # what the cache would do
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -168,12 +213,16 @@ def test_bf16_autocast_keeps_losses_and_derivatives_in_float32(g):
         (lambda: network().taps(torch.zeros(1, 2, 4, 8, 8).double(), torch.zeros(1).double(), None, (1, 4)), "blocks 0 to 3"),
         (lambda: tmd.VideoDiscriminator(24, 2, "conv4d"), "conv3d"),
         (lambda: toy_video.ToyVideo(pixels=18), "multiple of patch_pixels"),
-        (lambda: toy_video.ToyVideo(width=60, heads=4), "multiple of twice"),
+        (lambda: toy_video.ToyVideo(width=60, heads=4), "twice the 4 heads"),
         (lambda: toy_video.ToyVideo(taps="2,6"), "0 to 5"),
         (lambda: toy_video.ToyVideo(samples=100), "at least 120"),
         (lambda: toy_video.ToyVideo(prompts="bright blob circle"), "square | ring | cross"),
         (lambda: toy_video.ToyVideo(prompts="bright any circle"), "leaves a word open"),
         (lambda: toy_video.ToyVideo(size="large"), "tiny"),
+        (lambda: toy_video.ToyVideo(width=32, heads=8), "at least 6 a head"),
+        (lambda: toy_video.ToyVideo(discriminator="conv4d"), "conv1d2d"),
+        (lambda: toy_video.ToyVideo(kd_steps=0), "at least 1"),
+        (lambda: network().taps(torch.zeros(1, 2, 4, 8, 8).double(), torch.zeros(1).double(), None, (2, 0)), "increasing"),
         (lambda: toy_video.ToyVideo(H=6), "1 <= H < depth"),
         (lambda: video_claims.run("x", "tiny", only=("tmd M3",)), "unknown job 'tmd M3'"),
     ],
@@ -209,7 +258,11 @@ def test_a_run_writes_numbers_then_pictures_and_is_not_run_again(tmp_path, capsy
     again = json.loads((out / "metrics.json").read_text())
     for name, record in metrics["models"].items():
         assert record["total"] == again["models"][name]["total"]
+    assert tiny(out, "--prompts", "dim cross circle, bright ring still") == 0  # other pictures of the same run
+    assert stamps == {p: p.stat().st_mtime_ns for p in (out / "checkpoints").glob("*.pt")}
+    (out / "samples.npz").write_bytes(b"broken")
     capsys.readouterr()
+    assert tiny(out, "--redraw") == 1 and capsys.readouterr().err.count("\n") == 1
     assert tiny(out, "--seed", "1") == 1
     error = capsys.readouterr().err
     assert "--seed 0" in error and error.count("\n") == 1
@@ -217,8 +270,15 @@ def test_a_run_writes_numbers_then_pictures_and_is_not_run_again(tmp_path, capsy
     assert stamps != {p: p.stat().st_mtime_ns for p in (out / "checkpoints").glob("*.pt")}
 
 
-@pytest.mark.parametrize(("arguments", "words"), [(["--prompts", "dim ring"], "three words"), (["--taps", "0,9"], "taps"),
-                                                  (["--claims", "--seed", "1"], "leave out seed")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompts", "dim ring"], "three words"),
+        (["--taps", "0,9"], "taps"),
+        (["--claims", "--seed", "1"], "leave out seed"),
+        (["--only", "tmd"], "--claims as well"),
+    ],
+)
 def test_command_line_errors_are_one_sentence(arguments, words, tmp_path, capsys):
     """Unknown words, blocks and clashing switches end with status 1 and one line on stderr; nothing is written."""
     assert toy_video.main([*arguments, "--out", str(tmp_path / "x")]) == 1
