@@ -187,22 +187,34 @@ def compile_blocks() -> None:
 # ---- Pictures, drawn from the saved numbers --------------------------------------------------------------------------
 
 
+def mosaic(images: np.ndarray) -> np.ndarray:
+    """Images (rows, columns, H, W) side by side, one pixel of nan (drawn white) between them."""
+    framed = np.pad(images.astype(np.float32), ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=np.nan)
+    return np.block([list(row) for row in framed])[:-1, :-1]
+
+
+def show(ax, image, labels, height):
+    """A mosaic in grey, a label beside every row of it."""
+    shown = ax.imshow(image, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+    ax.set(xticks=[], yticks=[(height + 1) * k + height / 2 - 0.5 for k in range(len(labels))])
+    ax.set_yticklabels(labels, fontsize=7.5)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    return shown
+
+
 def draw_sheet(clips: dict, records: dict, rows: list[int], prompts: list[str], path: Path):
     """Contact sheet: for each prompt a block of rows, one per model, the same noise in each; columns are frames."""
     plt = pyplot()
-    names = list(clips)
-    frames = clips[names[0]].shape[2]
-    fig = plt.figure(figsize=(2.2 + 0.78 * frames, 0.8 * len(rows) * len(names) + 0.42 * len(rows)), layout="constrained")
-    for block, row, prompt in zip(fig.subfigures(len(rows), 1, squeeze=False)[:, 0], rows, prompts):
-        block.suptitle(prompt, fontsize=10, x=0.01, ha="left", weight="bold")
-        for axes, name in zip(block.subplots(len(names), frames, squeeze=False), names):
-            for ax, image in zip(axes, clips[name][row, 0]):
-                ax.imshow(image, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-                ax.set(xticks=[], yticks=[])
-            r = records[name]
-            cost = f", NFE {r['effective_nfe']:.3g}" if r["effective_nfe"] else ""
-            axes[0].set_ylabel(r["title"] + cost, fontsize=7.5, rotation=0, ha="right", va="center")
-    fig.savefig(path, dpi=90)
+    _, frames, height, _ = next(iter(clips.values()))[0].shape
+    costs = [f"\nNFE {records[name]['effective_nfe']:.3g}" if records[name]["effective_nfe"] else "" for name in clips]
+    labels = [records[name]["title"] + cost for name, cost in zip(clips, costs)]
+    size = (2.2 + 0.78 * frames, (0.8 * len(clips) + 0.3) * len(rows))
+    fig, axes = plt.subplots(len(rows), 1, figsize=size, squeeze=False, layout="constrained")
+    for ax, row, prompt in zip(axes[:, 0], rows, prompts):
+        show(ax, mosaic(np.stack([x[row, 0] for x in clips.values()])), labels, height)
+        ax.set_title(prompt, fontsize=10, loc="left", weight="bold")
+    fig.savefig(path, dpi=90, bbox_inches="tight")
     plt.close(fig)
 
 
@@ -211,23 +223,17 @@ def draw_gif(clips: dict, records: dict, rows: list[int], prompts: list[str], pa
     plt = pyplot()
     from matplotlib.animation import FuncAnimation, PillowWriter
 
-    fig, axes = plt.subplots(
-        len(clips), len(rows), figsize=(1.1 + 1.15 * len(rows), 1.15 * len(clips) + 0.3), squeeze=False, layout="constrained"
-    )
-    images = []
-    for line, (name, x) in zip(axes, clips.items()):
-        line[0].set_ylabel(records[name]["title"].replace(", ", "\n"), fontsize=7)
-        for ax, row in zip(line, rows):
-            ax.set(xticks=[], yticks=[])
-            images.append((ax.imshow(x[row, 0, 0], cmap="gray", vmin=-1, vmax=1, interpolation="nearest"), x[row, 0]))
-    for ax, prompt in zip(axes[0], prompts):
-        ax.set_title(prompt.replace(" ", "\n", 1), fontsize=7)
-    frames = len(images[0][1])
+    stacked = np.stack([x[rows, 0] for x in clips.values()])  # (models, prompts, T, H, W)
+    frames, height, width = stacked.shape[2:]
+    size = (1.4 + 1.15 * len(rows), 1.15 * len(clips) + 0.5)
+    fig, ax = plt.subplots(figsize=size, layout="constrained")
+    image = show(ax, mosaic(stacked[:, :, 0]), [records[name]["title"].replace(", ", "\n") for name in clips], height)
+    for k, prompt in enumerate(prompts):
+        ax.text((width + 1) * k + width / 2, -1.5, prompt.replace(" ", "\n", 1), fontsize=7, ha="center", va="bottom")
 
     def frame(i):
-        for image, clip in images:
-            image.set_data(clip[min(i, frames - 1)])
-        return [image for image, _ in images]
+        image.set_data(mosaic(stacked[:, :, min(i, frames - 1)]))
+        return (image,)
 
     FuncAnimation(fig, frame, frames=frames + 2).save(path, PillowWriter(fps=5), dpi=90)
     plt.close(fig)
@@ -315,7 +321,7 @@ def run(cfg: ToyVideo, resume: bool = True, progress: bool = True) -> dict:
         """A first picture a third of the way through the teacher's training."""
         if phase.step == -(-cfg.teacher_updates // 3):
             n, title = len(PROMPTS), f"teacher at {phase.step} updates, 50 x {per_step}"
-            early = {"data": clips["data"][:n].cpu(), "teacher": bench.teacher_samples(phase.ema, 50, n).cpu()}
+            early = {"data": clips["data"][:n].cpu().numpy(), "teacher": bench.teacher_samples(phase.ema, 50, n).cpu().numpy()}
             facts = {"data": records["data"], "teacher": {"title": title, "effective_nfe": 50.0 * per_step}}
             draw_sheet(early, facts, [PROMPTS.index(prompt) for prompt in cfg.shown()], cfg.shown(), folder / "preview.png")
             print(
