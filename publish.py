@@ -35,15 +35,15 @@ COPIES = {  # results: runs
 def tables() -> dict[str, str]:
     """Every table of the README by the name of its marker, from results/ alone."""
     load = lambda name: json.loads((RESULTS / name).read_text())
-    video = load("toy_video/bench.json")
+    costs = lambda rows: bench.markdown(rows) + "\n" + bench.rollout_cost(rows) + "\n"
     return {
         "metrics": toy_2d.markdown(load("toy_2d/metrics.json")),
         "claims": claims.claims_table(toy_claims.RUNG, load("toy_2d/claims.json")),
-        "bench": bench.markdown(load("toy_2d/bench.json")),
+        "bench": costs(load("toy_2d/bench.json")),
         "video": toy_video.markdown(load("toy_video/metrics.json")),
         "video-claims": claims.claims_table(video_claims.rung("tiny"), load("toy_video/claims.json")),
         "video-students": "\n".join(video_claims.measured(load("toy_video/claims.json"))),
-        "video-bench": bench.markdown(video) + "\n" + bench.rollout_cost(video) + "\n",
+        "video-bench": costs(load("toy_video/bench.json")),
     }
 
 

@@ -130,6 +130,7 @@ def draw(root: Path, result: dict) -> None:
             ax.axhline(sum(t[steps][key] for t in teachers) / len(teachers), color=BLUE, lw=1, ls=style, label=f"teacher, {steps} x 2")
         ax.axhline(sum(t["floor"][key] for t in teachers) / len(teachers), color=GREY, lw=1, label="data")
         ax.set(xlabel="effective NFE", ylabel=key)
+        ax.margins(x=0.25)
         ax.grid(alpha=0.2)
     axes[0].legend(fontsize=7)
     fig.savefig(root / "quality_vs_nfe.png", dpi=120)
