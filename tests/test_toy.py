@@ -143,7 +143,7 @@ def test_redraw_uses_saved_numbers_alone(tmp_path):
         (["--claims", "--seed", "3"], "leave out seed"),
         (["--outer", "sideways"], "choose one of"),
         (["--out", "/proc/nowhere"], "cannot write"),
-        (["--redraw", "--out", "/nonexistent"], "No such file"),
+        (["--redraw", "--out", "/nonexistent"], "holds no whole run"),
     ],
 )
 def test_bad_input_is_one_sentence_on_stderr(arguments, words, capsys):
