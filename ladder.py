@@ -47,6 +47,10 @@ class Settings:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
         self.student_config(), self.stage1_config(), self.stage2_config()  # their own checks
 
+    def without(self, *names: str) -> dict:
+        """The settings as a dict, less the output folder (a machine's own) and `names`."""
+        return {key: value for key, value in asdict(self).items() if key not in ("out", *names)}
+
     def student_config(self, **kw) -> tmd.StudentConfig:
         base = {key: getattr(self, key) for key in ("M", "N", "H", "outer_shift", "inner_shift", "outer")}
         return tmd.StudentConfig(**{**base, **kw})
@@ -125,7 +129,7 @@ class Ladder:
         """
         cfg = self.cfg
         # by the name of the option, which the error of another run's checkpoint tells
-        config = {f"--{k}": v for k, v in asdict(cfg).items() if k not in ("out", "samples", *self.only_shown)}
+        config = {f"--{key}": value for key, value in cfg.without("samples", *self.only_shown).items()}
         common = {"seed": cfg.seed, "config": config, **run}
         tmd.seed_everything(cfg.seed)  # choice: every phase starts from the run's one seed
         student = tmd.TMDStudent(teacher, how.H, how.fusion, how.gate_init) if how.H else tmd.PlainStudent(teacher)

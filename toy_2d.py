@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -250,7 +250,7 @@ def trace_transitions(bench: PlanarLadder, student, how, per: int = 200) -> dict
 def run(cfg: Toy, resume: bool = False, progress: bool = True) -> dict:
     """The whole ladder; returns what metrics.json holds."""
     started = time.perf_counter()
-    folder = open_folder(cfg.out, {k: v for k, v in asdict(cfg).items() if k != "out"}, resume)
+    folder = open_folder(cfg.out, cfg.without(), resume)
     checkpoints, bench = folder / "checkpoints", PlanarLadder(cfg)
     records, points, curves = {}, {}, {}
 
@@ -284,7 +284,7 @@ def run(cfg: Toy, resume: bool = False, progress: bool = True) -> dict:
     traces = {"stage 1": trace_transitions(bench, ours["stage1"], how)} if ours["stage1"] else {}
     traces["stage 2"] = trace_transitions(bench, ours["student"], how)
     flat = {f"trace {name} {key}": value for name, found in traces.items() for key, value in found.items()}
-    metrics = {"config": asdict(cfg), "floors": floors, "models": records, "curves": curves, "torch": torch.__version__,
+    metrics = {"config": cfg.without(), "floors": floors, "models": records, "curves": curves, "torch": torch.__version__,
                "threads": torch.get_num_threads(), "total_seconds": round(time.perf_counter() - started, 1)}  # fmt: skip
     write_json(folder / "metrics.json", metrics)
     (folder / "metrics.md").write_text(markdown(metrics))
@@ -345,7 +345,8 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(mode["threads"])
         if (mode["claims"] or mode["bench"]) and set(args) - {"out"}:
             raise ValueError(f"--claims and --bench have settings of their own; leave out {', '.join(sorted(set(args) - {'out'}))}.")
-        cfg = Toy(**{**(QUICK if mode["quick"] else {}), **args})
+        quick = {**QUICK, "out": f"runs/toy_2d/{args.get('data', Toy.data)}-quick"} if mode["quick"] else {}  # a folder of its own
+        cfg = Toy(**{**quick, **args})
         if mode["claims"]:
             import toy_claims
 

@@ -1,7 +1,7 @@
 """Transition Matching Distillation on tiny videos with prompts: at most 25 minutes on two CPU cores; sized for a GPU with --size small.
 
     python toy_video.py                  # moving shapes: teacher, stage 1, stage 2, the DMD2-v baseline, pictures
-    python toy_video.py --M 2            # two transitions
+    python toy_video.py --M 2 --out runs/toy_video/M2   # two transitions; other settings want a folder of their own
     python toy_video.py --prompts "bright ring circle, dim cross bounce"   # what the contact sheet shows
     python toy_video.py --quick          # under a minute, to see that it works
     python toy_video.py --claims         # what the paper claims, measured here (a night on two cores, resumable)
@@ -19,7 +19,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -293,7 +293,7 @@ def draw(folder: Path, prompts: list[str] | None = None) -> None:
 def run(cfg: ToyVideo, resume: bool = True, progress: bool = True) -> dict:
     """The whole ladder; returns what metrics.json holds."""
     started = time.perf_counter()
-    folder = open_folder(cfg.out, {k: v for k, v in asdict(cfg).items() if k not in ("out", *VideoLadder.only_shown)}, resume)
+    folder = open_folder(cfg.out, cfg.without(*VideoLadder.only_shown), resume)
     checkpoints, bench = folder / "checkpoints", VideoLadder(cfg)
     records, clips, resumed = {}, {}, any(checkpoints.glob("*.pt"))
 
@@ -304,7 +304,7 @@ def run(cfg: ToyVideo, resume: bool = True, progress: bool = True) -> dict:
         print(f"{title:<26} NFE {'-' if r['effective_nfe'] is None else format(r['effective_nfe'], '.3g'):<5} {scores}", flush=True)
 
     def save(curves):
-        metrics = {"config": asdict(cfg), "models": records, "curves": curves, "shown": cfg.shown(), "torch": torch.__version__,
+        metrics = {"config": cfg.without(), "models": records, "curves": curves, "shown": cfg.shown(), "torch": torch.__version__,
                    "threads": torch.get_num_threads(), "device": device_name(bench.device),
                    "resumed": resumed, "total_seconds": round(time.perf_counter() - started, 1)}  # fmt: skip
         write_json(folder / "metrics.json", metrics)

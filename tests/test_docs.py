@@ -98,6 +98,13 @@ def test_tables_are_the_measured_ones(monkeypatch):
                 assert row["verdict"] == claims.verdict(row["A"], row["B"], rung.scores)
 
 
+def test_results_name_no_machine():
+    """No published file holds an absolute path."""
+    for file in (ROOT / "results").rglob("*.*"):
+        if file.suffix in (".json", ".md"):
+            assert not re.search(r'["` ]/\w+/', file.read_text()), file
+
+
 @pytest.mark.parametrize("name", [p.name for p in ROOT.glob("*.md")])
 def test_links_lead_somewhere(name):
     """Every relative link and picture exists."""
