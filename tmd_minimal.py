@@ -7,6 +7,7 @@ distils the teacher's distribution into the whole student while the head is roll
 
     python toy_2d.py               # the method on points in the plane: teacher, stage 1, stage 2, baseline, pictures
     python toy_video.py            # and on tiny videos with prompts: the same functions
+    python wan_scale/run.py        # and on Wan2.1: the same functions again
     make test                      # the closed forms that this file is checked against
 
 Notation (the paper's; TIME 1 IS NOISE, TIME 0 IS DATA, in the outer and in the inner flow)
@@ -131,7 +132,7 @@ def shift(t, gamma: float):
     return gamma * t / ((gamma - 1) * t + 1)
 
 
-def make_grid(steps: int, gamma: float, name: str = "steps") -> torch.Tensor:
+def make_grid(steps: int, gamma: float, name: str = "steps", dtype=torch.float32) -> torch.Tensor:
     """Times shift(i / steps, gamma) with the last at 0.999: (steps+1,), increasing; the outer (M) or inner (N) grid."""
     if steps < 1:
         raise ValueError(f"{name} is {steps}; it must be at least 1.")
@@ -139,7 +140,7 @@ def make_grid(steps: int, gamma: float, name: str = "steps") -> torch.Tensor:
     if grid[-2] >= T_MAX:
         raise ValueError(f"{name} = {steps} with shift {gamma:g} puts two times above {T_MAX}; take fewer steps or a smaller shift.")
     grid[-1] = T_MAX
-    return grid.float()  # choice: float32 times; pass float64 ones where the embedding needs them
+    return grid.to(dtype)  # choice: float32 times; every time drawn has its grid's dtype, so a float64 grid gives the paper's float64
 
 
 def down(grid: torch.Tensor, device=None):
@@ -177,9 +178,9 @@ def randn_like(x: torch.Tensor, generator: torch.Generator | None) -> torch.Tens
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
 
-def sample_times(x: torch.Tensor, gamma: float, generator: torch.Generator | None) -> torch.Tensor:
+def sample_times(x: torch.Tensor, gamma: float, generator: torch.Generator | None, dtype=torch.float32) -> torch.Tensor:
     """t ~ shift(U(0, 1), gamma) clamped to [0.001, 0.999], one a sample of x: (B,)."""
-    return shift(torch.rand(len(x), generator=generator, device=x.device), gamma).clamp(T_MIN, T_MAX)
+    return shift(torch.rand(len(x), generator=generator, device=x.device).to(dtype), gamma).clamp(T_MIN, T_MAX)
 
 
 def sample_outer(x: torch.Tensor, outer_grid: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
@@ -189,7 +190,7 @@ def sample_outer(x: torch.Tensor, outer_grid: torch.Tensor, generator: torch.Gen
 
 def sample_s_r(x, inner_grid, s_shift: float, flow_map_share: float, generator) -> tuple[torch.Tensor, torch.Tensor]:
     """s ~ shift(U, s_shift); r = s_k, k = max{j : s_j <= s}, for `flow_map_share` of the batch, else r = s: (B,), (B,)."""
-    s = sample_times(x, s_shift, generator)
+    s = sample_times(x, s_shift, generator, inner_grid.dtype)
     grid = inner_grid.to(x.device)
     below = grid[torch.searchsorted(grid, s, right=True) - 1]
     is_map = torch.rand(len(x), generator=generator, device=x.device) < flow_map_share  # choice: a coin per sample
@@ -305,9 +306,8 @@ class VideoDiT(Network):
         self.time = TimeEmbedding(width, max_freq=20.0)
         self.patch = nn.Conv3d(channels, width, self.patch_size, self.patch_size)
         layers = nn.Linear(width, width), nn.GELU("tanh"), nn.Linear(width, width)
-        self.text = nn.Sequential(
-            nn.Embedding(words + 1, width), *layers, nn.LayerNorm(width)
-        )  # choice: prompts at the scale of the tokens
+        # choice: prompts at the scale of the tokens
+        self.text = nn.Sequential(nn.Embedding(words + 1, width), *layers, nn.LayerNorm(width))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 8 * width))
         self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
         self.norm, self.proj = nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, channels * math.prod(self.patch_size))
@@ -603,7 +603,7 @@ def tm_mf_loss(student, x, c=None, *, t, x_1, y_1, s, r, dropped=None, c_neg=Non
     predict = transition(student, x_t, t, c_in, target)  # backbone, once
     u = inner_velocity(predict(y_s, s, r), y_s, s, y_1, field)  # Eq. (14)
     goal = v
-    if bool((s > r).any()):
+    if derivative != "none":
         # choice: the derivative runs along the guided v, the velocity of the flow whose map is being learnt
         dh_ds = total_derivative(lambda y_s, s: predict(y_s, s, r), y_s, s, v, derivative, fd_step)
         # the 1/s of the consistent field by the quotient rule: a difference of step 0.005 across it is wrong by its own size below s = 0.02
@@ -741,13 +741,20 @@ class Phase:
             key: torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99), eps=1e-8, fused=True)
             for key, net in nets.items()
         }
-        self.ema, self.ema_updates = copy.deepcopy(nets[averaged]).requires_grad_(False), 0
+        self.ema, self.ema_updates = self.average(nets[averaged]), 0
+
+    average = staticmethod(lambda net: copy.deepcopy(net).requires_grad_(False))  # what holds it
+
+    def follow(self, net) -> None:
+        """Move the average toward `net`."""
+        self.ema_updates += 1
+        decay = min(self.ema_decay, self.ema_updates / (self.ema_updates + 10))  # choice: short memory at the start
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.parameters()), list(net.parameters()), 1 - decay)
 
     def check(self, what: str, value: torch.Tensor) -> None:
         if not bool(torch.isfinite(value)):
-            raise FloatingPointError(
-                f"{self.name}: {what} is {value.item()} at step {self.step}; lower the rate, the last checkpoint is kept."
-            )
+            raise FloatingPointError(f"{self.name}: {what} is {value.item()} at step {self.step}; lower the rate, the checkpoint is kept.")
 
     def update(self, name: str, terms: dict) -> dict:
         """Backward through the sum of `terms`, clip (choice: norm 1), step the optimizer of net `name`, then its EMA; returns `terms`.
@@ -761,10 +768,7 @@ class Phase:
         self.check(f"gradient norm of {name!r}", nn.utils.clip_grad_norm_(self.nets[name].parameters(), self.clip))
         self.optimizers[name].step()
         if name == self.averaged:
-            self.ema_updates += 1
-            decay = min(self.ema_decay, self.ema_updates / (self.ema_updates + 10))  # choice: short memory at the start
-            with torch.no_grad():
-                torch._foreach_lerp_(list(self.ema.parameters()), list(self.nets[name].parameters()), 1 - decay)
+            self.follow(self.nets[name])
         return terms
 
     def parts(self) -> dict:
@@ -822,13 +826,14 @@ class Phase:
 
 
 # ---- The four trainings: teacher, stage 1, KD warm-up, stage 2 -------------------------------------------------------
-# data(n, generator) -> (x (n, *D), c (n, *C) or None)
+# data(n, generator) -> (x (n, *D), c (n, *C) or None); make: a Phase that knows more (many cards, accumulation)
 
 
-def train_teacher(net, data, *, updates, batch, lr, cond_drop=0.1, c_neg=None, t_shift=1.0, ema=0.999, seed=0, config=None, **run):
+def train_teacher(net, data, *, updates, batch, lr, cond_drop=0.1, c_neg=None, t_shift=1, ema=0.999, seed=0, config=None, make=Phase,
+                  **run):  # fmt: skip
     """Flow matching of data with condition dropout (Eq. 2); returns the EMA. `run` goes to Phase.run."""
     own = {"batch": batch, "lr": lr, "cond_drop": cond_drop, "t_shift": t_shift, "ema": ema, "seed": seed}
-    phase = Phase("teacher", {"teacher": net}, "teacher", lr, ema, seed, {**own, **(config or {})})
+    phase = make("teacher", {"teacher": net}, "teacher", lr, ema, seed, {**own, **(config or {})})
 
     def iterate(phase):
         g = phase.generator
@@ -841,25 +846,26 @@ def train_teacher(net, data, *, updates, batch, lr, cond_drop=0.1, c_neg=None, t
     return phase.run(iterate, updates, **run), phase
 
 
-def train_stage1(student, data, how: StudentConfig, cfg: Stage1Config, *, c_neg=None, seed=0, config=None, **run):
+def train_stage1(student, data, how: StudentConfig, cfg: Stage1Config, *, c_neg=None, seed=0, config=None, make=Phase, **run):
     """Stage 1: TM-MF pretraining of the student (Algorithm 2); returns its EMA and the phase."""
     own = {**asdict(how), **asdict(cfg), "seed": seed}
-    phase = Phase("stage1", {"student": student}, "student", cfg.lr, cfg.ema, seed, own | (config or {}))
+    phase = make("stage1", {"student": student}, "student", cfg.lr, cfg.ema, seed, own | (config or {}))
 
     def iterate(phase):
         x, c = data(cfg.batch, phase.generator)
         draws = stage1_draw(x, how.outer_grid, how.inner_grid, cfg.s_shift, cfg.flow_map_share, cfg.cond_drop, phase.generator)
+        derivative = cfg.derivative if cfg.flow_map_share else "none"  # not by the draws: ranks must call a sharded head equally often
         loss = tm_mf_loss(student, x, c, **draws, c_neg=c_neg, guidance=cfg.guidance, target=how.target, field=how.field,
-                          derivative=cfg.derivative, fd_step=cfg.fd_step, adaptive_c=cfg.adaptive_c)  # fmt: skip
+                          derivative=derivative, fd_step=cfg.fd_step, adaptive_c=cfg.adaptive_c)  # fmt: skip
         return phase.update("student", {"tm_mf": loss})
 
     return phase.run(iterate, cfg.updates, **run), phase
 
 
-def train_kd(student, pairs, how: StudentConfig, *, updates, lr, ema=0.99, seed=0, config=None, **run):
+def train_kd(student, pairs, how: StudentConfig, *, updates, lr, ema=0.99, seed=0, config=None, make=Phase, **run):
     """KD warm-up (M = 1): regress the student's x_hat from noise onto the teacher's sample. pairs(generator) -> (x_1, x, c)."""
     config = {**asdict(how), "lr": lr, "ema": ema, "seed": seed, **(config or {})}
-    phase = Phase("kd", {"student": student}, "student", lr, ema, seed, config)
+    phase = make("kd", {"student": student}, "student", lr, ema, seed, config)
 
     def iterate(phase):
         x_1, x, c = pairs(phase.generator)
@@ -871,12 +877,12 @@ def train_kd(student, pairs, how: StudentConfig, *, updates, lr, ema=0.99, seed=
     return phase.run(iterate, updates, **run), phase
 
 
-def train_stage2(student, teacher, discriminator, data, how: StudentConfig, cfg: Stage2Config, *, taps, c_neg=None, seed=0,
-                 config=None, **run):  # fmt: skip
+def train_stage2(student, teacher, discriminator, data, how: StudentConfig, cfg: Stage2Config, *, taps, c_neg=None,
+                 fake_score=None, seed=0, config=None, make=Phase, **run):  # fmt: skip
     """Stage 2: DMD2-v with rollout (with PlainStudent: DMD2-v). The fake score starts as the teacher. Returns EMA and phase."""
     config = {**asdict(how), **asdict(cfg), "taps": list(taps), "seed": seed, **(config or {})}
-    fake_score = copy.deepcopy(teacher).requires_grad_(True)
-    phase = Phase("stage2", {"student": student, "fake": fake_score, "disc": discriminator}, "student", cfg.lr, cfg.ema, seed, config)
+    fake_score = copy.deepcopy(teacher).requires_grad_(True) if fake_score is None else fake_score
+    phase = make("stage2", {"student": student, "fake": fake_score, "disc": discriminator}, "student", cfg.lr, cfg.ema, seed, config)
     gan = {"gan_weight": cfg.gan_weight, "taps": taps}
 
     def iterate(phase):
@@ -886,7 +892,7 @@ def train_stage2(student, teacher, discriminator, data, how: StudentConfig, cfg:
         with torch.set_grad_enabled(is_student):
             x_hat = generate(student, x, c, outer_grid=how.outer_grid, inner_grid=how.inner_grid, generator=g, target=how.target,
                              field=how.field, clean=how.clean, rollout=cfg.rollout)  # fmt: skip
-        t, noise = sample_times(x, cfg.dmd_shift, g), randn_like(x, g)
+        t, noise = sample_times(x, cfg.dmd_shift, g, how.outer_grid.dtype), randn_like(x, g)
         if is_student:
             terms = stage2_student_loss(x_hat, teacher, fake_score, discriminator, c, c_neg, t=t, noise=noise,
                                         guidance=cfg.guidance, normalizer=cfg.normalizer, **gan)  # fmt: skip
