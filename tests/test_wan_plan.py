@@ -1,0 +1,375 @@
+"""`plan`: its parameters, FLOPs and bytes against PyTorch's own counts on the real classes, and what it says about fitting."""
+
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import tmd_minimal as tmd
+from wan_scale import plan as P
+
+diffusers = pytest.importorskip("diffusers")
+from wan_scale import model as M  # noqa: E402
+
+TINY = dict(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=4, in_channels=16, out_channels=16, text_dim=32,
+            freq_dim=32, patch_size=[1, 2, 2], cross_attn_norm=True)  # fmt: skip
+CLIP = (9, 64, 96)  # frames, height, width
+TEXT = 24
+
+
+def count(run) -> float:
+    """FLOPs of run(), backward passes included; attention by its two matrix products."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops()
+
+
+def network(config=TINY, checkpointing=True):
+    """The stock transformer in tmd's contract, blocks recomputed in the backward pass."""
+    return M.WanNetwork(diffusers.WanTransformer3DModel(**config), checkpointing)
+
+
+def data(n, generator):
+    return torch.randn(n, 16, *P.latent(*CLIP), generator=generator), torch.randn(n, TEXT, TINY["text_dim"], generator=generator)
+
+
+# ---- Parameters and FLOPs --------------------------------------------------------------------------------------------
+
+
+size = lambda net: sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize("name, billions", [("1.3b", 1.419), ("14b", 14.288)])
+def test_parameters_of_the_published_sizes(name, billions):
+    """1.3B has 1.419 B parameters and 14B 14.288 B: exactly those of the stock transformer, built on the meta device."""
+    with torch.device("meta"):
+        net, found = network(P.WAN[name]), P.parameters(P.WAN[name])
+    assert found["total"] == size(net) and found["total"] / 1e9 == pytest.approx(billions, abs=5e-4)
+    assert found["block"] == size(net.blocks[0]) and found["blocks"] == size(net.blocks)
+
+
+@pytest.mark.parametrize("change", [{}, {"cross_attn_norm": False, "out_channels": None, "in_channels": 8}, {"attention_head_dim": 32}])
+def test_parameters_of_teacher_and_student(change):
+    """The parts of the teacher and of the TMD student around it are exact, whatever the config."""
+    config = TINY | change
+    teacher = network(config)
+    student, found, added = tmd.TMDStudent(teacher, 3), P.parameters(config), P.student_parameters(config, 3)
+    assert found["total"] == size(teacher) and found["block"] == size(teacher.blocks[0])
+    assert found["output"] == size(teacher.transformer.proj_out) + teacher.transformer.scale_shift_table.numel()
+    assert added["total"] == size(student) and added["span"] == size(student.span) and added["fusion"] == size(student.fuse)
+    assert P.student_parameters(config, 0)["total"] == size(teacher)
+
+
+@pytest.mark.parametrize("frames, height, width, n", [(81, 480, 832, 32760), (81, 720, 1280, 75600), (1, 480, 832, 1560), (9, 64, 96, 72)])
+def test_tokens(frames, height, width, n):
+    """The VAE and the patches leave 32,760 tokens of 81 frames of 480x832."""
+    assert P.tokens(P.WAN["1.3b"], frames, height, width) == n
+
+
+@pytest.mark.parametrize("name, linear, attention", [("1.3b", 82, 201), ("14b", 785, 893)])
+def test_forward_flops_at_full_size(name, linear, attention):
+    """A forward costs 283 TFLOP at 1.3B and 1678 at 14B, as PyTorch counts on the first three blocks at full length."""
+    whole = P.flops(P.WAN[name], 32760)["whole"]
+    assert whole["linear"] / 1e12 == pytest.approx(linear, rel=0.01) and whole["attention"] / 1e12 == pytest.approx(attention, rel=0.01)
+    config = P.WAN[name] | {"num_layers": 3}
+    with torch.device("meta"):
+        net, shapes = diffusers.WanTransformer3DModel(**config), ((1, 16, 21, 60, 104), (1,), (1, 512, 4096))
+        inputs = [torch.empty(shape) for shape in shapes]
+    assert count(lambda: net(*inputs)) == P.flops(config, 32760, H=1)["whole"]["total"]
+
+
+@pytest.mark.parametrize("H", [0, 1, 3])
+def test_flops_of_the_parts(H):
+    """Backbone, head and block cost what PyTorch counts; with H = 0 the backbone is the whole network."""
+    teacher, n = network(), P.tokens(TINY, *CLIP)
+    student = tmd.TMDStudent(teacher, H) if H else tmd.PlainStudent(teacher)
+    x, c = data(1, None)
+    t, part = torch.rand(1), P.flops(TINY, n, TEXT, H)
+    with torch.no_grad():
+        m = []
+        assert count(lambda: m.append(student.features(x, t, c))) == part["backbone"]["total"]
+        assert count(lambda: student.head(x, t, t / 2, m[0])) == part["head"]["total"]
+        assert count(lambda: teacher.taps(x, t, c, (0, 2))) == part["embeddings"]["total"] + 3 * part["block"]["total"]
+
+
+def test_discriminator():
+    """The discriminator's parameters are exact and its forward is PyTorch's count to 1 %, at an uneven size too; 67.9 M at 1.3B."""
+    size = (3, 8, 20)
+    net, found = M.WanDiscriminator(12, 24, 2, hidden=40), P.discriminator(TINY, size, 24, taps=2, hidden=40)
+    assert sum(p.numel() for p in net.parameters()) == found["parameters"]
+    features = [torch.randn(1, 12, *size)] * 2
+    assert count(lambda: net(features)) == pytest.approx(found["flops"], rel=0.01)
+    for name, millions in (("1.3b", 67.9), ("14b", 170.8)):
+        found = P.discriminator(P.WAN[name], (21, 60, 104), P.RUNS[name]["disc_width"])
+        assert found["parameters"] / 1e6 == pytest.approx(millions, abs=0.05)
+    assert tuple(M.WanDiscriminator.SCALES) == P.SCALES
+
+
+# ---- Steps: the real loops of tmd_minimal under PyTorch's counter ----------------------------------------------------
+
+
+def predicted(kind, n, **kw):
+    return sum(P.step_flops(TINY, n, kind, text=TEXT, attention_backward=2, fp32_slowdown=1, **kw).values())
+
+
+@pytest.mark.parametrize("share, H", [(0.0, 1), (0.25, 1), (1.0, 3)])
+def test_stage1_step(share, H):
+    """A stage 1 update with checkpointing costs what the plan says, with the finite difference and without."""
+    how, cfg = tmd.StudentConfig(M=2, N=2, H=H), tmd.Stage1Config(updates=2, batch=1, flow_map_share=share)
+    c_neg = torch.zeros(TEXT, TINY["text_dim"])
+    student = tmd.TMDStudent(network(), H)
+    found = count(lambda: tmd.train_stage1(student, data, how, cfg, c_neg=c_neg, progress=False))
+    assert found / 2 == pytest.approx(predicted("stage1", P.tokens(TINY, *CLIP), H=H, flow_map_share=share), rel=0.02)
+
+
+@pytest.mark.parametrize("N, H, taps", [(2, 1, (0, 2)), (3, 2, (1, 3)), (1, 0, (1, 3))])
+def test_stage2_steps(N, H, taps):
+    """A critics' iteration and a student's update with rollout cost what the plan says; H = 0 is DMD2-v."""
+    teacher = network().requires_grad_(False)
+    student = (tmd.TMDStudent(teacher, H) if H else tmd.PlainStudent(teacher)).requires_grad_(True)
+    disc = M.WanDiscriminator(12, 12, len(taps), hidden=16)
+    how, cfg = tmd.StudentConfig(M=2, N=N), tmd.Stage2Config(iterations=2, student_every=2, batch=1)
+    spent = []
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        tmd.train_stage2(student, teacher, disc, data, how, cfg, taps=taps, c_neg=torch.zeros(TEXT, TINY["text_dim"]), progress=False,
+                         on_step=lambda phase, terms: spent.append(counter.get_total_flops()))  # fmt: skip
+    shared = dict(N=N, H=H, last_tap=taps[-1], disc_flops=P.discriminator(TINY, P.latent(*CLIP), 12, taps=2, hidden=16)["flops"])
+    critic, update = (predicted(kind, P.tokens(TINY, *CLIP), **shared) for kind in ("critic", "student"))
+    assert spent[0] == pytest.approx(critic, rel=0.02) and spent[1] - spent[0] == pytest.approx(update, rel=0.02)
+
+
+def test_kd_and_sampling():
+    """A KD update and Algorithm 1 cost what the plan says, the sampler exactly."""
+    n, how, student = P.tokens(TINY, *CLIP), tmd.StudentConfig(M=1, N=2, H=1), tmd.TMDStudent(network(), 1)
+    pairs = lambda g: (data(1, g)[0], *data(1, g))
+    found = count(lambda: tmd.train_kd(student, pairs, how, updates=1, lr=1e-4, progress=False))
+    assert found == pytest.approx(predicted("kd", n, N=2, H=1), rel=0.02)
+    x, c = data(1, None)
+    grid = tmd.make_grid(3, 5.0)
+    found = count(lambda: tmd.sample(student, x, c, outer_grid=grid, inner_grid=how.inner_grid))
+    assert found == predicted("sample", n, M=3, N=2, H=1)
+
+
+def test_step_arithmetic():
+    """Fused attention's backward costs 2.5 forwards; the fp32 passes of stage 1 count as often as they are slower, or not at all."""
+    block = P.flops(TINY, 72, TEXT, 1)["block"]
+    fused, plain = (sum(P.step_flops(TINY, 72, "kd", H=1, N=1, text=TEXT, attention_backward=b).values()) for b in (2.5, 2))
+    assert fused - plain == pytest.approx(4 * 0.5 * block["attention"])
+    step = lambda **kw: P.step_flops(TINY, 72, "stage1", H=1, text=TEXT, **kw)
+    slow, fast = (step(fp32_slowdown=k)["finite difference, fp32"] for k in (3, 1))
+    assert slow == 3 * fast == 6 * P.flops(TINY, 72, TEXT, 1)["head"]["total"]
+    assert "finite difference, fp32" not in step(flow_map_share=0.0) and "pass for c_neg" not in step(guidance=False)
+
+
+# ---- Memory ----------------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(run, *nets) -> int:
+    """Bytes that the graph of run() holds for its backward pass, parameters left out."""
+    weights, found = {p.untyped_storage().data_ptr() for net in nets for p in net.parameters()}, {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in weights:
+            found[t.untyped_storage().data_ptr()] = t.untyped_storage()  # held, so that no address is used twice
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        run()
+    return sum(storage.nbytes() for storage in found.values())
+
+
+WIDE = {**TINY, "num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 1024, "num_layers": 2}
+
+
+def test_live_block_estimate():
+    """What one block of the stock model saves under bf16 autocast is the estimate to 8 %, and grows with the feed-forward width."""
+    n = 2048
+    size = {}
+    for ffn in (1024, 2048):
+        config = {**WIDE, "ffn_dim": ffn}
+        block = diffusers.WanTransformer3DModel(**config).blocks[0]
+        h, text, six = torch.randn(1, n, 256, dtype=torch.bfloat16), torch.randn(1, 8, 256), torch.randn(1, 6, 256)
+        rope = torch.randn(1, n, 1, 64), torch.randn(1, n, 1, 64)
+        copies = 2 * sum(p.numel() for p in block.parameters() if p.ndim == 2)  # autocast's, which the plan counts by themselves
+        size[ffn] = saved_bytes(partial(block, h.requires_grad_(), text, six, rope), block) - copies
+        assert P.memory(config, n, "stage1", H=1)["block and discriminator at work"] == pytest.approx(size[ffn], rel=0.08)
+    assert size[2048] - size[1024] == pytest.approx(n * 4 * 1024, rel=0.01)
+    assert P.memory(P.WAN["1.3b"], 32760, "stage1")["block and discriminator at work"] / P.GB == pytest.approx(4.3, abs=0.05)
+    assert P.memory(P.WAN["14b"], 32760, "stage1")["block and discriminator at work"] / P.GB == pytest.approx(12.4, abs=0.05)
+
+
+@pytest.mark.parametrize("N", [1, 3])
+def test_rollout_graph_estimate(N):
+    """What the student's graph holds with checkpointing, block inputs and what is outside blocks, is the estimate to 5 %."""
+    config = {**WIDE, "num_layers": 6}
+    student = tmd.TMDStudent(network(config), 4)
+    clip = (17, 256, 256)
+    n, size = P.tokens(config, *clip), P.latent(*clip)
+    x, c = torch.randn(1, 16, *size), torch.randn(1, 8, TINY["text_dim"])
+    grids = {"outer_grid": tmd.make_grid(2, 5.0), "inner_grid": tmd.make_grid(N, 5.0)}
+    found = saved_bytes(lambda: tmd.generate(student, x, c, **grids), student)
+    terms = P.memory(config, n, "student", N=N, H=4)
+    assert terms["block inputs"] + terms["outside blocks"] == pytest.approx(found, rel=0.05)
+
+
+def test_states_by_hand():
+    """At 1.3B on one card: 16 bytes a parameter and the average for the student, AdamW and weights for the critics, 2 for the teacher."""
+    one = P.memory(P.WAN["1.3b"], 32760, "student", disc=67.9e6, disc_bytes=0)
+    student, teacher = 1_431_200_320, 1_418_996_800
+    assert one["student, weights"] + one["student, AdamW"] + one["gradients"] == 16 * student and one["student, average"] == 4 * student
+    assert one["fake score, weights"] + one["fake score, AdamW"] == 12 * teacher and one["teacher, bf16"] == 2 * teacher
+    hidden = 32760 * 1536 * 2  # bf16
+    assert one["block inputs"] == (25 + 2 * 5 * 2 + 30) * hidden  # backbone, head twice in fp32, the teacher on the way to its last tap
+    critic = P.memory(P.WAN["1.3b"], 32760, "critic", disc=67.9e6)
+    assert critic["gradients"] == 4 * (teacher + 67.9e6)
+    eight = P.memory(P.WAN["1.3b"], 32760, "student", gpus=8, disc=67.9e6, shard_teacher=False)
+    assert eight["student, AdamW"] == one["student, AdamW"] / 8 and eight["teacher, bf16"] == 2 * teacher
+    assert eight["discriminator, weights and AdamW"] == one["discriminator, weights and AdamW"] == 12 * 67.9e6
+    block = 46_440_704
+    two = P.memory(P.WAN["1.3b"], 32760, "stage1", gpus=2)["gathered for use"]
+    assert one["gathered for use"] == 2 * block and two == 2 * block + 4 * (2 + 2) * block + 4 * (student - 30 * block)
+    assert not {"teacher, bf16", "fake score, weights", "discriminator, weights and AdamW"} & {*P.memory(P.WAN["1.3b"], 32760, "stage1")}
+
+
+@pytest.mark.parametrize("name", P.WAN)
+def test_memory_falls_with_gpus_and_rises_with_work(name):
+    """More GPUs never take more memory each; longer clips, more inner steps and a whole teacher always do."""
+    peak = lambda **kw: P.plan(name, **kw)["peak"]
+    for kind in ("stage1", "student", "critic"):
+        sizes = [peak(gpus=g)[kind] for g in (1, 2, 4, 8, 16, 32, 64)]
+        assert sizes == sorted(sizes, reverse=True)
+        assert peak(frames=41)[kind] < peak()[kind] < peak(height=720, width=1280)[kind]
+    assert peak(N=2)["student"] < peak(N=4)["student"]
+    assert peak()["stage1"] < peak(micro_batch=2)["stage1"] and P.plan(name)["seconds"] == P.plan(name, micro_batch=2)["seconds"]
+    assert peak()["critic"] < peak(shard_teacher=False)["critic"] and peak(disc_checkpointing=True)["critic"] < peak()["critic"]
+
+
+# ---- The plan and its words ------------------------------------------------------------------------------------------
+
+
+def test_one_big_card_holds_the_small_model():
+    """1.3B fits one 141 GB card, and the report says so; the same run on a 24 GB card does not."""
+    text = P.report("1.3b", gpus=1, card_gb=141)
+    assert P.plan("1.3b", gpus=1, card_gb=141)["fits"] and "It fits." in text and "TOO MUCH" not in text
+    assert "NOT FIT" in P.report("1.3b", gpus=1, card_gb=24)
+
+
+@pytest.mark.parametrize("name, gpus, card", [("14b", 1, 141), ("14b", 8, 141), ("14b", 8, 80), ("1.3b", 1, 80), ("1.3b", 2, 48)])
+def test_advice_holds(name, gpus, card):
+    """Where it does not fit, the GPUs that the advice names are the fewest that do, and the clip that it names the longest."""
+    text = P.report(name, gpus=gpus, card_gb=card)
+    fits = lambda **kw: P.plan(name, card_gb=card, **{"gpus": gpus, **kw})["fits"]
+    assert not fits() and "IT DOES NOT FIT" in text and "TOO MUCH" in text
+    more, frames = (
+        re.search(pattern, text) for pattern in (r"take (\d+) GPUs, the fewest", r"keep \d+ and shorten the clips to (\d+) frames")
+    )
+    both = re.search(r"take (\d+) GPUs and shorten the clips to (\d+) frames", text)
+    if more:
+        assert [fits(gpus=g) for g in range(gpus + 1, int(more[1]) + 1) if 64 % g == 0][-2:] in ([True], [False, True])
+    if frames:
+        assert fits(frames=int(frames[1])) and not fits(frames=int(frames[1]) + 4)
+    if both:
+        assert fits(gpus=int(both[1]), frames=int(both[2])) and not fits(gpus=int(both[1]), frames=int(both[2]) + 4)
+    assert bool(both) != bool(more or frames)
+
+
+def test_advice_is_the_least_change():
+    """A card that is short by one latent frame is told to drop four frames."""
+    peak = max(P.plan("1.3b", gpus=1, frames=77)["peak"].values()) / P.GB
+    assert "clips to 77 frames" in P.advice("1.3b", gpus=1, card_gb=1.0001 * peak / (1 - P.RESERVE))
+
+
+def test_no_way_out():
+    """Cards on which nothing helps are told so."""
+    assert "No number of such cards" in P.report("14b", gpus=8, card_gb=6)
+
+
+def test_times_add_up():
+    """Updates times seconds make the hours, twice the GPUs or the rate halve them, and stage 2 is a mean over 1 and 4 iterations."""
+    one, two, fast = P.plan("1.3b", gpus=1), P.plan("1.3b", gpus=2), P.plan("1.3b", gpus=1, tflops=800)
+    seconds = one["seconds"]
+    assert one["hours"]["stage2"] == pytest.approx(4000 * (seconds["student"] + 4 * seconds["critic"]) / 5 / 3600)
+    assert seconds["student"] == pytest.approx(64 * sum(one["steps"]["student"].values()) / 400e12)
+    assert two["hours"]["stage2"] == pytest.approx(one["hours"]["stage2"] / 2) == pytest.approx(fast["hours"]["stage2"])
+    published = {("1.3b", 1): 12000, ("1.3b", 2): 4000, ("14b", 1): 5000, ("14b", 2): 1000}
+    assert {key: P.plan(key[0], M=key[1])["iterations"]["stage2"] for key in published} == published
+
+
+@pytest.mark.parametrize(
+    "name, grid, seconds", [("1.3b", (1, 2), 0.70), ("1.3b", (1, 4), 0.90), ("1.3b", (2, 2), 1.39), ("14b", (2, 2), 8.0)]
+)
+def test_sampling_seconds(name, grid, seconds):
+    """At 474 TFLOP/s the transformer's share of sampling takes 0.70 s at M1N2 to 1.39 s at M2N2 for 1.3B, 8 s for 14B."""
+    assert P.plan(name, tflops=474)["sampling"][grid] == pytest.approx(seconds, rel=0.02)
+
+
+def test_rollout_costs_what_the_paper_says():
+    """A second inner step adds under 17 % to the student's update (N2H5 on 1.3B, section 3.2)."""
+    one, two = (sum(P.plan("1.3b", N=N)["steps"]["student"].values()) for N in (1, 2))
+    assert 1 < two / one < 1.17
+
+
+def test_report_of_a_folder_and_of_the_baseline():
+    """A config.json gives the preset's report; DMD2-v has no stage 1 and no inner steps; a tiny config works."""
+    as_json = {**P.WAN["1.3b"], "patch_size": [1, 2, 2], "_class_name": "WanTransformer3DModel", "image_dim": None, "eps": 1e-6}
+    assert P.report(as_json) == P.report("1.3b")
+    text = P.report("1.3b", H=0, N=1, M=1)
+    assert (
+        "DMD2-v" in text
+        and "kd: 10,000 updates" in text
+        and "stage1" not in text
+        and "stage 1" not in text
+        and "effective NFE 1.00" in text
+    )
+    text = P.report(TINY, gpus=1, card_gb=8, tflops=0.05, H=1, frames=9, height=64, width=96, batch=4, clips=8)
+    assert "It fits." in text and "72 tokens" in text
+
+
+def test_the_report_says_what_it_is():
+    """The report calls its times estimates at the given rate, and shows the effective NFE of the paper's settings."""
+    text = P.report("1.3b", tflops=350)
+    assert "Estimates from FLOP counts at 350 TFLOP/s" in text and "not measured" in text
+    for nfe in ("1.17", "1.50", "2.33", "3.00"):
+        assert f"effective NFE {nfe}" in text
+    assert max(map(len, text.splitlines())) <= 140
+
+
+BAD = [
+    ({"gpus": 0}, "gpus is 0"), ({"gpus": -2}, "gpus is -2"),
+    ({"gpus": 6}, "does not split over 6"), ({"batch": 0}, "batch is 0"),
+    ({"micro_batch": 0}, "micro_batch is 0"), ({"micro_batch": 16}, "16 at a time"),
+    ({"frames": 80}, "4k \\+ 1, such as 81"), ({"frames": 0}, "frames is 0"), ({"frames": -3}, "frames is -3"),
+    ({"height": 488}, "height is 488"),
+    ({"width": 840}, "width is 840"), ({"height": 0}, "height is 0"), ({"H": 30}, "H = 30"), ({"H": -1}, "H = -1"), ({"M": 0}, "M is 0"),
+    ({"N": 0}, "N is 0"), ({"model": "13b"}, "'1.3b'"), ({"model": {"num_layers": 4}}, "no attention_head_dim"),
+    ({"card_gb": 0}, "card_gb"),
+    ({"tflops": float("nan")}, "tflops"), ({"last_tap": 30}, "0 to 29"), ({"student_every": 1}, "student_every is 1"),
+    ({"model": {**TINY, "image_dim": 1280}}, "image-to-video"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings, message", BAD, ids=[message for _, message in BAD])
+def test_bad_settings(settings, message):
+    """Settings that cannot run are a ValueError of one sentence that names them."""
+    with pytest.raises(ValueError, match=message) as e:
+        P.report(**settings)
+    assert str(e.value).endswith(".") and "\n" not in str(e.value)
+
+
+def test_bad_kinds():
+    """A step or a memory of no known kind is a ValueError that lists them, not zero."""
+    for call in (lambda: P.step_flops(TINY, 72, "stage3", H=1), lambda: P.memory(TINY, 72, "kd", H=1)):
+        with pytest.raises(ValueError, match="choose one of 'stage1'"):
+            call()
+
+
+def test_needs_no_torch():
+    """The arithmetic imports in well under a second, for it loads neither torch nor diffusers."""
+    code = "import sys; from wan_scale import plan; plan.plan('14b'); assert not {'torch', 'diffusers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[1], timeout=30)

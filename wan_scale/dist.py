@@ -1,0 +1,90 @@
+"""One process or many: `torchrun` sets the environment, everything else is the same code."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+
+def start(device: str = "auto") -> torch.device:
+    """Join the process group if torchrun started us; returns this process's device."""
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+    if not cuda:
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def shard(net: nn.Module) -> nn.Module:
+    """FSDP2: every block and then the net itself, which owns `features`, `head`, `taps`. One process: as it is."""
+    if world() == 1:
+        return net
+    for block in (net.net if hasattr(net, "net") else net).blocks:
+        fully_shard(block)
+    fully_shard(net, reshard_after_forward=True)  # else the root stays whole after a call without gradient, and a save misses its state
+    for entry in ("features", "head", "taps"):
+        if hasattr(net, entry):
+            register_fsdp_forward_method(net, entry)
+    return net
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a sharded tensor; every rank must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def average_gradients(net: nn.Module) -> None:
+    """Mean over ranks of the gradients of a net that every rank holds whole (sharded gradients are averaged by FSDP)."""
+    if world() > 1:
+        for p in net.parameters():
+            if p.grad is not None and not isinstance(p.grad, DTensor):
+                dist.all_reduce(p.grad)
+                p.grad /= world()
+
+
+def mean(values: list[torch.Tensor]) -> list[float]:
+    """Means of scalars over the ranks, with one wait for the device."""
+    stacked = torch.stack([v.detach().float() for v in values])
+    if world() > 1:
+        dist.all_reduce(stacked)
+    return (stacked / world()).tolist()
+
+
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Tensors of all ranks, joined along the batch in the order of ranks."""
+    if world() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

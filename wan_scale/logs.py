@@ -1,0 +1,99 @@
+"""What is written while training runs: a line a few updates, and alarms in words. A loss that falls says nothing here; these do.
+
+| number | what it should do |
+|---|---|
+| tm_mf | stays below 1 (it is bounded); need not fall |
+| vsd | nothing: only its gradient means something |
+| fake | falls at first, then follows the student |
+| disc, accuracy | accuracy between 0.55 and 0.9; at 0.5 it has learnt nothing, at 1 the student gets no gradient from it |
+| gradient norm | no trend upward |
+| motion, contrast | near 1: the student's, as a share of the data's; far below 1 is a still picture |
+| diversity | near 1: distance between two seeds of a prompt as a share of that between two clips of data; near 0 is mode collapse |
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+
+class Log:
+    """JSON lines in `path`, and TensorBoard beside it where it is installed. At the start, lines after `step` (of a lost run) go."""
+
+    def __init__(self, path: Path, step: int = 0):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in kept))
+        self.path, self.board = path, None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:  # optional
+            return
+        self.board = SummaryWriter(str(path.parent / "tensorboard" / path.stem), purge_step=step + 1)
+
+    def write(self, step: int, values: dict) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for key, value in values.items():
+            if self.board and isinstance(value, (int, float)):
+                self.board.add_scalar(key, value, step)
+
+
+class Accuracy:
+    """Share of the discriminator's logits with the right sign, from its last two calls in a critic update (real, then fake)."""
+
+    def __init__(self, discriminator):
+        self.calls = []
+        discriminator.register_forward_hook(lambda net, args, out: self.calls.append(out.detach()))
+
+    def value(self) -> float | None:
+        calls, self.calls = self.calls, []
+        if len(calls) < 2:
+            return None
+        real, fake = calls[-2:]
+        return 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean()).item()
+
+
+def clip_numbers(x: torch.Tensor) -> dict:
+    """Of latents (B, C, T, H, W): mean absolute difference of neighbouring frames, standard deviation, 99.9 % quantile of |x|."""
+    x = x.float()
+    motion = (x[:, :, 1:] - x[:, :, :-1]).abs().mean().item() if x.shape[2] > 1 else 0.0
+    return {"motion": motion, "contrast": x.std().item(), "peak": x.abs().flatten().sort().values[int(0.999 * (x.numel() - 1))].item()}
+
+
+def preview_numbers(samples: torch.Tensor, data: torch.Tensor) -> dict:
+    """Of samples (P, 2, C, T, H, W), two seeds a prompt, as shares of what data (P, C, T, H, W) shows; 1 is like the data."""
+    ours, theirs = clip_numbers(samples.flatten(0, 1)), clip_numbers(data)
+    shares = {key: ours[key] / max(theirs[key], 1e-9) for key in ours}
+    apart = (samples[:, 0] - samples[:, 1]).float().pow(2).mean().sqrt().item()
+    between = (data - data.roll(1, 0)).float().pow(2).mean().sqrt().item() if len(data) > 1 else 0.0
+    return {**shares, "diversity": apart / between if between else 1.0}
+
+
+def alarms(numbers: dict) -> list[str]:
+    """What a person should look at now, in words; empty when nothing stands out."""
+    rules = [
+        (
+            "motion",
+            lambda v: v < 0.3,
+            "clips hardly move ({:.0%} of the data's motion): static collapse; raise dmd_shift or lower the rate",
+        ),
+        ("contrast", lambda v: v > 1.6, "clips are over-saturated ({:.0%} of the data's contrast): lower stage2_guidance or the rate"),
+        ("contrast", lambda v: v < 0.5, "clips are washed out ({:.0%} of the data's contrast): they are means of clips, not clips"),
+        ("peak", lambda v: v > 2.0, "latents run hot ({:.0%} of the data's 99.9 % quantile): lower the rate or stage2_guidance"),
+        (
+            "diversity",
+            lambda v: v < 0.15,
+            "two seeds of a prompt give one clip (distance {:.0%} of the data's): mode collapse; raise dmd_shift",
+        ),
+        ("accuracy", lambda v: v > 0.97, "the discriminator is right in {:.0%} of cases and teaches nothing; lower its rate or gan_weight"),
+        ("skipped", lambda v: v > 0, "{} updates were skipped because a gradient was not finite"),
+    ]
+    found = []
+    for key, bad, words in rules:
+        if numbers.get(key) is not None and bad(numbers[key]):
+            found.append(words.format(numbers[key]))
+    return found

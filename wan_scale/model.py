@@ -1,0 +1,152 @@
+"""Wan2.1 as a network of tmd_minimal: the stock diffusers transformer, called part by part. No forward is copied.
+
+    teacher = WanNetwork(load_transformer(folder, torch.bfloat16))      # tmd.Network: teacher(x_t, t, c), teacher.taps(...)
+    student = tmd.TMDStudent(WanNetwork(load_transformer(folder)), H=5)  # the student wrapper that the toys use
+States x are latents (B, 16, T, H, W), conditions c are text embeddings (B, 512, 4096), times (B,) in [0, 1] (Wan's own: 1000 t).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import tmd_minimal as tmd
+
+
+class WanTime(nn.Module):
+    """Times (B,) -> (B, D): Wan's sinusoids of 1000 t, then its two-layer MLP; never in half precision, whatever autocast says."""
+
+    def __init__(self, condition_embedder):
+        super().__init__()
+        embedder = condition_embedder.time_embedder
+        self.sinusoids, self.mlp = condition_embedder.timesteps_proj, nn.Sequential(embedder.linear_1, embedder.act, embedder.linear_2)
+
+    def forward(self, t):
+        with torch.autocast(t.device.type, enabled=False):
+            return self.mlp(self.sinusoids(1000 * t.double()).to(self.mlp[0].weight.dtype))
+
+
+class WanNetwork(tmd.Network):
+    """A stock WanTransformer3DModel in the contract of tmd.Network. `checkpointing` recomputes each block in the backward pass.
+
+    Hidden states are (B, n, D) tokens; ctx is (text tokens, rotary table, (T', H', W')), made once a sample.
+    """
+
+    def __init__(self, transformer, checkpointing: bool = False):
+        super().__init__()
+        if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
+            raise ValueError("this is an image-to-video checkpoint; give a text-to-video one (Wan2.1-T2V-1.3B or -14B).")
+        self.transformer, self.checkpointing, self.tables = transformer, checkpointing, {}
+
+    # Properties, not registered again: each weight has one name.
+    patch = property(lambda self: self.transformer.patch_embedding)
+    blocks = property(lambda self: self.transformer.blocks)
+    time = property(lambda self: WanTime(self.transformer.condition_embedder))
+
+    def embed(self, x):
+        p = self.transformer.config.patch_size
+        if x.ndim != 5 or x.shape[1] != self.transformer.config.in_channels or any(n % k for n, k in zip(x.shape[2:], p)):
+            raise ValueError(
+                f"latents of shape {tuple(x.shape)} do not fit {self.transformer.config.in_channels} channels in patches of {p}."
+            )
+        return self.patch(x.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2).contiguous()  # (B, n, D)
+
+    def context(self, c, x):
+        if c is None:
+            raise ValueError("Wan needs text embeddings (B, n, text_dim) as its condition; for no prompt pass the negative one.")
+        text, dtype = self.transformer.condition_embedder.text_embedder, self.patch.weight.dtype
+        size = tuple(x.shape[2:])
+        if (size, x.device) not in self.tables:  # rotary positions: once a shape
+            self.tables = {(size, x.device): self.transformer.rope(x)}
+        grid = tuple(n // k for n, k in zip(size, self.transformer.config.patch_size))
+        return text(c.to(dtype)).to(dtype), self.tables[size, x.device], grid  # in the weights' dtype, also where autocast is switched off
+
+    def modulate(self, temb, ctx):
+        embedder = self.transformer.condition_embedder
+        with torch.autocast(temb.device.type, enabled=False):
+            temb = temb.to(embedder.time_proj.weight.dtype)
+            return embedder.time_proj(embedder.act_fn(temb)).unflatten(1, (6, -1)), temb, ctx  # (B, 6, D), (B, D)
+
+    def run(self, h, e, start: int = 0, stop: int | None = None):
+        six, _, (text, rope, _) = e
+        for block in self.blocks[start:stop]:
+            if self.checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, text, six, rope, use_reentrant=False)
+            else:
+                h = block(h, text, six, rope)
+        return h
+
+    def output(self, h, e):
+        net, (_, temb, (_, _, grid)) = self.transformer, e
+        shift_, scale = (net.scale_shift_table + temb[:, None]).chunk(2, 1)
+        h = (net.norm_out(h.float()) * (1 + scale) + shift_).type_as(h)
+        return tmd.at_least_fp32(self.unpatchify(net.proj_out(h), grid, channels_last=True))
+
+    def unpatchify(self, tokens, grid, channels_last: bool):
+        """Tokens (B, n, p q r C) -> (B, C, T, H, W). Wan's output has the channels last in a token; for features we put them first."""
+        p = self.transformer.config.patch_size
+        if channels_last:
+            cells = tokens.unflatten(2, (*p, -1)).movedim(-1, 2)
+        else:
+            cells = tokens.unflatten(2, (-1, *p))
+        cells = cells.unflatten(1, grid)  # (B, T', H', W', C, p, q, r)
+        return cells.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    def taps(self, x_t, t, c, blocks) -> list[torch.Tensor]:
+        """Hidden states after `blocks`, unpatchified to (B, D / (p q r), T, H, W) for the discriminator; stops at the last of them."""
+        grid = tuple(n // k for n, k in zip(x_t.shape[2:], self.transformer.config.patch_size))
+        return [self.unpatchify(h, grid, channels_last=False) for h in super().taps(x_t, t, c, blocks)]
+
+
+class ScaleBranch(nn.Module):
+    """Features (B, C, T, H, W) averaged over cells of `scale` -> (B, width): 1x1x1, pool, 3x3x3, global pool."""
+
+    def __init__(self, channels: int, width: int, scale: int):
+        super().__init__()
+        groups = math.gcd(32, width)
+        self.scale = scale
+        self.into = nn.Sequential(nn.Conv3d(channels, width, 1), nn.GroupNorm(groups, width), nn.SiLU())
+        self.over = nn.Sequential(nn.Conv3d(width, width, 3, padding=1), nn.GroupNorm(groups, width), nn.SiLU())
+
+    def forward(self, h):
+        h = self.into(h)
+        if self.scale > 1:
+            h = F.avg_pool3d(h, [min(self.scale, n) for n in h.shape[2:]])
+        return self.over(h).mean((2, 3, 4))
+
+
+class WanDiscriminator(nn.Module):
+    """Conv3D heads on the teacher's tapped features at five scales: list of (B, C, T, H, W) -> logits (B, heads).
+
+    At 1.3B (C = 384, width 384, 3 taps) 67.9 M parameters, the paper's 68 M. choice: width 608 at 14B gives 171 M of the paper's 172 M.
+    """
+
+    SCALES = (1, 2, 4, 8, 16)
+
+    def __init__(self, channels: int, width: int, heads: int, hidden: int = 1024):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.ModuleList(ScaleBranch(channels, width, s) for s in self.SCALES) for _ in range(heads))
+        self.logits = nn.ModuleList(
+            nn.Sequential(nn.Linear(len(self.SCALES) * width, hidden), nn.SiLU(), nn.Linear(hidden, 1)) for _ in range(heads)
+        )
+
+    def forward(self, features):
+        weight = self.logits[0][0].weight
+        joined = [torch.cat([branch(h.to(weight.dtype)) for branch in head], -1) for head, h in zip(self.heads, features, strict=True)]
+        return torch.cat([logit(z) for logit, z in zip(self.logits, joined)], -1)
+
+
+def load_transformer(folder, dtype: torch.dtype = torch.float32):
+    """The transformer of a Wan2.1 folder in the Hugging Face layout; in bf16, diffusers keeps times, tables and norms in fp32."""
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=dtype)
+
+
+def feature_channels(network: WanNetwork) -> int:
+    """Channels of the unpatchified features that taps() returns."""
+    return network.patch.weight.shape[0] // math.prod(network.transformer.config.patch_size)

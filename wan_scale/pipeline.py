@@ -1,0 +1,118 @@
+"""The distilled student as a diffusers pipeline: saves and loads as a folder, is called like WanPipeline, needs no guidance.
+
+from wan_scale.pipeline import TMDWanPipeline
+pipe = TMDWanPipeline.from_pretrained("runs/wan-1.3b/export", torch_dtype=torch.bfloat16).to("cuda")
+video = pipe("a cat on the beach", num_frames=81, height=480, width=832, generator=torch.Generator().manual_seed(0)).frames[0]
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from typing import ClassVar
+
+import torch
+from diffusers import ConfigMixin, ModelMixin, WanPipeline, WanTransformer3DModel  # ModelMixin by name: the loader looks for it here
+from diffusers.configuration_utils import register_to_config
+from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+
+import tmd_minimal as tmd
+from wan_scale.config import WanStudentConfig
+from wan_scale.model import WanNetwork
+
+HOW = ("M", "N", "H", "fusion", "target", "field", "outer", "outer_shift", "inner_shift")  # what sampling needs of a StudentConfig
+
+
+class TMDWanModel(ModelMixin, ConfigMixin):
+    """A TMD (or, with H = 0, a DMD2-v) student with its config, in diffusers' way of saving: config.json and safetensors."""
+
+    _keep_in_fp32_modules: ClassVar = [*WanTransformer3DModel._keep_in_fp32_modules, "span", "fuse", "gate"]
+    _no_split_modules: ClassVar = ["WanTransformerBlock"]
+
+    @register_to_config
+    def __init__(self, transformer: dict, how: dict, recipe: dict | None = None):
+        super().__init__()
+        net = WanNetwork(WanTransformer3DModel(**transformer))
+        self.how = WanStudentConfig(**{key: how[key] for key in HOW})
+        self.student = tmd.TMDStudent(net, self.how.H, self.how.fusion) if self.how.H else tmd.PlainStudent(net)
+
+    @property
+    def layers(self) -> int:
+        return len(self.student.net.blocks)
+
+
+class TMDWanPipeline(WanPipeline):
+    """WanPipeline whose transformer is a TMDWanModel: M outer transitions of N inner steps, guidance-free.
+
+    `seconds` holds the last call's time by part: text, backbone, head, vae.
+    """
+
+    seconds: ClassVar = {}
+
+    def clock(self, part: str, work):
+        """work(*args), its time added to `seconds`."""
+
+        def timed(*args, **kw):
+            wait = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+            wait()
+            start = time.perf_counter()
+            result = work(*args, **kw)
+            wait()
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+            return result
+
+        return timed
+
+    @torch.no_grad()
+    def __call__(self, prompt=None, height: int = 480, width: int = 832, num_frames: int = 81, num_videos_per_prompt: int = 1,
+                 generator=None, latents=None, prompt_embeds=None, output_type: str = "np", return_dict: bool = True,
+                 max_sequence_length: int = 512, M: int | None = None, N: int | None = None):  # fmt: skip
+        """Videos for a prompt or a list of them; M and N default to what the student was trained with.
+
+        `generator`: one, or one a video, which then depends on its own draws alone. Frames are WanPipeline's: (B, T, H, W, 3) in [0, 1].
+        """
+        if latents is None and (num_frames % 4 != 1 or height % 16 or width % 16):
+            raise ValueError(f"{num_frames} frames of {height}x{width} do not fit; give 4 k + 1 frames and multiples of 16 pixels.")
+        self.check_inputs(prompt, None, height, width, prompt_embeds)
+        model, device, self.seconds = self.transformer, self._execution_device, {}
+        how = WanStudentConfig(**{key: getattr(model.how, key) for key in HOW} | {"M": M or model.how.M, "N": N or model.how.N})
+        c, _ = self.clock("text", self.encode_prompt)(
+            prompt, do_classifier_free_guidance=False, num_videos_per_prompt=num_videos_per_prompt, prompt_embeds=prompt_embeds,
+            max_sequence_length=max_sequence_length, device=device,
+        )  # fmt: skip
+        channels = model.student.net.transformer.config.in_channels
+        x_1 = self.prepare_latents(len(c), channels, height, width, num_frames, torch.float32, device, generator, latents)
+        draws = generator if isinstance(generator, list) else [generator] * len(c)
+        inner = [int(torch.randint(2**62, (1,), generator=g, device=g.device if g else "cpu")) for g in draws]  # seeds of the inner noise
+        student = _Timed(model.student, self.clock)
+        half = model.student.net.patch.weight.dtype == torch.bfloat16
+        with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+            x = torch.cat([
+                tmd.sample(student, x_1[i : i + 1], c[i : i + 1], outer_grid=how.outer_grid, inner_grid=how.inner_grid, target=how.target,
+                           field=how.field, outer=how.outer, generator=torch.Generator(device).manual_seed(inner[i]))
+                for i in range(len(c))
+            ])  # fmt: skip
+        video = x if output_type == "latent" else self.clock("vae", self.decode)(x, output_type)
+        self.maybe_free_model_hooks()
+        return WanPipelineOutput(frames=video) if return_dict else (video,)
+
+    def decode(self, latents, output_type: str = "np"):
+        """Normalised latents (B, 16, T, H, W) -> video."""
+        return decode(self.vae, self.video_processor, latents, output_type)
+
+
+class _Timed:
+    """A student whose two calls are timed."""
+
+    def __init__(self, student, clock):
+        self.features, self.head = clock("backbone", student.features), clock("head", student.head)
+
+
+def decode(vae, video_processor, latents, output_type: str = "np"):
+    """Normalised latents (B, 16, T, H, W) -> video, one clip at a time, by the VAE's own mean and deviation."""
+    shape = (1, -1, 1, 1, 1)
+    mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents.device)
+    std = torch.tensor(vae.config.latents_std).view(shape).to(latents.device)
+    raw = (latents.float() * std + mean).to(vae.dtype)
+    frames = torch.cat([vae.decode(clip[None], return_dict=False)[0] for clip in raw])
+    return video_processor.postprocess_video(frames, output_type=output_type)

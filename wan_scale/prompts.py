@@ -1,0 +1,67 @@
+"""Prompt files: one prompt a line (.txt), or JSON lines {"prompt": ..., "seed": ...} (.jsonl)."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from pathlib import Path
+
+# Wan2.1's own default, which its authors' samples use: `sample_neg_prompt` of wan/configs/shared_config.py in their repository.
+NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
+def read_prompts(path: str | Path) -> list[dict]:
+    """The prompts of a file as [{"prompt": str, "seed": int}]; a prompt without a seed takes its index here, blank lines not counted.
+
+    Raises ValueError in one sentence with the numbers of the bad lines.
+    """
+    path = Path(path)
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"{path.name} is no prompt file; give a .txt with one prompt a line or a .jsonl.")
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; give an existing prompt file.")
+    prompts, bad = [], []
+    # split at newlines only: str.splitlines would also cut at the separators inside a prompt, and shift the numbers of the lines
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            prompts.append(parse(line, path.suffix == ".jsonl", len(prompts) + len(bad)))
+        except ValueError as e:
+            bad.append(f"line {number}: {e}")
+    if bad:
+        shown = "; ".join(bad[:5]) + ("; ..." if len(bad) > 5 else "")
+        raise ValueError(f"{path.name} has {len(bad)} bad line{'s' * (len(bad) > 1)} ({shown}); correct or remove them.")
+    if not prompts:
+        raise ValueError(f"{path.name} holds no prompt; write one a line.")
+    return prompts
+
+
+def parse(line: bytes, is_json: bool, index: int) -> dict:
+    """One line as {"prompt", "seed"}; ValueError says what is wrong with it."""
+    try:
+        entry = {"prompt": line.decode()}
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    if is_json:
+        try:
+            entry = json.loads(entry["prompt"])
+        except ValueError:
+            raise ValueError("not JSON") from None
+        if not isinstance(entry, dict) or "prompt" not in entry:
+            raise ValueError("no prompt")
+    prompt, seed = entry["prompt"], entry.get("seed", index)
+    if not isinstance(prompt, str):
+        raise ValueError("prompt is not a string")
+    prompt = prompt.strip()
+    if not prompt:
+        raise ValueError("no prompt")
+    # Cc: NUL and the other controls; Cs: half a character, which JSON can write and UTF-8 cannot
+    if any(unicodedata.category(char) in ("Cc", "Cs") and char != "\t" for char in prompt):
+        raise ValueError("control character")
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ValueError("seed is not an integer from 0 to 2^63 - 1")
+    return {"prompt": prompt, "seed": seed}

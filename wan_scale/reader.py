@@ -1,0 +1,247 @@
+"""Training batches from the shards that data.py writes, read by position so that any resume and any number of ranks see the same data."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+
+# Statistics of latents over a whole folder, by channel. Normalised ones lie near (0, 1); the bounds leave room for few or odd clips.
+MEAN_BOUND, STD_BOUNDS = 2.0, (0.02, 4.0)
+AGAIN = "delete it and its .json and run `data` again"
+LABELS = {"model", "versions"}  # of the manifest: for people; a renamed model folder or a newer library is no other data
+
+
+def pad_text(text: torch.Tensor, length: int) -> torch.Tensor:
+    """Zero-pad text tokens (n, text_dim) to (length, text_dim), as Wan takes them; ValueError if they are more."""
+    if len(text) > length:
+        raise ValueError(f"a text of {len(text)} tokens does not fit text_length = {length}; give at least {len(text)}.")
+    return F.pad(text, (0, 0, 0, length - len(text)))
+
+
+def manifest_digest(manifest: dict) -> str:
+    """sha256 of what a folder's manifest promises."""
+    kept = {key: value for key, value in manifest.items() if key not in LABELS}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; ValueError in one sentence if the file is missing or broken."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; give a folder that `data` has made.") from None
+    except ValueError:
+        raise ValueError(f"{path} is not JSON; copy or make it again.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object; copy or make it again.")
+    return value
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def pooled_statistics(cards: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation by channel over all clips of the given sidecars: (C,), (C,) float64."""
+    cards = [card for card in cards if card["clips"]]
+    n = torch.tensor([len(card["clips"]) for card in cards], dtype=torch.float64)[:, None]
+    mean, std = (torch.tensor([card[key] for card in cards], dtype=torch.float64) for key in ("mean", "std"))  # (shards, C)
+    total = (n * mean).sum(0) / n.sum()
+    return total, ((n * (std**2 + mean**2)).sum(0) / n.sum() - total**2).clamp_min(0).sqrt()
+
+
+def check_normalised(mean: torch.Tensor, std: torch.Tensor, vae_mean, vae_std) -> None:
+    """ValueError if latents with these statistics (C,) look as they came out of the VAE, or like nothing a teacher can have made.
+
+    The raw latents of a VAE have its mean and std, normalised ones 0 and 1: whichever is nearer over all channels together.
+    """
+
+    def distance(m, s):
+        return (((mean - m) / s) ** 2 + (std.clamp_min(1e-6) / s).log() ** 2).mean()
+
+    vae_mean, vae_std = torch.as_tensor(vae_mean, dtype=mean.dtype), torch.as_tensor(vae_std, dtype=mean.dtype)
+    fix = "store (z - latents_mean) / latents_std of the VAE"
+    if distance(vae_mean, vae_std) < min(1, distance(torch.zeros_like(mean), torch.ones_like(std))):
+        raise ValueError(f"the latents look raw: their channels have the VAE's own means and deviations; {fix}.")
+    bad = [i for i, (m, s) in enumerate(zip(mean, std)) if not (abs(m) <= MEAN_BOUND and STD_BOUNDS[0] <= s <= STD_BOUNDS[1])]
+    if bad:
+        worst = f"mean {mean[bad[0]]:.2f} and standard deviation {std[bad[0]]:.2f} in channel {bad[0]}"
+        raise ValueError(f"the latents do not look normalised ({worst}, {len(bad)} such of {len(mean)}); {fix}.")
+
+
+class Reader:
+    """Clips of a folder in an endless order that depends on (seed, epoch) alone; len() is the clips of one epoch.
+
+    A position counts the samples since training began. Rank r of W with micro-batches of n reads batch(step * W * n + r * n, n):
+    the global batch is the same for every W, and resuming needs nothing but the step.
+
+    At the start sizes, manifest and channel statistics are checked; with `verify`, a shard's sha256 at its first use (about a second a GB).
+    Raises ValueError in one sentence. `identity` names the exact data: keep it in checkpoints.
+    """
+
+    def __init__(self, folder: str | Path, *, seed: int = 0, device="cpu", text_length: int = 512, verify: bool = True):
+        self.folder, self.seed, self.device, self.text_length, self.verify = Path(folder), seed, device, text_length, verify
+        paths = sorted(self.folder.glob("shard-*.json"))
+        if not paths:
+            raise ValueError(f"{self.folder} holds no finished shard; run `data` first.")
+        self.manifest = read_json(self.folder / "manifest.json")
+        digest, self.latent_shape = manifest_digest(self.manifest), tuple(self.manifest["latent_shape"])
+        self.shards, self.clips = [], []  # sidecars less their clips; (shard, clip id) of every clip
+        cards = []
+        for path in paths:
+            card = read_json(path)
+            missing = {"file", "bytes", "sha256", "manifest", "latent_shape", "clips", "mean", "std"} - card.keys()
+            if missing:
+                raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; delete it and its shard and run `data` again.")
+            if tuple(card["latent_shape"]) != self.latent_shape:
+                shapes = f"{tuple(card['latent_shape'])}, the manifest says {self.latent_shape}"
+                raise ValueError(f"{path.name} holds latents of another shape ({shapes}); keep one shape a folder.")
+            if card["manifest"] != digest:
+                raise ValueError(f"{path.name} was made under another manifest than {self.folder / 'manifest.json'}; keep one a folder.")
+            shard = self.folder / card["file"]
+            size = shard.stat().st_size if shard.exists() else 0
+            if size != card["bytes"]:
+                raise ValueError(f"{shard} is truncated or missing ({size} of {card['bytes']} bytes); {AGAIN}.")
+            self.clips += [(len(self.shards), clip["id"]) for clip in card["clips"]]
+            self.shards.append({key: card[key] for key in ("file", "sha256")})
+            cards.append({key: card[key] for key in ("mean", "std")} | {"clips": range(len(card["clips"]))})
+        if not self.clips:
+            raise ValueError(f"{self.folder} holds no clip that passed the filter; look at its summary.")
+        self.mean, self.std = pooled_statistics(cards)
+        check_normalised(self.mean, self.std, self.manifest["vae_mean"], self.manifest["vae_std"])
+        self.identity = hashlib.sha256("".join([digest, *(shard["sha256"] for shard in self.shards)]).encode()).hexdigest()
+        self.handle = lru_cache(maxsize=8)(self.open)  # open shards; a handle maps its file and reads only what is asked
+        self.verified: set[int] = set()
+        self.order = lru_cache(maxsize=2)(self.permutation)  # a batch may straddle two epochs
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def open(self, shard: int):
+        """Handle of a shard, its checksum compared at the first use."""
+        path, wanted = self.folder / self.shards[shard]["file"], self.shards[shard]["sha256"]
+        if self.verify and shard not in self.verified and file_sha256(path) != wanted:
+            raise ValueError(f"{path} is corrupted (its checksum differs); {AGAIN}.")
+        self.verified.add(shard)
+        try:
+            return safe_open(path, "pt")
+        except (SafetensorError, OSError) as e:
+            raise ValueError(f"{path} is corrupted ({type(e).__name__}); {AGAIN}.") from e
+
+    def permutation(self, epoch: int) -> torch.Tensor:
+        """Order of the clips in an epoch: (len,)."""
+        seed = int.from_bytes(hashlib.sha256(f"{self.seed},{epoch}".encode()).digest()[:7], "big")
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+
+    def at(self, position: int, n: int) -> list[tuple[int, int]]:
+        """(shard, clip id) of the samples `position` to `position + n` since training began."""
+        if position < 0 or n < 1:
+            raise ValueError(f"position {position} and n {n} name no batch; give a position from 0 and at least one sample.")
+        places = [divmod(p, len(self)) for p in range(position, position + n)]
+        return [self.clips[int(self.order(epoch)[i])] for epoch, i in places]
+
+    def tensor(self, name: str, shard: int, clip) -> torch.Tensor:
+        """One tensor of a clip, float32."""
+        return self.handle(shard).get_tensor(f"{name}.{clip}").float()
+
+    def read(self, name: str, where: list) -> torch.Tensor:
+        """Tensors `name` of the given clips, float32: (n, ...)."""
+        tensors = (self.tensor(name, shard, clip) for shard, clip in where)
+        return torch.stack([pad_text(t, self.text_length) if name == "text" else t for t in tensors]).to(self.device)
+
+    def batch(self, position: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents x (n, C, T, H, W) and text c (n, text_length, text_dim), float32, of n samples from `position` on."""
+        where = self.at(position, n)
+        return self.read("latent", where), self.read("text", where)
+
+    def pairs(self, position: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(noise, x, c) for distillation from the teacher's own trajectories: x is where the teacher's ODE takes the noise."""
+        if not self.manifest["kd"]:
+            raise ValueError(f"{self.folder} holds no noise; run `data` with kd into another folder.")
+        where = self.at(position, n)
+        return self.read("noise", where), self.read("latent", where), self.read("text", where)
+
+    @property
+    def negative(self) -> torch.Tensor:
+        """Embedding of the negative prompt: (text_length, text_dim) float32."""
+        path = self.folder / "negative.safetensors"
+        try:
+            with safe_open(path, "pt") as file:
+                text = file.get_tensor("negative")
+        except (SafetensorError, OSError) as e:
+            raise ValueError(f"{path} is missing or corrupted ({type(e).__name__}); delete it and run `data` again.") from e
+        return pad_text(text.float(), self.text_length).to(self.device)
+
+
+FASTGEN = {"latent": "latent.pth", "text": "txt_emb.pth", "noise": "noise.pth"}  # members of a clip, after its key
+
+
+class FastGenShards(Reader):
+    """FastGen's WebDataset shards through the same batches: *.tar with <key>.latent.pth, <key>.txt_emb.pth and, for pairs, <key>.noise.pth.
+
+    `negative` is a file with the negative prompt's embedding (.pth or .npy); `vae_mean` and `vae_std` (C,) of the VAE that made the
+    latents let their statistics be checked, on the first 64 clips. There are no checksums to verify.
+    """
+
+    def __init__(self, folder: str | Path, negative: str | Path, *, vae_mean, vae_std, seed: int = 0, device="cpu", text_length: int = 512):
+        self.folder, self.seed, self.device, self.text_length = Path(folder), seed, device, text_length
+        self.paths, self.clips, self.members, digest = sorted(self.folder.glob("*.tar")), [], {}, hashlib.sha256()
+        for shard, path in enumerate(self.paths):
+            try:
+                with tarfile.open(path, "r:") as tar:  # r: is uncompressed, whose members can be read in place
+                    members = {member.name: (member.offset_data, member.size) for member in tar if member.isfile()}
+            except (tarfile.TarError, OSError) as e:
+                raise ValueError(f"{path} is truncated or no tar ({type(e).__name__}); copy it again.") from e
+            keys = [name.removesuffix("." + FASTGEN["latent"]) for name in members if name.endswith("." + FASTGEN["latent"])]
+            for key in keys:
+                if f"{key}.{FASTGEN['text']}" not in members:
+                    raise ValueError(f"{path} holds {key}.{FASTGEN['latent']} without its {FASTGEN['text']}; copy it again.")
+                self.clips.append((shard, key))
+            self.members |= {(shard, name): place for name, place in members.items()}
+            digest.update(json.dumps([path.name, members]).encode())
+        if not self.clips:
+            raise ValueError(f"{self.folder} holds no tar with {FASTGEN['latent']}; give a folder of FastGen's video latents.")
+        self.manifest = {"kd": all((shard, f"{key}.{FASTGEN['noise']}") in self.members for shard, key in self.clips)}
+        self.identity, self.order = digest.hexdigest(), lru_cache(maxsize=2)(self.permutation)
+        self.empty = self.decode(Path(negative).read_bytes(), str(negative))
+        first = torch.stack([self.tensor("latent", *clip) for clip in self.clips[:64]]).double().transpose(0, 1).flatten(1)
+        self.latent_shape, self.mean, self.std = tuple(self.tensor("latent", *self.clips[0]).shape), first.mean(1), first.std(1)
+        check_normalised(self.mean, self.std, vae_mean, vae_std)
+
+    def decode(self, data: bytes, name: str) -> torch.Tensor:
+        """A tensor from the bytes of a .pth or .npy file, float32 without a leading 1; never runs code from it."""
+        try:
+            if name.endswith(".npy"):
+                x = torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
+            else:
+                x = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            x = x.float()
+        except Exception as e:  # unpickling raises nearly anything
+            raise ValueError(f"{name} of {self.folder} holds no tensor ({type(e).__name__}); copy it again.") from e
+        return x[0] if len(x) == 1 and x.ndim in (3, 5) else x
+
+    def tensor(self, name: str, shard: int, key: str) -> torch.Tensor:
+        """One tensor of a clip, read from its place in the tar."""
+        member = f"{key}.{FASTGEN[name]}"
+        offset, size = self.members[shard, member]
+        with open(self.paths[shard], "rb") as file:
+            file.seek(offset)
+            return self.decode(file.read(size), member)
+
+    @property
+    def negative(self) -> torch.Tensor:
+        return pad_text(self.empty, self.text_length).to(self.device)

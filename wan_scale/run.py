@@ -1,0 +1,183 @@
+"""Distil Wan2.1 with TMD: from a checkpoint folder and a prompt file to a one- or two-step student, its videos and a score sheet.
+
+    python wan_scale/run.py --preset tiny                        the whole ladder on a laptop: a tiny random Wan, nothing to download
+    python wan_scale/run.py plan --preset 1.3b --gpus 8          does it fit, how long does it take
+    torchrun --nproc-per-node 8 wan_scale/run.py --preset 1.3b --model Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt
+
+Without a subcommand it runs data, stage1, stage2, sample and eval, and skips what is finished. The same command goes on after a stop.
+
+    plan      parameters, memory, seconds, disk: before anything starts
+    data      latents of the teacher's own samples (or of --videos) and text embeddings, into shards
+    stage1    TM-MF pretraining of backbone and flow head
+    stage2    DMD2-v with the head rolled out
+    kd        the baseline's KD warm-up on teacher pairs (M = 1)
+    dmd2v     the baseline: DMD2-v with the whole network as the student
+    sample    prompts to mp4 (--student tmd, dmd2v or teacher; --M and --N may differ from training)
+    export    the student as a folder for TMDWanPipeline.from_pretrained
+    eval      score sheet of what was sampled; with --vbench-results VBench's three numbers beside the paper's
+    teacher   flow matching of MODEL's transformer on the shards, for folders made by hand
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, so that this runs as a script from anywhere
+
+import ladder  # noqa: E402
+from wan_scale.config import PRESETS, Wan, preset  # noqa: E402
+
+COMMANDS = ("plan", "data", "stage1", "stage2", "kd", "dmd2v", "sample", "export", "eval", "teacher")
+NEEDS = """Nothing was started: this reproduction needs three things that are not here.
+
+  weights   a Wan2.1-T2V folder in the Hugging Face layout (1.3B: 29 GB with its text encoder), given with --model
+  prompts   one a line, given with --prompts (the paper: 500k VidProM prompts, extended by Qwen2.5-7B)
+  GPUs      see `python wan_scale/run.py plan --preset 1.3b --gpus 8`
+
+To see every step run now on this machine, with a tiny random Wan and nothing to download (about a minute):
+
+  python wan_scale/run.py --preset tiny
+
+It makes the folder, 16 teacher clips, trains stage 1 and stage 2, writes mp4s of student and teacher and a score sheet.
+The weights are random, so the videos are noise: it shows that everything works, not how well.
+"""
+TINY_PROMPTS = """a red ball, a blue cube, a green cat runs, a small dog jumps, the big ball left, the red cube right, a cat sits,
+a dog on the sand, the blue ball up, a small cube down, a big cat in the snow, the dog runs fast, a red cat slow, a still cube,
+the green ball in the sea, the small ball jumps""".replace("\n", " ").split(", ")
+
+
+def parse(argv=None):
+    """(command or None, settings, the names given on the command line, dry run?)."""
+    p = ladder.parser(Wan, __doc__)
+    p.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND", help=f"one of {', '.join(COMMANDS)}; none: the ladder")
+    p.add_argument("--preset", choices=tuple(PRESETS), help="tiny, 1.3b or 14b: Table 7's settings (default: 1.3b)")
+    p.add_argument("--dry-run", action="store_true", help="print the resolved settings as JSON and stop")
+    args = vars(p.parse_args(argv))
+    command, name, dry = args.pop("command"), args.pop("preset"), args.pop("dry_run")
+    return command, name, args, dry
+
+
+def tiny_world(cfg: Wan) -> Wan:
+    """The preset tiny's own folder and prompts, where none are given."""
+    import torch
+
+    from wan_scale import dist
+    from wan_scale.tiny import make_tiny
+
+    torch.set_num_threads(1)  # so small that a second thread only waits
+    dist.start(cfg.device)
+    model, prompts = cfg.model or str(cfg.folder("tiny-wan")), cfg.prompts or str(cfg.folder("prompts.txt"))
+    if dist.rank() == 0:
+        cfg.folder().mkdir(parents=True, exist_ok=True)
+        if not cfg.model:
+            make_tiny(model, cfg.seed)
+        if not cfg.prompts:
+            Path(prompts).write_text("\n".join(TINY_PROMPTS) + "\n")
+    dist.barrier()
+    return replace(cfg, model=model, prompts=prompts)
+
+
+def make_data(cfg: Wan, kd: bool = False) -> None:
+    """Shards, once: their own manifest says whether they are these."""
+    from wan_scale import data, dist
+
+    device = dist.start(cfg.device)
+    where = {"rank": dist.rank(), "world": dist.world(), "device": device}
+    clip = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width, "shard_size": cfg.shard_size}
+    out = cfg.folder("kd-pairs") if kd else cfg.shards
+    if cfg.videos and not kd:
+        data.encode_videos(cfg.model, cfg.videos, out, limit=cfg.clips or None, **clip, **where)
+    else:
+        how = {"steps": cfg.data_steps, "guidance": cfg.data_guidance, "flow_shift": cfg.flow_shift, "sampler": cfg.sampler}
+        # choice: KD pairs from noise that the training data have not seen
+        more = {"kd": True, "seed_offset": 1_000_000, "skip_layer": None if cfg.skip_layer < 0 else cfg.skip_layer} if kd else {}
+        data.generate(cfg.model, cfg.prompts, out, limit=(cfg.kd_clips if kd else cfg.clips) or None, **how, **more, **clip, **where)
+    dist.barrier()
+    if dist.rank() == 0:
+        print(data.summary(out), flush=True)
+
+
+def evaluate(cfg: Wan, folders=None) -> None:
+    from wan_scale import dist, evaluate, sample
+
+    names = ("tmd", "dmd2v", "teacher")
+    folders = folders or {name: cfg.folder("samples", name) for name in names if list(cfg.folder("samples", name).glob("*.mp4"))}
+    if not folders:
+        raise RuntimeError(f"{cfg.folder('samples')} holds no videos; run `sample` first.")
+    if dist.rank() == 0:
+        print(evaluate.sheet(cfg, folders))
+        print(f"{sample.grid(cfg, folders)}\n{cfg.folder('scores.md')}", flush=True)
+
+
+def plan(cfg: Wan, name: str) -> None:
+    from wan_scale import plan
+
+    given = Path(cfg.model) / "transformer" / "config.json" if cfg.model else None
+    if given and not given.exists():
+        raise RuntimeError(f"{given} is missing; give a Wan2.1 folder in the Hugging Face layout, or leave --model away.")
+    model = json.loads(given.read_text()) if given else {"1.3b": "1.3b", "14b": "14b"}.get(name)
+    if model is None:
+        from wan_scale.tiny import TRANSFORMER
+
+        model = {**TRANSFORMER, "in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2), "cross_attn_norm": True}
+    stages = {"stage1": cfg.stage1_updates, "stage2": cfg.stage2().iterations}
+    clip = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width, "batch": cfg.global_batch}
+    taps = {"last_tap": cfg.tap_blocks[-1], "disc_width": cfg.disc_width}
+    card = {"gpus": cfg.gpus, "card_gb": cfg.card_gb, "tflops": cfg.tflops}
+    print(plan.report(model, M=cfg.M, N=cfg.N, H=cfg.H, **card, **clip, **stages, **taps))
+
+
+def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:
+    cfg = preset(name or "1.3b", **given)
+    if dry:
+        print(json.dumps({"command": command or "data, stage1, stage2, sample, eval", "preset": name or "1.3b", **asdict(cfg)}, indent=1))
+        return
+    if command == "plan":
+        return plan(cfg, name or "1.3b")
+    if name == "tiny":
+        cfg = tiny_world(cfg)
+    elif not cfg.model or (not cfg.prompts and not cfg.videos and command in (None, "data", "sample")):
+        print(NEEDS)
+        raise RuntimeError("give --model and --prompts, or --preset tiny.")
+    from wan_scale import dist, sample, train
+    from wan_scale.data import check_folder
+
+    check_folder(cfg.model)
+    m, n = given.get("M"), given.get("N")  # sampling may differ from training only where the command line says so
+    steps = {
+        "data": lambda: make_data(cfg),
+        "stage1": lambda: train.stage1(cfg),
+        "stage2": lambda: train.stage2(cfg),
+        "kd": lambda: (make_data(cfg, kd=True), train.kd(cfg)),
+        "dmd2v": lambda: train.stage2(cfg, plain=True),
+        "sample": lambda: sample.sample(cfg, m, n),
+        "export": lambda: print(sample.export(cfg)) if dist.rank() == 0 else None,
+        "eval": lambda: evaluate(cfg),
+        "teacher": lambda: train.teacher(cfg),
+    }
+    try:
+        if command:
+            steps[command]()
+            return
+        for step in ("data", "stage1", "stage2"):
+            steps[step]()
+        folders = {who: sample.sample(replace(cfg, student=who)) for who in ("tmd", "teacher")}
+        evaluate(cfg, folders)
+    finally:
+        dist.stop()
+
+
+def main(argv=None) -> int:
+    command, name, given, dry = parse(argv)
+    quiet = {"HF_HUB_OFFLINE": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    for key, value in quiet.items():  # everything is read from the folder given
+        os.environ.setdefault(key, value)
+    return ladder.command("wan_scale", lambda: work(command, name, given, dry))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

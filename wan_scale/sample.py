@@ -1,0 +1,195 @@
+"""`sample`: prompts to mp4, and a grid beside the teacher; `export`: the student as a folder for one from_pretrained call."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+import tmd_minimal as tmd
+from wan_scale import dist, vbench
+from wan_scale.config import Wan
+from wan_scale.data import NEGATIVE, check_folder
+from wan_scale.pipeline import HOW, TMDWanModel, TMDWanPipeline
+from wan_scale.prompts import read_prompts
+from wan_scale.train import compute_dtype
+
+PHASES = {"tmd": ("stage2", "stage1"), "dmd2v": ("dmd2v", "kd")}  # the last finished phase counts
+
+
+def finished_student(cfg: Wan) -> tuple[Path, dict]:
+    """Folder and description of the newest finished student of cfg's kind."""
+    for phase in PHASES[cfg.student]:
+        if (cfg.folder(phase) / "student.json").exists():
+            return cfg.folder(phase), json.loads((cfg.folder(phase) / "student.json").read_text())
+    raise RuntimeError(f"{cfg.out} holds no finished {cfg.student} student; run `{PHASES[cfg.student][0]}` first.")
+
+
+def make_model(cfg: Wan) -> TMDWanModel:
+    """The finished student in its exportable form, float32; every weight must fit."""
+    folder, facts = finished_student(cfg)
+    check_folder(cfg.model)
+    config = json.loads((Path(cfg.model) / "transformer" / "config.json").read_text())
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    model = TMDWanModel(config, {key: facts[key] for key in HOW}, facts["recipe"] | {"phase": facts["phase"]})
+    model.student.load_state_dict(load_file(folder / "student.safetensors"), strict=True)
+    return model.eval()
+
+
+def make_pipeline(cfg: Wan, device, teacher: bool = False):
+    """The student's pipeline, or the teacher's stock one, with the folder's text encoder and VAE."""
+    from diffusers import WanPipeline
+
+    check_folder(cfg.model)
+    dtype = compute_dtype(cfg, device)
+    if teacher:
+        pipe = WanPipeline.from_pretrained(cfg.model, torch_dtype=dtype)
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=cfg.flow_shift)
+    else:
+        parts = WanPipeline.from_pretrained(cfg.model, transformer=None, torch_dtype=dtype).components
+        keep = {key: parts[key] for key in ("tokenizer", "text_encoder", "vae", "scheduler")}
+        pipe = TMDWanPipeline(**keep, transformer=make_model(cfg))
+    pipe.vae.to(torch.float32)  # as Wan's authors decode
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def planned(cfg: Wan) -> list[vbench.Video]:
+    """What to sample: VBench's own list, or every prompt of the file, `samples_per_prompt` each."""
+    if cfg.vbench_info:
+        return vbench.plan_videos(vbench.read_prompts(cfg.vbench_info), samples=max(cfg.samples_per_prompt, 1))
+    records = read_prompts(cfg.prompts)[: cfg.clips or None]
+    found = []
+    for record in records:
+        name = "".join(ch if ch.isalnum() or ch in " ,.-_'" else "_" for ch in record["prompt"])[:150]
+        found += [vbench.Video(record["prompt"], i, f"{name}-{i}.mp4", record["seed"] + 10_000 * i) for i in range(cfg.samples_per_prompt)]
+    names = [video.name for video in found]
+    if doubles := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two prompts would both be {doubles[0]!r}; keep one of them, with samples_per_prompt for more videos of it.")
+    return found
+
+
+def write_video(frames: np.ndarray, path: Path, fps: int = 16) -> None:
+    """Frames (T, H, W, 3) in [0, 1] to mp4, atomically."""
+    from diffusers.utils import export_to_video
+
+    temporary = path.with_name(f".{path.stem}.tmp.mp4")
+    export_to_video(list(frames), str(temporary), fps=fps)
+    os.replace(temporary, path)
+
+
+def sample(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
+    """Every planned video that is not there yet, to OUT/samples/<student>/, and timing.json with the seconds of each part.
+
+    A video's name and noise depend on its prompt and number alone. M, N: other than the student was trained with.
+    """
+    device, teacher = dist.start(cfg.device), cfg.student == "teacher"
+    folder = cfg.folder("samples", cfg.student if M is None and N is None else f"{cfg.student}-M{M or 'x'}N{N or 'x'}")
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = vbench.missing(folder, planned(cfg))[dist.rank() :: dist.world()]
+    if not todo:
+        dist.barrier()
+        return folder
+    pipe, times = make_pipeline(cfg, device, teacher), []
+    size = {"height": cfg.height, "width": cfg.width, "num_frames": cfg.frames}
+    more = (
+        {"num_inference_steps": cfg.data_steps, "guidance_scale": cfg.data_guidance, "negative_prompt": NEGATIVE}
+        if teacher
+        else {"M": M, "N": N}
+    )
+    for video in tqdm(todo, desc=f"sample {cfg.student}", disable=None if dist.rank() == 0 else True):
+        g = torch.Generator().manual_seed(video.seed)
+        result = pipe(video.prompt, generator=g, **size, **more)
+        write_video(result.frames[0], folder / video.name)
+        times.append(getattr(pipe, "seconds", {}))
+    if dist.rank() == 0 and not teacher:
+        how = pipe.transformer.how
+        m, n = M or how.M, N or how.N
+        layers = pipe.transformer.layers
+        facts = {
+            "M": m,
+            "N": n,
+            "effective_nfe": tmd.effective_nfe(m, n, how.H, layers),
+            "videos": len(times),
+            **size,
+            "device": str(device),
+        }
+        median = {part: float(np.median([t[part] for t in times])) for part in times[0]}
+        (folder / "timing.json").write_text(json.dumps({**facts, "median_seconds": median}, indent=1) + "\n")
+    dist.barrier()
+    return folder
+
+
+def grid(cfg: Wan, folders: dict[str, Path], rows: int = 4, columns: int = 6) -> Path:
+    """A picture: a row of frames for every model under each of the first prompts. folders: {name: folder of mp4s}."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from wan_scale.cheap_metrics import read_video
+
+    videos = [v for v in planned(cfg) if v.index == 0 and all((f / v.name).exists() for f in folders.values())][:rows]
+    if not videos:
+        raise RuntimeError("there is no prompt of which every model has a video; run `sample` for each of them first.")
+    fig, axes = plt.subplots(len(videos) * len(folders), columns, squeeze=False, layout="constrained",
+                             figsize=(1.9 * columns, 1.25 * len(videos) * len(folders)))  # fmt: skip
+    lines = [(video, name) for video in videos for name in folders]
+    for row, (video, name) in zip(axes, lines):
+        frames = read_video(folders[name] / video.name)
+        for ax, i in zip(row, np.linspace(0, len(frames) - 1, columns).round().astype(int)):
+            ax.imshow(np.asarray(frames[i]).clip(0, 1))
+            ax.set(xticks=[], yticks=[])
+        row[0].set_ylabel(name, fontsize=8)
+        if name == next(iter(folders)):
+            row[0].set_title(video.prompt[:60], fontsize=8, loc="left")
+    path = cfg.folder("samples", "grid.png")
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+    return path
+
+
+CARD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-video
+---
+# {title}
+
+A Wan2.1 student of Transition Matching Distillation (arXiv:2601.09881): {M} outer transition(s) of {N} inner step(s), flow head of {H}
+blocks, effective NFE {nfe:.2f}, no guidance. Made from `{teacher}`, phase `{phase}`.
+
+```python
+from wan_scale.pipeline import TMDWanPipeline
+pipe = TMDWanPipeline.from_pretrained("PATH", torch_dtype=torch.bfloat16).to("cuda")
+video = pipe("a prompt", num_frames={frames}, height={height}, width={width}, generator=torch.Generator().manual_seed(0)).frames[0]
+```
+
+| setting | value |
+|---|---|
+{recipe}
+"""
+
+
+def export(cfg: Wan) -> Path:
+    """OUT/export: the student, text encoder, tokenizer, VAE and a model card, for TMDWanPipeline.from_pretrained."""
+    _, facts = finished_student(cfg)
+    final = cfg.folder("export" if cfg.student == "tmd" else f"export-{cfg.student}")
+    temporary = final.with_name(final.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    make_pipeline(cfg, torch.device("cpu")).save_pretrained(temporary, safe_serialization=True)
+    title = f"{Path(cfg.model).name}, TMD M{facts['M']} N{facts['N']} H{facts['H']}" if facts["H"] else f"{Path(cfg.model).name}, DMD2-v"
+    recipe = "\n".join(f"| {key} | {value} |" for key, value in facts["recipe"].items())
+    plain = {key: facts[key] for key in ("M", "N", "H", "phase", "frames", "height", "width")}
+    (temporary / "README.md").write_text(
+        CARD.format(title=title, nfe=facts["effective_nfe"], teacher=Path(cfg.model).name, recipe=recipe, **plain)
+    )
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    return final

@@ -1,0 +1,56 @@
+"""A complete Wan2.1 folder in the Hugging Face layout, small enough for a laptop: random weights, the real classes.
+
+Everything that reads a real checkpoint folder runs on this one, in tests and with `--preset tiny`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+WORDS = "a the red green blue small big ball cube cat dog runs jumps sits left right up down on in of sea sand snow still slow fast".split()
+TRANSFORMER = dict(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=4, text_dim=32, freq_dim=32)
+
+
+def tokenizer():
+    """Words of WORDS by number, anything else is <unk>; pads and ends as UMT5's does."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "</s>", "<unk>", *WORDS]
+    tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tok.pre_tokenizer = pre_tokenizers.Whitespace()
+    tok.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512)
+
+
+def make_tiny(folder: str | Path, seed: int = 0, **transformer) -> Path:
+    """Write the folder (once: a finished one is left alone); `transformer` overrides fields of its config. Returns its path."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    folder = Path(folder)
+    if (folder / "model_index.json").exists():
+        return folder
+    before = torch.get_rng_state()
+    torch.manual_seed(seed)
+    config = {**TRANSFORMER, **transformer}
+    text = UMT5Config(
+        vocab_size=3 + len(WORDS), d_model=config["text_dim"], d_kv=8, d_ff=64, num_layers=2, num_heads=4, pad_token_id=0, eos_token_id=1
+    )
+    pipe = WanPipeline(
+        tokenizer=tokenizer(),
+        text_encoder=UMT5EncoderModel(text).eval(),
+        transformer=WanTransformer3DModel(**config),
+        vae=AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    )
+    torch.set_rng_state(before)
+    temporary = folder.with_name(folder.name + ".tmp")  # a kill leaves no half folder under the real name
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipe.save_pretrained(temporary, safe_serialization=True)
+    os.replace(temporary, folder)
+    return folder

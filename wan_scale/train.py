@@ -1,0 +1,233 @@
+"""Stage 1, stage 2 and the baseline on Wan: tmd_minimal's training loops, with Wan's networks, many cards and a log.
+
+Each function trains one phase, goes on where a checkpoint is found, and leaves OUT/<phase>/student.safetensors (the average) and
+student.json (what it is). A finished phase is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import tmd_minimal as tmd
+from wan_scale import dist, logs
+from wan_scale.config import Wan, WanStudentConfig
+from wan_scale.data import check_folder
+from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels, load_transformer
+from wan_scale.phase import Feed, WanPhase
+from wan_scale.reader import Reader
+
+
+def compute_dtype(cfg: Wan, device: torch.device) -> torch.dtype:
+    half = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if half else torch.float32
+
+
+def compute(cfg: Wan, device: torch.device):
+    """Context of all network calls. No cache of casts: within one context weights move, and a cached cast would be the first step's."""
+    dtype = compute_dtype(cfg, device)
+    return torch.autocast(device.type, dtype, cache_enabled=False) if dtype != torch.float32 else nullcontext()
+
+
+def network(cfg: Wan, device, dtype=torch.float32) -> WanNetwork:
+    check_folder(cfg.model, parts=("transformer",))
+    net = WanNetwork(load_transformer(cfg.model, dtype), cfg.checkpointing)
+    if cfg.tap_blocks[-1] >= len(net.blocks):
+        raise ValueError(f"taps names block {cfg.tap_blocks[-1]} of a network of {len(net.blocks)}; give block numbers with --taps.")
+    return net.to(device)
+
+
+def make_student(cfg: Wan, how: WanStudentConfig, device):
+    """TMDStudent, or PlainStudent where H is 0, from the teacher's weights; not sharded yet. The same new weights on every rank."""
+    tmd.seed_everything(cfg.seed)
+    net = network(cfg, device)
+    return (tmd.TMDStudent(net, how.H, how.fusion) if how.H else tmd.PlainStudent(net)).to(device)
+
+
+def describe(cfg: Wan, how: WanStudentConfig, layers: int, **more) -> dict:
+    """student.json: all that sampling needs to know."""
+    nfe = tmd.effective_nfe(how.M, how.N, how.H, layers)
+    clip = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
+    return {**asdict(how), **clip, "effective_nfe": nfe, "recipe": cfg.of_the_training(), **more}
+
+
+def save_student(folder: Path, phase: WanPhase, facts: dict) -> None:
+    """The average as safetensors and its description; the description last, since it says that the phase is finished."""
+    whole = {name: dist.full(p).cpu().contiguous() for name, p in phase.ema.named.items()}
+    if dist.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(whole, folder / "student.safetensors.tmp")
+        os.replace(folder / "student.safetensors.tmp", folder / "student.safetensors")
+        (folder / "student.json.tmp").write_text(json.dumps(facts, indent=1) + "\n")
+        os.replace(folder / "student.json.tmp", folder / "student.json")
+    dist.barrier()
+
+
+def finished(folder: Path, cfg: Wan) -> dict | None:
+    """The description of a finished phase; RuntimeError if it is one of other settings."""
+    if not (folder / "student.json").exists():
+        return None
+    facts, mine = json.loads((folder / "student.json").read_text()), cfg.of_the_training()
+    keys = [key for key, value in mine.items() if facts["recipe"].get(key) != value]
+    if keys:
+        raise RuntimeError(f"{folder} holds a student made with another {', '.join(keys)}; give the same settings or another --out.")
+    return facts
+
+
+def load_student(folder: Path, student) -> None:
+    """Strictly: every weight and no other."""
+    if not (folder / "student.safetensors").exists():
+        raise RuntimeError(f"{folder} holds no finished student; run the phase that makes it first.")
+    student.load_state_dict(load_file(folder / "student.safetensors"), strict=True)
+
+
+class Training:
+    """What the phases share: device, data, micro-batches, log, previews."""
+
+    def __init__(self, cfg: Wan, name: str, shards: Path):
+        self.cfg, self.name, self.folder = cfg, name, cfg.folder(name)
+        self.device = dist.start(cfg.device)
+        self.reader = Reader(shards, seed=cfg.seed, device=self.device)
+        self.c_neg = self.reader.negative
+        per_step = cfg.micro_batch * dist.world()
+        if cfg.global_batch % per_step:
+            raise ValueError(
+                f"global_batch {cfg.global_batch} does not divide by micro_batch {cfg.micro_batch} x {dist.world()} GPUs; change one."
+            )
+        self.accumulate = cfg.global_batch // per_step
+        self.config = {**cfg.of_the_training(), "data": self.reader.identity}
+        self.log, self.accuracy = None, None
+
+    def run(self, train, how, read=None) -> WanPhase:
+        """train(feed, ...) is a loop of tmd_minimal, run in this machine's precision; `read` is the reader's batch or pairs."""
+        feed = Feed(read or self.reader.batch)
+        make = partial(WanPhase, feed=feed, accumulate=self.accumulate)
+        kept = {"path": str(self.folder / "checkpoints"), "save_every": self.cfg.save_every, "config": self.config}
+        with compute(self.cfg, self.device):
+            return train(feed, seed=self.cfg.seed, make=make, on_step=partial(self.on_step, how), **kept)[1]
+
+    def on_step(self, how, phase: WanPhase, terms: dict) -> None:
+        accuracy = self.accuracy.value() if self.accuracy else None
+        if dist.rank() == 0:
+            self.log = self.log or logs.Log(self.folder / "log.jsonl", phase.step - 1)
+            if phase.step % self.cfg.log_every < 2 or phase.step == 1:  # two in a row: in stage 2 the student's and a critic's
+                seen = {} if accuracy is None else {"accuracy": accuracy}
+                self.log.write(phase.step, {**terms, **seen, "seconds": phase.seconds, "skipped": phase.skipped})
+        if how and self.cfg.preview_every and phase.step % self.cfg.preview_every == 0:
+            self.preview(how, phase, accuracy)
+
+    @torch.no_grad()
+    def preview(self, how, phase: WanPhase, accuracy: float | None) -> None:
+        """Fixed prompts, two seeds each, from the average: latents to a file, numbers to the log, alarms to the screen."""
+        clips = min(self.cfg.preview_prompts, len(self.reader))
+        data, c = self.reader.batch(0, clips)
+        mine = range(dist.rank(), 2 * clips, dist.world())  # clip i is prompt i // 2, seed i % 2
+        rounds = -(-2 * clips // dist.world())  # every rank must call equally often
+        with phase.averaged_weights() as student:
+            parts = []
+            for k in range(rounds):
+                i = mine[k] if k < len(mine) else 0
+                noise = torch.randn(self.reader.latent_shape, generator=torch.Generator().manual_seed(1000 + i)).to(self.device)
+                parts.append(dist.gather(draw(student, how, noise[None], c[i // 2][None], seed=i)))
+        samples = torch.cat(parts)[: 2 * clips].unflatten(0, (clips, 2))  # round by round in the order of ranks is 0, 1, 2, ...
+        if dist.rank():
+            return
+        numbers = logs.preview_numbers(samples, data)
+        self.log.write(phase.step, {"preview": numbers})
+        (self.folder / "previews").mkdir(exist_ok=True)
+        save_file({"latents": samples.half().cpu()}, self.folder / "previews" / f"step-{phase.step:08d}.safetensors")
+        for words in logs.alarms({**numbers, "accuracy": accuracy, "skipped": phase.skipped}):
+            print(f"\nALARM {self.name}, update {phase.step}: {words}.", flush=True)
+            self.log.write(phase.step, {"alarm": words})
+
+
+def draw(student, how: WanStudentConfig, noise, c, seed: int):
+    """Samples from noise (B, *D) by Algorithm 1, the inner noise from `seed`."""
+    inner = torch.Generator(noise.device).manual_seed(seed)
+    grids = {"outer_grid": how.outer_grid, "inner_grid": how.inner_grid}
+    return tmd.sample(student, noise, c, generator=inner, target=how.target, field=how.field, outer=how.outer, **grids)
+
+
+def stage1(cfg: Wan) -> dict:
+    """TM-MF pretraining of the student."""
+    if facts := finished(cfg.folder("stage1"), cfg):
+        return facts
+    how, job = cfg.how(), Training(cfg, "stage1", cfg.shards)
+    student = make_student(cfg, how, job.device)
+    layers = len(student.net.blocks)
+    train = lambda feed, **kw: tmd.train_stage1(dist.shard(student), feed, how, cfg.stage1(), c_neg=job.c_neg, **kw)
+    phase = job.run(train, how=how)
+    facts = describe(cfg, how, layers, phase="stage1", updates=phase.step, skipped=phase.skipped)
+    save_student(job.folder, phase, facts)
+    return facts
+
+
+def kd(cfg: Wan) -> dict:
+    """KD warm-up of the DMD2-v baseline on (noise, latent) pairs of the teacher; the paper does it at M = 1 only."""
+    if facts := finished(cfg.folder("kd"), cfg):
+        return facts
+    how, job = cfg.how(plain=True), Training(cfg, "kd", cfg.folder("kd-pairs"))
+    student = make_student(cfg, how, job.device)
+    layers = len(student.net.blocks)
+    pairs = lambda feed: lambda generator: feed(cfg.micro_batch)
+    train = lambda feed, **kw: tmd.train_kd(dist.shard(student), pairs(feed), how, updates=cfg.kd_updates, lr=cfg.kd_lr, **kw)
+    phase = job.run(train, how=how, read=job.reader.pairs)
+    facts = describe(cfg, how, layers, phase="kd", updates=phase.step, skipped=phase.skipped)
+    save_student(job.folder, phase, facts)
+    return facts
+
+
+def stage2(cfg: Wan, plain: bool = False) -> dict:
+    """DMD2-v with flow-head rollout from stage 1's student (or, with no stage 1 updates, from the teacher); plain: the baseline DMD2-v."""
+    name = "dmd2v" if plain else "stage2"
+    if facts := finished(cfg.folder(name), cfg):
+        return facts
+    how, job = cfg.how(plain), Training(cfg, name, cfg.shards)
+    student = make_student(cfg, how, job.device)
+    layers = len(student.net.blocks)
+    before = ("kd" if cfg.M == 1 and cfg.kd_updates else None) if plain else ("stage1" if cfg.stage1_updates else None)
+    if before:
+        load_student(cfg.folder(before), student)
+    teacher = network(cfg, job.device, compute_dtype(cfg, job.device)).requires_grad_(False)
+    fake_score = network(cfg, job.device)
+    tmd.seed_everything(cfg.seed)  # the same discriminator on every rank
+    discriminator = WanDiscriminator(feature_channels(teacher), cfg.disc_width, len(cfg.tap_blocks)).to(job.device)
+    job.accuracy = logs.Accuracy(discriminator)
+
+    def train(feed, **kw):
+        nets = dist.shard(student), dist.shard(teacher), discriminator
+        return tmd.train_stage2(
+            *nets, feed, how, cfg.stage2(), taps=cfg.tap_blocks, c_neg=job.c_neg, fake_score=dist.shard(fake_score), **kw
+        )
+
+    phase = job.run(train, how=how)
+    facts = describe(cfg, how, layers, phase=name, updates=phase.step, skipped=phase.skipped)
+    save_student(job.folder, phase, facts)
+    return facts
+
+
+def teacher(cfg: Wan) -> dict:
+    """Flow matching of the whole transformer on the shards, for folders whose weights were made by hand: MODEL/transformer is replaced."""
+    done = cfg.folder("teacher", "done.json")
+    if done.exists():
+        return json.loads(done.read_text())
+    job = Training(cfg, "teacher", cfg.shards)
+    net = network(cfg, job.device)
+    rate = {"updates": cfg.teacher_updates, "batch": cfg.micro_batch, "lr": cfg.teacher_lr}
+    train = lambda feed, **kw: tmd.train_teacher(dist.shard(net), feed, **rate, c_neg=job.c_neg, **kw)
+    phase = job.run(train, how=None)
+    whole = {name: dist.full(p).cpu() for name, p in phase.ema.named.items()}
+    if dist.rank() == 0:
+        plain = load_transformer(cfg.model)
+        WanNetwork(plain).load_state_dict(whole, strict=True)
+        plain.save_pretrained(Path(cfg.model) / "transformer")
+        done.write_text(json.dumps({"updates": phase.step}) + "\n")
+    dist.barrier()
+    return {"updates": phase.step}
