@@ -12,8 +12,8 @@ from ladder import option
 
 # What a machine or a run's look decides, and no weight depends on: may change between two starts of the same training.
 OF_THE_MACHINE = (
-    "model out data prompts videos device precision checkpointing save_every preview_every preview_prompts log_every gpus card_gb tflops "
-    "data_steps data_guidance sampler clips shard_size kd_clips skip_layer student samples_per_prompt vbench_info vbench_results"
+    "model out data prompts videos device precision tf32 checkpointing save_every preview_every preview_prompts log_every gpus card_gb "
+    "tflops data_steps data_guidance sampler clips shard_size kd_clips skip_layer student samples_per_prompt vbench_info vbench_results"
 ).split()
 
 
@@ -82,6 +82,9 @@ class Wan:
     seed: int = option(0, "seed of weights, data order and draws")
     device: str = option("auto", "auto, cpu or cuda")
     precision: str = option("auto", "bf16 (compute; the weights stay fp32) or fp32; auto: bf16 on a GPU")
+    tf32: bool = option(
+        False, "let the float32 finite difference of stage 1 use TF32 on a GPU: several times faster there, 10 bits of mantissa"
+    )
     checkpointing: bool = option(False, "recompute activations in the backward pass (always on with the presets 1.3b and 14b)")
     save_every: int = option(100, "updates between two checkpoints")
     preview_every: int = option(250, "updates between two previews of fixed prompts, with alarms")

@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 
 
 def start(device: str = "auto") -> torch.device:
-    """Join the process group if torchrun started us; returns this process's device."""
+    """Join the process group if torchrun started us; returns this process's device. Ranks may finish making data hours apart."""
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
     if not cuda:
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

@@ -8,6 +8,7 @@ States x are latents (B, 16, T, H, W), conditions c are text embeddings (B, 512,
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -47,23 +48,23 @@ class WanNetwork(tmd.Network):
     blocks = property(lambda self: self.transformer.blocks)
     time = property(lambda self: WanTime(self.transformer.condition_embedder))
 
+    def grid(self, x) -> tuple[int, int, int]:
+        """Patches of latents (B, C, T, H, W) along T, H, W; RAISES ValueError if they do not fit."""
+        channels, p = self.transformer.config.in_channels, self.transformer.config.patch_size
+        if x.ndim != 5 or x.shape[1] != channels or any(n % k for n, k in zip(x.shape[2:], p)):
+            raise ValueError(f"latents of shape {tuple(x.shape)} do not fit {channels} channels in patches of {tuple(p)}.")
+        return tuple(n // k for n, k in zip(x.shape[2:], p))
+
     def embed(self, x):
-        p = self.transformer.config.patch_size
-        if x.ndim != 5 or x.shape[1] != self.transformer.config.in_channels or any(n % k for n, k in zip(x.shape[2:], p)):
-            raise ValueError(
-                f"latents of shape {tuple(x.shape)} do not fit {self.transformer.config.in_channels} channels in patches of {p}."
-            )
         return self.patch(x.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2).contiguous()  # (B, n, D)
 
     def context(self, c, x):
         if c is None:
             raise ValueError("Wan needs text embeddings (B, n, text_dim) as its condition; for no prompt pass the negative one.")
-        text, dtype = self.transformer.condition_embedder.text_embedder, self.patch.weight.dtype
-        size = tuple(x.shape[2:])
-        if (size, x.device) not in self.tables:  # rotary positions: once a shape
-            self.tables = {(size, x.device): self.transformer.rope(x)}
-        grid = tuple(n // k for n, k in zip(size, self.transformer.config.patch_size))
-        return text(c.to(dtype)).to(dtype), self.tables[size, x.device], grid  # in the weights' dtype, also where autocast is switched off
+        text, dtype, grid = self.transformer.condition_embedder.text_embedder, self.patch.weight.dtype, self.grid(x)
+        if (grid, x.device) not in self.tables:  # rotary positions: once a shape
+            self.tables = {(grid, x.device): self.transformer.rope(x)}
+        return text(c.to(dtype)).to(dtype), self.tables[grid, x.device], grid  # in the weights' dtype, also where autocast is switched off
 
     def modulate(self, temb, ctx):
         embedder = self.transformer.condition_embedder
@@ -98,21 +99,27 @@ class WanNetwork(tmd.Network):
 
     def taps(self, x_t, t, c, blocks) -> list[torch.Tensor]:
         """Hidden states after `blocks`, unpatchified to (B, D / (p q r), T, H, W) for the discriminator; stops at the last of them."""
-        grid = tuple(n // k for n, k in zip(x_t.shape[2:], self.transformer.config.patch_size))
-        return [self.unpatchify(h, grid, channels_last=False) for h in super().taps(x_t, t, c, blocks)]
+        return [self.unpatchify(h, self.grid(x_t), channels_last=False) for h in super().taps(x_t, t, c, blocks)]
 
 
 class ScaleBranch(nn.Module):
     """Features (B, C, T, H, W) averaged over cells of `scale` -> (B, width): 1x1x1, pool, 3x3x3, global pool."""
 
-    def __init__(self, channels: int, width: int, scale: int):
+    def __init__(self, channels: int, width: int, scale: int, checkpointing: bool = False):
         super().__init__()
-        groups = math.gcd(32, width)
-        self.scale = scale
+        groups = math.gcd(32, max(width // 4, 1))  # groups of four channels and more: one cell must still have something to normalise
+        self.scale, self.checkpointing = scale, checkpointing
         self.into = nn.Sequential(nn.Conv3d(channels, width, 1), nn.GroupNorm(groups, width), nn.SiLU())
         self.over = nn.Sequential(nn.Conv3d(width, width, 3, padding=1), nn.GroupNorm(groups, width), nn.SiLU())
 
     def forward(self, h):
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return self.pooled(h)
+        trained = self.over[0].weight.requires_grad  # in the student's update tmd.frozen holds it still; so must the recomputation
+        again = lambda: (nullcontext(), nullcontext() if trained else tmd.frozen(self))
+        return checkpoint(self.pooled, h, use_reentrant=False, context_fn=again)
+
+    def pooled(self, h):
         h = self.into(h)
         if self.scale > 1:
             h = F.avg_pool3d(h, [min(self.scale, n) for n in h.shape[2:]])
@@ -127,9 +134,10 @@ class WanDiscriminator(nn.Module):
 
     SCALES = (1, 2, 4, 8, 16)
 
-    def __init__(self, channels: int, width: int, heads: int, hidden: int = 1024):
+    def __init__(self, channels: int, width: int, heads: int, hidden: int = 1024, checkpointing: bool = False):
         super().__init__()
-        self.heads = nn.ModuleList(nn.ModuleList(ScaleBranch(channels, width, s) for s in self.SCALES) for _ in range(heads))
+        branches = lambda: nn.ModuleList(ScaleBranch(channels, width, scale, checkpointing) for scale in self.SCALES)
+        self.heads = nn.ModuleList(branches() for _ in range(heads))
         self.logits = nn.ModuleList(
             nn.Sequential(nn.Linear(len(self.SCALES) * width, hidden), nn.SiLU(), nn.Linear(hidden, 1)) for _ in range(heads)
         )

@@ -127,8 +127,10 @@ def plan(cfg: Wan, name: str) -> None:
     stages = {"stage1": cfg.stage1_updates, "stage2": cfg.stage2().iterations}
     clip = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width, "batch": cfg.global_batch}
     taps = {"last_tap": cfg.tap_blocks[-1], "disc_width": cfg.disc_width}
-    card = {"gpus": cfg.gpus, "card_gb": cfg.card_gb, "tflops": cfg.tflops}
-    print(plan.report(model, M=cfg.M, N=cfg.N, H=cfg.H, **card, **clip, **stages, **taps))
+    card = {"gpus": cfg.gpus, "card_gb": cfg.card_gb, "tflops": cfg.tflops, "micro_batch": cfg.micro_batch}
+    # choice: float32 without TF32 taken to run at an eighth of the bf16 rate, with it at half (data sheets, not measured)
+    more = {"disc_checkpointing": cfg.checkpointing, "fp32_slowdown": 2.0 if cfg.tf32 else 8.0}
+    print(plan.report(model, M=cfg.M, N=cfg.N, H=cfg.H, **card, **clip, **stages, **taps, **more))
 
 
 def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:

@@ -36,19 +36,22 @@ def compute(cfg: Wan, device: torch.device):
     return torch.autocast(device.type, dtype, cache_enabled=False) if dtype != torch.float32 else nullcontext()
 
 
-def network(cfg: Wan, device, dtype=torch.float32) -> WanNetwork:
+def network(cfg: Wan, dtype=torch.float32) -> WanNetwork:
+    """The folder's transformer, on the CPU: it goes to the card whole only just before it is sharded."""
     check_folder(cfg.model, parts=("transformer",))
     net = WanNetwork(load_transformer(cfg.model, dtype), cfg.checkpointing)
     if cfg.tap_blocks[-1] >= len(net.blocks):
         raise ValueError(f"taps names block {cfg.tap_blocks[-1]} of a network of {len(net.blocks)}; give block numbers with --taps.")
-    return net.to(device)
+    return net
 
 
-def make_student(cfg: Wan, how: WanStudentConfig, device):
-    """TMDStudent, or PlainStudent where H is 0, from the teacher's weights; not sharded yet. The same new weights on every rank."""
+def make_student(cfg: Wan, how: WanStudentConfig, start: str | None = None):
+    """TMDStudent (PlainStudent where H is 0) with the teacher's weights or those of phase `start`, on the CPU; alike on every rank."""
     tmd.seed_everything(cfg.seed)
-    net = network(cfg, device)
-    return (tmd.TMDStudent(net, how.H, how.fusion) if how.H else tmd.PlainStudent(net)).to(device)
+    student = tmd.TMDStudent(network(cfg), how.H, how.fusion) if how.H else tmd.PlainStudent(network(cfg))
+    if start:
+        load_student(cfg.folder(start), student)
+    return student
 
 
 def describe(cfg: Wan, how: WanStudentConfig, layers: int, **more) -> dict:
@@ -94,7 +97,9 @@ class Training:
     def __init__(self, cfg: Wan, name: str, shards: Path):
         self.cfg, self.name, self.folder = cfg, name, cfg.folder(name)
         self.device = dist.start(cfg.device)
+        torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
         self.reader = Reader(shards, seed=cfg.seed, device=self.device)
+        self.reader.text_length = self.reader.manifest["text_length"]  # the padding that the text was made for
         self.c_neg = self.reader.negative
         per_step = cfg.micro_batch * dist.world()
         if cfg.global_batch % per_step:
@@ -104,6 +109,10 @@ class Training:
         self.accumulate = cfg.global_batch // per_step
         self.config = {**cfg.of_the_training(), "data": self.reader.identity}
         self.log, self.accuracy = None, None
+
+    def place(self, net):
+        """On this rank's device, sharded where there are many."""
+        return dist.shard(net.to(self.device))
 
     def run(self, train, how, read=None) -> WanPhase:
         """train(feed, ...) is a loop of tmd_minimal, run in this machine's precision; `read` is the reader's batch or pairs."""
@@ -160,9 +169,9 @@ def stage1(cfg: Wan) -> dict:
     if facts := finished(cfg.folder("stage1"), cfg):
         return facts
     how, job = cfg.how(), Training(cfg, "stage1", cfg.shards)
-    student = make_student(cfg, how, job.device)
+    student = make_student(cfg, how)
     layers = len(student.net.blocks)
-    train = lambda feed, **kw: tmd.train_stage1(dist.shard(student), feed, how, cfg.stage1(), c_neg=job.c_neg, **kw)
+    train = lambda feed, **kw: tmd.train_stage1(job.place(student), feed, how, cfg.stage1(), c_neg=job.c_neg, **kw)
     phase = job.run(train, how=how)
     facts = describe(cfg, how, layers, phase="stage1", updates=phase.step, skipped=phase.skipped)
     save_student(job.folder, phase, facts)
@@ -174,10 +183,10 @@ def kd(cfg: Wan) -> dict:
     if facts := finished(cfg.folder("kd"), cfg):
         return facts
     how, job = cfg.how(plain=True), Training(cfg, "kd", cfg.folder("kd-pairs"))
-    student = make_student(cfg, how, job.device)
+    student = make_student(cfg, how)
     layers = len(student.net.blocks)
     pairs = lambda feed: lambda generator: feed(cfg.micro_batch)
-    train = lambda feed, **kw: tmd.train_kd(dist.shard(student), pairs(feed), how, updates=cfg.kd_updates, lr=cfg.kd_lr, **kw)
+    train = lambda feed, **kw: tmd.train_kd(job.place(student), pairs(feed), how, updates=cfg.kd_updates, lr=cfg.kd_lr, **kw)
     phase = job.run(train, how=how, read=job.reader.pairs)
     facts = describe(cfg, how, layers, phase="kd", updates=phase.step, skipped=phase.skipped)
     save_student(job.folder, phase, facts)
@@ -190,23 +199,19 @@ def stage2(cfg: Wan, plain: bool = False) -> dict:
     if facts := finished(cfg.folder(name), cfg):
         return facts
     how, job = cfg.how(plain), Training(cfg, name, cfg.shards)
-    student = make_student(cfg, how, job.device)
-    layers = len(student.net.blocks)
     before = ("kd" if cfg.M == 1 and cfg.kd_updates else None) if plain else ("stage1" if cfg.stage1_updates else None)
-    if before:
-        load_student(cfg.folder(before), student)
-    teacher = network(cfg, job.device, compute_dtype(cfg, job.device)).requires_grad_(False)
-    fake_score = network(cfg, job.device)
+    student = job.place(make_student(cfg, how, before))
+    layers = len(student.net.blocks)
+    teacher = network(cfg, compute_dtype(cfg, job.device)).requires_grad_(False)
+    channels = feature_channels(teacher)
+    teacher, fake_score = job.place(teacher), job.place(network(cfg))
     tmd.seed_everything(cfg.seed)  # the same discriminator on every rank
-    discriminator = WanDiscriminator(feature_channels(teacher), cfg.disc_width, len(cfg.tap_blocks)).to(job.device)
+    discriminator = WanDiscriminator(channels, cfg.disc_width, len(cfg.tap_blocks), checkpointing=cfg.checkpointing).to(job.device)
     job.accuracy = logs.Accuracy(discriminator)
-
-    def train(feed, **kw):
-        nets = dist.shard(student), dist.shard(teacher), discriminator
-        return tmd.train_stage2(
-            *nets, feed, how, cfg.stage2(), taps=cfg.tap_blocks, c_neg=job.c_neg, fake_score=dist.shard(fake_score), **kw
-        )
-
+    nets = student, teacher, discriminator
+    train = lambda feed, **kw: tmd.train_stage2(
+        *nets, feed, how, cfg.stage2(), taps=cfg.tap_blocks, c_neg=job.c_neg, fake_score=fake_score, **kw
+    )
     phase = job.run(train, how=how)
     facts = describe(cfg, how, layers, phase=name, updates=phase.step, skipped=phase.skipped)
     save_student(job.folder, phase, facts)
@@ -219,9 +224,9 @@ def teacher(cfg: Wan) -> dict:
     if done.exists():
         return json.loads(done.read_text())
     job = Training(cfg, "teacher", cfg.shards)
-    net = network(cfg, job.device)
+    net = job.place(network(cfg))
     rate = {"updates": cfg.teacher_updates, "batch": cfg.micro_batch, "lr": cfg.teacher_lr}
-    train = lambda feed, **kw: tmd.train_teacher(dist.shard(net), feed, **rate, c_neg=job.c_neg, **kw)
+    train = lambda feed, **kw: tmd.train_teacher(net, feed, **rate, c_neg=job.c_neg, **kw)
     phase = job.run(train, how=None)
     whole = {name: dist.full(p).cpu() for name, p in phase.ema.named.items()}
     if dist.rank() == 0:

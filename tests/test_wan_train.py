@@ -1,0 +1,335 @@
+"""Training on Wan: many ranks equal one, resume is exact, what breaks is said, and the log tells."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tmd_minimal as tmd
+
+pytest.importorskip("diffusers")
+import wan_ranks
+
+from wan_scale import data, logs, train
+from wan_scale.config import PRESETS, Wan, preset
+from wan_scale.model import WanDiscriminator
+from wan_scale.phase import Average, Feed, WanPhase, complete, mixed
+from wan_scale.tiny import make_tiny
+
+FAST = {
+    "stage1_updates": 4,
+    "stage2_iterations": 6,
+    "kd_updates": 3,
+    "save_every": 2,
+    "preview_every": 3,
+    "log_every": 2,
+    "global_batch": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny folder and six teacher clips of two steps, with and without their noise."""
+    root = tmp_path_factory.mktemp("wan")
+    model = make_tiny(root / "tiny")
+    (root / "prompts.txt").write_text("a red ball\na blue cube\na green cat runs\na small dog\nthe ball up\nthe cat sits\n")
+    clip = {"frames": 9, "height": 64, "width": 64, "steps": 2, "shard_size": 3}
+    data.generate(model, root / "prompts.txt", root / "data", **clip)
+    data.generate(model, root / "prompts.txt", root / "pairs", kd=True, skip_layer=1, **clip)
+    return root
+
+
+def settings(world, out, **more) -> Wan:
+    return preset("tiny", model=str(world / "tiny"), data=str(world / "data"), out=str(out), **{**FAST, **more})
+
+
+def assert_same_run(a: dict, b: dict) -> None:
+    """Every weight and average alike to the rounding of a sum's order. AdamW turns a rounding in a gradient near 0 into a step of its
+    rate, so a few weights may differ by that; the first moments, which are gradients, may not."""
+    assert a["step"] == b["step"] and a["tensors"].keys() == b["tensors"].keys()
+    for name, x in a["tensors"].items():
+        y = b["tensors"][name]
+        if name.endswith(".exp_avg"):
+            assert (x - y).abs().max() <= 1e-4 * x.abs().max() + 1e-7, name
+        elif not name.endswith((".exp_avg_sq", ".step")):
+            assert ((x - y).abs() > 1e-4).float().mean() < 0.05 and (x - y).abs().max() < 6e-3, name
+
+
+def test_two_ranks_equal_one(world, tmp_path):
+    """FSDP2 on two gloo ranks and one process with two micro-batches do the same stage 1 and stage 2: three nets, optimizers, average.
+
+    A run begun on two ranks also goes on alone, to the same end.
+    """
+    for name in ("tiny", "data"):
+        (tmp_path / name).symlink_to(world / name)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", wan_ranks.__file__, str(tmp_path)]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = torch.load(tmp_path / "two" / "found.pt", weights_only=True)
+    for phase in ("stage1", "stage2"):
+        one = wan_ranks.run(phase, tmp_path, tmp_path / "one")
+        assert (one["world"], two[phase]["world"]) == (1, 2)
+        assert_same_run(one, two[phase])
+    assert {name.split(".")[0] for name in one["tensors"]} == {"student", "fake", "disc", "ema"}
+    assert [f.name for f in complete(tmp_path / "moved" / "stage2" / "checkpoints")] == ["step-00000003"]
+    assert_same_run(one, wan_ranks.run("stage2", tmp_path, tmp_path / "moved"))
+
+
+class Interrupted(Exception):
+    pass
+
+
+def stop_at(monkeypatch, step: int):
+    """on_step that stops the run there, as a kill would, once."""
+    seen = train.Training.on_step
+
+    def on_step(self, how, phase, terms):
+        seen(self, how, phase, terms)
+        if phase.step == step:
+            monkeypatch.setattr(train.Training, "on_step", seen)
+            raise Interrupted
+
+    monkeypatch.setattr(train.Training, "on_step", on_step)
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "student.safetensors").read_bytes()
+
+
+def test_resume_is_bitwise(world, tmp_path, monkeypatch):
+    """Stopped between two checkpoints of stage 1 and of stage 2 and started again: the same bytes as a run in one piece, log included."""
+    whole, parts = (settings(world, tmp_path / name) for name in ("whole", "parts"))
+    train.stage1(whole), train.stage2(whole)
+    for work, step in ((train.stage1, 3), (train.stage2, 5)):
+        stop_at(monkeypatch, step)
+        with pytest.raises(Interrupted):
+            work(parts)
+        work(parts)
+    for phase in ("stage1", "stage2"):
+        assert weights(whole.folder(phase)) == weights(parts.folder(phase))
+        steps = [
+            [json.loads(line)["step"] for line in (cfg.folder(phase) / "log.jsonl").read_text().splitlines()] for cfg in (whole, parts)
+        ]
+        assert steps[0] == steps[1]
+
+
+def test_kill_while_a_checkpoint_is_written(world, tmp_path, monkeypatch):
+    """A kill before the rename leaves the last checkpoint and a .tmp that nobody reads; the run goes on to the same bytes."""
+    whole, killed = (settings(world, tmp_path / name) for name in ("whole", "killed"))
+    train.stage1(whole)
+    replace = train.os.replace
+
+    def die(source, target):
+        if str(target).endswith("step-00000004"):
+            raise Interrupted
+        replace(source, target)
+
+    monkeypatch.setattr("wan_scale.phase.os.replace", die)
+    with pytest.raises(Interrupted):
+        train.stage1(killed)
+    left = sorted(f.name for f in (killed.folder("stage1", "checkpoints")).iterdir())
+    assert left == ["step-00000002", "step-00000004.tmp"]
+    monkeypatch.setattr("wan_scale.phase.os.replace", replace)
+    train.stage1(killed)
+    assert weights(whole.folder("stage1")) == weights(killed.folder("stage1"))
+    assert len(complete(killed.folder("stage1", "checkpoints"))) == 2
+
+
+def test_damaged_and_foreign_checkpoints(world, tmp_path, monkeypatch):
+    """A truncated checkpoint, an unreadable state and another run's settings are a sentence each; a finished phase is not run again."""
+    cfg = settings(world, tmp_path)
+    stop_at(monkeypatch, 3)
+    with pytest.raises(Interrupted):
+        train.stage1(cfg)
+    with pytest.raises(tmd.CheckpointError, match=r"made with another --stage1-lr, lr; give the same settings or another --out"):
+        train.stage1(settings(world, tmp_path, stage1_lr=2e-4))
+    newest = complete(cfg.folder("stage1", "checkpoints"))[-1]
+    state = (newest / "state.json").read_text()
+    (newest / "state.json").write_text(state[:20])
+    with pytest.raises(tmd.CheckpointError, match="not readable; delete that folder"):
+        train.stage1(cfg)
+    (newest / "state.json").write_text(state)
+    part = next(newest.glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+    with pytest.raises(tmd.CheckpointError, match="damaged or of another shape; delete that folder"):
+        train.stage1(cfg)
+    shutil.rmtree(newest)
+    first = train.stage1(cfg)
+    bytes_ = weights(cfg.folder("stage1"))
+    assert train.stage1(cfg) == first and weights(cfg.folder("stage1")) == bytes_
+    with pytest.raises(RuntimeError, match="made with another --seed"):
+        train.stage1(settings(world, tmp_path, seed=1))
+
+
+def test_baseline_with_kd(world, tmp_path):
+    """At M = 1 the baseline warms up on pairs and goes on with the whole network as its student; at M = 2 it starts from the teacher."""
+    cfg = settings(world, tmp_path, M=1)
+    shutil.copytree(world / "pairs", cfg.folder("kd-pairs"))
+    assert train.kd(cfg)["updates"] == 3
+    facts = train.stage2(cfg, plain=True)
+    assert (facts["H"], facts["N"], facts["effective_nfe"]) == (0, 1, 1)
+    with pytest.raises(RuntimeError, match="holds no finished student; run the phase"):
+        train.stage2(cfg)  # stage 1 is missing
+    two = settings(world, tmp_path / "two", M=2)
+    assert train.stage2(two, plain=True)["effective_nfe"] == 2
+
+
+def test_student_step_moves_only_the_student(world, tmp_path, monkeypatch):
+    """In stage 2 each update moves one net: the fifth the student, the others fake score and discriminator; the teacher never."""
+    cfg, moved, before = settings(world, tmp_path, stage1_updates=0, stage2_iterations=5), [], {}
+
+    def on_step(job, how, phase, terms):
+        now = {name: torch.cat([p.detach().flatten() for p in net.parameters()]).clone() for name, net in phase.nets.items()}
+        moved.append({name for name in now if before and not torch.equal(now[name], before[name])})
+        before.update(now)
+
+    monkeypatch.setattr(train.Training, "on_step", on_step)
+    train.stage2(cfg)
+    assert moved[1:] == [{"fake", "disc"}] * 3 + [{"student"}]
+
+
+def tiny_phase(feed=None, **kw) -> WanPhase:
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3, 3)
+    return WanPhase("test", {"student": net}, "student", 1e-2, 0.9, 0, {}, feed=feed or Feed(None), **kw)
+
+
+def test_steps_that_are_not_finite(tmp_path):
+    """A step with a NaN is skipped, counted and told; the weights stay as they were, and a row of them stops the run with a sentence."""
+    phase, bad = tiny_phase(patience=3), {2, 3}
+    net = phase.nets["student"]
+
+    def iterate(phase):
+        x = torch.full((1, 3), float("nan") if phase.step in bad else 1.0)
+        return phase.update("student", {"loss": net(x).square().mean()})
+
+    before = []
+    phase.run(iterate, 6, on_step=lambda p, t: before.append(net.weight.detach().clone()))
+    assert phase.skipped == 2 and torch.equal(before[1], before[3]) and not torch.equal(before[3], before[4])
+    assert all(torch.isfinite(p).all() for p in [net.weight, *phase.ema.parameters()])
+    bad.update(range(6, 20))
+    with pytest.raises(FloatingPointError, match="'student' was not finite 3 times in a row, at step 8; lower the rate"):
+        phase.run(iterate, 20)
+
+
+def test_accumulation_is_the_mean(tmp_path):
+    """Four micro-batches of one sample make the update of one batch of four."""
+    x = torch.randn(8, 3)
+    results = []
+    for accumulate in (1, 4):
+        feed = Feed(lambda position, n: x[position : position + n])
+        phase = tiny_phase(feed, accumulate=accumulate)
+        net, n = phase.nets["student"], 4 // accumulate
+        phase.run(lambda p, net=net, n=n: p.update("student", {"loss": net(p.feed(n)).square().mean()}), 2, progress=False)
+        results.append(net.weight.detach())
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_draws_depend_on_the_micro_batch_alone():
+    """Other numbers and other seeds give other noise, on torch's CPU generator too, which looks at the low 32 bits of a seed."""
+    seeds = {mixed(seed, number) & 0xFFFFFFFF for seed in range(50) for number in range(50)}
+    assert len(seeds) == 2500
+
+
+def test_averaged_weights_change_places():
+    """Within, the net is its average; afterwards both are what they were."""
+    phase = tiny_phase()
+    with torch.no_grad():
+        phase.nets["student"].weight.add_(1.0)
+    mine, average = phase.nets["student"].weight.clone(), phase.ema.named["weight"].clone()
+    with phase.averaged_weights() as net:
+        assert torch.equal(net.weight, average)
+    assert torch.equal(phase.nets["student"].weight, mine) and torch.equal(phase.ema.named["weight"], average)
+    assert isinstance(phase.ema, Average)
+
+
+def test_batch_that_does_not_divide(world, tmp_path):
+    """The global batch must be a whole number of micro-batches."""
+    with pytest.raises(ValueError, match="global_batch 3 does not divide by micro_batch 2 x 1 GPUs"):
+        train.stage1(settings(world, tmp_path, global_batch=3))
+    with pytest.raises(ValueError, match="taps names block 9 of a network of 4"):
+        train.stage1(settings(world, tmp_path, taps="1,9"))
+
+
+def test_checkpointed_discriminator_has_the_same_gradients(g):
+    """Recomputing its branches changes no gradient: of its weights in the critics' update, of its input in the student's."""
+    plain = WanDiscriminator(6, 8, 2, hidden=8)
+    lean = WanDiscriminator(6, 8, 2, hidden=8, checkpointing=True)
+    lean.load_state_dict(plain.state_dict())
+    found = []
+    for net in (plain, lean):
+        x = torch.randn(1, 6, 3, 8, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        with tmd.frozen(net):
+            logits = net([x, x])
+        logits.sum().backward()
+        assert all(p.grad is None for p in net.parameters())
+        net([x.detach(), x.detach()]).sum().backward()
+        found.append([x.grad, *(p.grad for p in net.parameters())])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b)
+
+
+def test_log_and_previews(world, tmp_path):
+    """Every log_every updates a line of finite numbers, previews with their numbers and latents, and the discriminator's accuracy."""
+    cfg = settings(world, tmp_path, stage1_updates=0)
+    train.stage2(cfg)
+    lines = [json.loads(line) for line in (cfg.folder("stage2") / "log.jsonl").read_text().splitlines()]
+    assert {"fake", "disc", "accuracy", "seconds", "skipped"} <= lines[0].keys() and 0 <= lines[0]["accuracy"] <= 1
+    assert [line["step"] for line in lines if "preview" in line] == [3, 6]
+    preview = next(line["preview"] for line in lines if "preview" in line)
+    assert set(preview) == {"motion", "contrast", "peak", "diversity"} and all(v > 0 for v in preview.values())
+    assert [f.name for f in sorted(cfg.folder("stage2", "previews").iterdir())] == [
+        "step-00000003.safetensors",
+        "step-00000006.safetensors",
+    ]
+
+
+def test_alarms_in_words(g):
+    """Still, hot and washed-out clips, one clip for two seeds, and a discriminator that is always right are named; data are not."""
+    data_ = torch.randn(4, 4, 5, 6, 6, generator=g)
+    fine = torch.randn(4, 2, 4, 5, 6, 6, generator=g)
+    say = lambda samples, **more: " ".join(logs.alarms({**logs.preview_numbers(samples, data_), **more}))
+    assert say(fine) == ""
+    assert "static collapse" in say(fine[:, :, :, :1].expand_as(fine))
+    assert "over-saturated" in say(2.5 * fine) and "run hot" in say(2.5 * fine)
+    assert "washed out" in say(0.2 * fine)
+    assert "mode collapse" in say(fine[:, :1].expand_as(fine))
+    assert "right in 99% of cases" in say(fine, accuracy=0.99) and "3 updates were skipped" in say(fine, skipped=3)
+
+
+def test_presets_are_table_7():
+    """The presets 1.3b and 14b carry the paper's numbers for both M."""
+    small, big = preset("1.3b"), preset("14b")
+    assert (small.stage1_lr, big.stage1_lr, small.adaptive_c, big.adaptive_c) == (3e-5, 1e-5, 1, 1e-5)
+    assert [preset(name, M=m).stage2().iterations for name in ("1.3b", "14b") for m in (1, 2)] == [12000, 4000, 5000, 1000]
+    assert (small.tap_blocks, big.tap_blocks) == ((15, 22, 29), (19, 29, 39))
+    for cfg in (small, big):
+        one, two = cfg.stage1(), cfg.stage2()
+        assert (one.updates, one.guidance, one.s_shift, one.fd_step, one.flow_map_share, one.cond_drop) == (3000, 3, 3, 0.005, 0.25, 0.1)
+        assert (two.lr, two.guidance, two.gan_weight, two.student_every, two.dmd_shift) == (1e-5, 5, 0.03, 5, 5)
+        assert (cfg.global_batch, cfg.frames, cfg.height, cfg.width, cfg.outer_shift, cfg.inner_shift, cfg.H) == (
+            64,
+            81,
+            480,
+            832,
+            10,
+            10,
+            5,
+        )
+    assert set(PRESETS) == {"tiny", "1.3b", "14b"}
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [({"frames": 8}, "4 k"), ({"height": 100}, "multiples of 16"), ({"taps": "a"}, "block numbers"), ({"M": 0}, "M is 0"),
+     ({"sampler": "x"}, "sampler is"), ({"micro_batch": 0}, "micro_batch is 0"), ({"stage2_lr": 0.0}, "stage2_lr is 0"),
+     ({"precision": "fp8"}, "precision is")],
+)  # fmt: skip
+def test_settings_that_cannot_be(bad, words):
+    """One sentence that names the setting."""
+    with pytest.raises(ValueError, match=words):
+        preset("tiny", **bad)
