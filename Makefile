@@ -1,10 +1,11 @@
-# Three commands: `make toy` (train and draw, about 3 minutes), `make video` (about 25) and `make test` (the oracles). Each makes its own .venv.
+# `make toy` (train and draw, about 3 minutes), `make video` (about 25), `make wan` (about 1) and `make test` (the oracles). Each makes .venv itself.
 PYTHON ?= python3
 VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
+WAN    := $(VENV)/.installed-wan
 
-.PHONY: toy video test slow claims video-claims bench publish lint clean
+.PHONY: toy video wan test slow claims video-claims bench publish lint clean
 
 toy: $(STAMP)            ## train teacher, baseline and TMD on two spirals and draw them
 	$(RUN) toy_2d.py --resume
@@ -12,11 +13,14 @@ toy: $(STAMP)            ## train teacher, baseline and TMD on two spirals and d
 video: $(STAMP)          ## the same on tiny videos with prompts: teacher, baseline, TMD, contact sheet
 	$(RUN) toy_video.py
 
-test: $(STAMP)           ## lint, then every test that is not marked slow
+wan: $(WAN)              ## the whole of wan_scale/ on a tiny random Wan: data, both stages, mp4s, score sheet
+	$(RUN) wan_scale/run.py --preset tiny
+
+test: $(WAN)             ## lint, then every test that is not marked slow
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest -q -m "not slow"
 
-slow: $(STAMP)           ## the tests marked slow: default-sized runs
+slow: $(WAN)             ## the tests marked slow: default-sized runs
 	$(RUN) -m pytest -q -m slow
 
 claims: $(STAMP)         ## the paper's claims in the plane, three seeds (about an hour, resumable)
@@ -38,6 +42,10 @@ lint: $(STAMP)
 $(STAMP): requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+$(WAN): $(STAMP) wan_scale/requirements.txt
+	$(RUN) -m pip install -q -r wan_scale/requirements.txt
 	touch $@
 
 clean:

@@ -16,6 +16,7 @@ import toy_2d
 import toy_claims
 import toy_video
 import video_claims
+from wan_scale import plan as wan
 
 RUNS, RESULTS = Path("runs"), Path("results")
 PLANE = ("metrics.json", "samples.png", "inner_flow.png", "curves.png", "transition.gif")
@@ -47,12 +48,27 @@ def tables() -> dict[str, str]:
     }
 
 
+def plans() -> dict[str, str]:
+    """The tables of wan_scale/README.md: what the two presets take, by the plan's own arithmetic."""
+    rows = [
+        "| | GPUs | memory a GPU, GB | fits in 80 GB | stage 1 | stage 2 (M = 2) | GPU-hours | 500k clips, GPU-hours | disk |",
+        "|---" * 9 + "|",
+    ]
+    for name, gpus in (("1.3b", 8), ("14b", 64)):
+        p = wan.plan(name, gpus=gpus, card_gb=80, disc_checkpointing=True, fp32_slowdown=8.0)
+        peak, fits = max(p["peak"].values()) / wan.GB, "yes" if p["fits"] else "no"
+        times = " | ".join(wan.duration(3600 * p["hours"][stage]) for stage in ("stage1", "stage2"))
+        costs = f"{sum(p['hours'].values()) * gpus:,.0f} | {p['clip hours']:,.0f} | {p['clip bytes'] / wan.GB:,.0f} GB"
+        rows.append(f"| {name} | {gpus} | {peak:.0f} | {fits} | {times} | {costs} |")
+    return {"plan": "\n".join(rows) + "\n"}
+
+
 def fill(text: str, found: dict[str, str]) -> str:
     """Replace what stands between <!-- NAME --> and <!-- /NAME --> by the table of that name."""
     for name, table in found.items():
         text, n = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, t=table: m[1] + t + m[2], text, flags=re.S)
         if n != 1:
-            raise ValueError(f"README.md has {n} places for the table {name!r}; it needs one <!-- {name} --> ... <!-- /{name} -->.")
+            raise ValueError(f"the README has {n} places for the table {name!r}; it needs one <!-- {name} --> ... <!-- /{name} -->.")
     return text
 
 
@@ -61,8 +77,8 @@ def main() -> None:
         if (RUNS / run).exists():  # what was not run again stays as it was published
             (RESULTS / result).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(RUNS / run, RESULTS / result)
-    readme = Path("README.md")
-    readme.write_text(fill(readme.read_text(), tables()))
+    for readme, found in ((Path("README.md"), tables()), (Path("wan_scale/README.md"), plans())):
+        readme.write_text(fill(readme.read_text(), found))
 
 
 if __name__ == "__main__":

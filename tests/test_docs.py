@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+WAN = (ROOT / "wan_scale" / "README.md").read_text()
 CODE = (ROOT / "tmd_minimal.py").read_text()
 
 
@@ -81,6 +82,37 @@ def test_every_command_of_the_readme_parses():
             parsers[words[1]].parse_args(words[2:])
 
 
+def test_every_choice_of_wan_scale_is_listed():
+    """The same for wan_scale/: each tag has a row in its README whose key stands beside the tag, and each row a tag."""
+    rows = set(re.findall(r"^\| `([^`]+)` ", WAN[WAN.index("## Choices of this rung") :], re.M))
+    used = set()
+    for file in sorted((ROOT / "wan_scale").glob("*.py")):
+        for i, line in enumerate(file.read_text().splitlines()):
+            if "choice:" in line:
+                keys = {key for key in rows if key in line}
+                assert keys, f"{file.name}:{i + 1} is a choice without a row in wan_scale/README.md: {line.strip()}"
+                used |= keys
+    assert rows == used, f"rows without a tag: {rows - used}"
+
+
+def test_every_command_of_wan_scale_parses():
+    """Each `run.py` line of its README, its help and the messages is accepted by its command line."""
+    pytest.importorskip("diffusers")
+    from wan_scale import run
+
+    lines = re.findall(r"(?:python|torchrun --nproc-per-node 8) (wan_scale/run\.py[^#\n`]*)", WAN + README + run.__doc__ + run.NEEDS)
+    assert len(lines) > 12
+    for line in lines:
+        run.parse(shlex.split(line)[1:])
+
+
+def test_plan_of_the_readme_is_the_plan():
+    """wan_scale/README.md shows what plan.py computes."""
+    import publish
+
+    assert publish.fill(WAN, publish.plans()) == WAN
+
+
 def test_tables_are_the_measured_ones(monkeypatch):
     """The README's tables are what the commands write from the committed JSON files: no number is typed by hand."""
     import claims
@@ -105,11 +137,11 @@ def test_results_name_no_machine():
             assert not re.search(r'["` ]/\w+/', file.read_text()), file
 
 
-@pytest.mark.parametrize("name", [p.name for p in ROOT.glob("*.md")])
+@pytest.mark.parametrize("name", ["README.md", "wan_scale/README.md"])
 def test_links_lead_somewhere(name):
     """Every relative link and picture exists."""
     for link in re.findall(r"\]\(([^)#]+)", (ROOT / name).read_text()):
-        assert link.startswith("http") or (ROOT / link).exists(), link
+        assert link.startswith("http") or ((ROOT / name).parent / link).exists(), link
 
 
 def test_tmd_minimal_imports_torch_alone():

@@ -439,7 +439,7 @@ def load_teacher(folder: Path, manifest: dict, negative: torch.Tensor, device, d
         config = UniPCMultistepScheduler.load_config(folder, subfolder="scheduler")
         flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}  # whatever scheduler the folder names
         scheduler = UniPCMultistepScheduler.from_config(config, flow_shift=manifest["flow_shift"], **flow)
-    transformer = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=dtype, local_files_only=True)
+    transformer = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype, local_files_only=True)
     transformer = transformer.to(device).eval()
     if manifest["skip_layer"] is not None:
         skip_in_unguided(transformer, manifest["skip_layer"])
@@ -492,7 +492,7 @@ def encode_videos(folder, videos_dir, out, *, rank=0, world=1, frames=81, height
     def load():
         from diffusers import AutoencoderKLWan
 
-        vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, local_files_only=True).to(device).eval()
+        vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=dtype, local_files_only=True).to(device).eval()
         mean, std = (torch.tensor(vae.config[key], device=device)[:, None, None, None] for key in ("latents_mean", "latents_std"))
 
         @torch.no_grad()

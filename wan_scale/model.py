@@ -152,7 +152,7 @@ def load_transformer(folder, dtype: torch.dtype = torch.float32):
     """The transformer of a Wan2.1 folder in the Hugging Face layout; in bf16, diffusers keeps times, tables and norms in fp32."""
     from diffusers import WanTransformer3DModel
 
-    return WanTransformer3DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=dtype)
+    return WanTransformer3DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype)
 
 
 def feature_channels(network: WanNetwork) -> int:

@@ -1,7 +1,7 @@
 """Distil Wan2.1 with TMD: from a checkpoint folder and a prompt file to a one- or two-step student, its videos and a score sheet.
 
-    python wan_scale/run.py --preset tiny                        the whole ladder on a laptop: a tiny random Wan, nothing to download
-    python wan_scale/run.py plan --preset 1.3b --gpus 8          does it fit, how long does it take
+    python wan_scale/run.py --preset tiny                        # the whole ladder on a laptop: a tiny random Wan, nothing to download
+    python wan_scale/run.py plan --preset 1.3b --gpus 8          # does it fit, how long does it take
     torchrun --nproc-per-node 8 wan_scale/run.py --preset 1.3b --model Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt
 
 Without a subcommand it runs data, stage1, stage2, sample and eval, and skips what is finished. The same command goes on after a stop.
@@ -26,10 +26,11 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, so that this runs as a script from anywhere
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, so that this runs as a script from anywhere
 
-import ladder  # noqa: E402
-from wan_scale.config import PRESETS, Wan, preset  # noqa: E402
+import ladder
+from wan_scale.config import PRESETS, Wan, preset
 
 COMMANDS = ("plan", "data", "stage1", "stage2", "kd", "dmd2v", "sample", "export", "eval", "teacher")
 NEEDS = """Nothing was started: this reproduction needs three things that are not here.

@@ -49,10 +49,10 @@ def make_pipeline(cfg: Wan, device, teacher: bool = False):
     check_folder(cfg.model)
     dtype = compute_dtype(cfg, device)
     if teacher:
-        pipe = WanPipeline.from_pretrained(cfg.model, torch_dtype=dtype)
+        pipe = WanPipeline.from_pretrained(cfg.model, dtype=dtype)
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=cfg.flow_shift)
     else:
-        parts = WanPipeline.from_pretrained(cfg.model, transformer=None, torch_dtype=dtype).components
+        parts = WanPipeline.from_pretrained(cfg.model, transformer=None, dtype=dtype).components
         keep = {key: parts[key] for key in ("tokenizer", "text_encoder", "vae", "scheduler")}
         pipe = TMDWanPipeline(**keep, transformer=make_model(cfg))
     pipe.vae.to(torch.float32)  # as Wan's authors decode
@@ -167,7 +167,7 @@ blocks, effective NFE {nfe:.2f}, no guidance. Made from `{teacher}`, phase `{pha
 
 ```python
 from wan_scale.pipeline import TMDWanPipeline
-pipe = TMDWanPipeline.from_pretrained("PATH", torch_dtype=torch.bfloat16).to("cuda")
+pipe = TMDWanPipeline.from_pretrained("PATH", dtype=torch.bfloat16).to("cuda")
 video = pipe("a prompt", num_frames={frames}, height={height}, width={width}, generator=torch.Generator().manual_seed(0)).frames[0]
 ```
 
