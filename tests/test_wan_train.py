@@ -282,10 +282,8 @@ def test_log_and_previews(world, tmp_path):
     assert [line["step"] for line in lines if "preview" in line] == [3, 6]
     preview = next(line["preview"] for line in lines if "preview" in line)
     assert set(preview) == {"motion", "contrast", "peak", "diversity"} and all(v > 0 for v in preview.values())
-    assert [f.name for f in sorted(cfg.folder("stage2", "previews").iterdir())] == [
-        "step-00000003.safetensors",
-        "step-00000006.safetensors",
-    ]
+    names = [f.name for f in sorted(cfg.folder("stage2", "previews").iterdir())]
+    assert names == [f"step-0000000{step}.{kind}" for step in (3, 6) for kind in ("png", "safetensors")]
 
 
 def test_alarms_in_words(g):

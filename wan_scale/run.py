@@ -162,16 +162,11 @@ def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:
         "eval": lambda: evaluate(cfg),
         "teacher": lambda: train.teacher(cfg),
     }
-    try:
-        if command:
-            steps[command]()
-            return
-        for step in ("data", "stage1", "stage2"):
-            steps[step]()
-        folders = {who: sample.sample(replace(cfg, student=who)) for who in ("tmd", "teacher")}
-        evaluate(cfg, folders)
-    finally:
-        dist.stop()
+    for step in (command,) if command else ("data", "stage1", "stage2"):
+        steps[step]()
+    if not command:
+        evaluate(cfg, {who: sample.sample(replace(cfg, student=who)) for who in ("tmd", "teacher")})
+    dist.stop()  # not after an error: torchrun ends the other ranks, which may wait in a collective
 
 
 def main(argv=None) -> int:

@@ -14,8 +14,10 @@ from tqdm import tqdm
 
 import tmd_minimal as tmd
 from wan_scale import dist, vbench
+from wan_scale.cheap_metrics import read_video
 from wan_scale.config import Wan
 from wan_scale.data import NEGATIVE, check_folder
+from wan_scale.pictures import contact_sheet, write_video
 from wan_scale.pipeline import HOW, TMDWanModel, TMDWanPipeline
 from wan_scale.prompts import read_prompts
 from wan_scale.train import compute_dtype
@@ -75,15 +77,6 @@ def planned(cfg: Wan) -> list[vbench.Video]:
     return found
 
 
-def write_video(frames: np.ndarray, path: Path, fps: int = 16) -> None:
-    """Frames (T, H, W, 3) in [0, 1] to mp4, atomically."""
-    from diffusers.utils import export_to_video
-
-    temporary = path.with_name(f".{path.stem}.tmp.mp4")
-    export_to_video(list(frames), str(temporary), fps=fps)
-    os.replace(temporary, path)
-
-
 def sample(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
     """Every planned video that is not there yet, to OUT/samples/<student>/, and timing.json with the seconds of each part.
 
@@ -126,32 +119,18 @@ def sample(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
     return folder
 
 
-def grid(cfg: Wan, folders: dict[str, Path], rows: int = 4, columns: int = 6) -> Path:
-    """A picture: a row of frames for every model under each of the first prompts. folders: {name: folder of mp4s}."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from wan_scale.cheap_metrics import read_video
-
-    videos = [v for v in planned(cfg) if v.index == 0 and all((f / v.name).exists() for f in folders.values())][:rows]
+def grid(cfg: Wan, folders: dict[str, Path], prompts: int = 4) -> Path:
+    """samples/grid.png and grid.mp4: every model's video of the first prompts, side by side. folders: {name: folder of mp4s}."""
+    videos = [v for v in planned(cfg) if v.index == 0 and all((f / v.name).exists() for f in folders.values())][:prompts]
     if not videos:
         raise RuntimeError("there is no prompt of which every model has a video; run `sample` for each of them first.")
-    fig, axes = plt.subplots(len(videos) * len(folders), columns, squeeze=False, layout="constrained",
-                             figsize=(1.9 * columns, 1.25 * len(videos) * len(folders)))  # fmt: skip
-    lines = [(video, name) for video in videos for name in folders]
-    for row, (video, name) in zip(axes, lines):
-        frames = read_video(folders[name] / video.name)
-        for ax, i in zip(row, np.linspace(0, len(frames) - 1, columns).round().astype(int)):
-            ax.imshow(np.asarray(frames[i]).clip(0, 1))
-            ax.set(xticks=[], yticks=[])
-        row[0].set_ylabel(name, fontsize=8)
-        if name == next(iter(folders)):
-            row[0].set_title(video.prompt[:60], fontsize=8, loc="left")
+    clips = {(v.name, who): read_video(folder / v.name).numpy() for v in videos for who, folder in folders.items()}
+    first = next(iter(folders))
     path = cfg.folder("samples", "grid.png")
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    contact_sheet([(v.prompt if who == first else "", who, clips[v.name, who]) for v in videos for who in folders], path)
+    # prompts across, models down
+    moving = np.concatenate([np.concatenate([clips[v.name, who] for v in videos], 2) for who in folders], 1)
+    write_video(moving, path.with_suffix(".mp4"))
     return path
 
 

@@ -22,6 +22,8 @@ from wan_scale.config import Wan, WanStudentConfig
 from wan_scale.data import check_folder
 from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels, load_transformer
 from wan_scale.phase import Feed, WanPhase
+from wan_scale.pictures import contact_sheet
+from wan_scale.pipeline import decode
 from wan_scale.reader import Reader
 
 
@@ -150,11 +152,30 @@ class Training:
             return
         numbers = logs.preview_numbers(samples, data)
         self.log.write(phase.step, {"preview": numbers})
-        (self.folder / "previews").mkdir(exist_ok=True)
-        save_file({"latents": samples.half().cpu()}, self.folder / "previews" / f"step-{phase.step:08d}.safetensors")
+        path = self.folder / "previews" / f"step-{phase.step:08d}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        save_file({"latents": samples.half().cpu()}, path)
+        self.picture(samples, path.with_suffix(".png"))
         for words in logs.alarms({**numbers, "accuracy": accuracy, "skipped": phase.skipped}):
             print(f"\nALARM {self.name}, update {phase.step}: {words}.", flush=True)
             self.log.write(phase.step, {"alarm": words})
+
+    def picture(self, samples, path: Path) -> None:
+        """The first seed of each prompt as frames; the VAE is loaded for this and let go. A preview must not end a training."""
+        from diffusers import AutoencoderKLWan
+        from diffusers.video_processor import VideoProcessor
+
+        if not (Path(self.cfg.model) / "vae").exists():
+            return
+        try:
+            vae = AutoencoderKLWan.from_pretrained(self.cfg.model, subfolder="vae", dtype=compute_dtype(self.cfg, self.device)).to(
+                self.device
+            )
+            frames = decode(vae, VideoProcessor(vae_scale_factor=8), samples[:, 0])
+        except torch.OutOfMemoryError:
+            print(f"\nno room for the VAE beside the training: {path.name} is left out, its latents are kept.", flush=True)
+            return
+        contact_sheet([("", f"prompt {i}", clip) for i, clip in enumerate(frames)], path)
 
 
 def draw(student, how: WanStudentConfig, noise, c, seed: int):

@@ -1,0 +1,38 @@
+"""Frames on paper and in mp4."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+
+def contact_sheet(rows: list[tuple[str, str, np.ndarray]], path: Path, columns: int = 6) -> Path:
+    """A row of frames for each (title or "", label, frames (T, H, W, 3) in [0, 1]), evenly picked."""
+    from ladder import pyplot
+
+    plt = pyplot()
+    tall = rows[0][2].shape[1] / rows[0][2].shape[2]
+    size = (1.9 * columns, (1.9 * tall + 0.25) * len(rows))
+    fig, axes = plt.subplots(len(rows), columns, squeeze=False, layout="constrained", figsize=size)
+    for row, (title, label, frames) in zip(axes, rows):
+        for ax, i in zip(row, np.linspace(0, len(frames) - 1, columns).round().astype(int)):
+            ax.imshow(np.asarray(frames[i]).clip(0, 1))
+            ax.set(xticks=[], yticks=[])
+        row[0].set_ylabel(label, fontsize=8)
+        row[0].set_title(title[:60], fontsize=8, loc="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+    return path
+
+
+def write_video(frames: np.ndarray, path: Path, fps: int = 16) -> Path:
+    """Frames (T, H, W, 3) in [0, 1] to mp4, atomically."""
+    from diffusers.utils import export_to_video
+
+    temporary = path.with_name(f".{path.stem}.tmp.mp4")
+    export_to_video(list(frames), str(temporary), fps=fps)
+    os.replace(temporary, path)
+    return path
