@@ -12,8 +12,9 @@ from ladder import option
 
 # What a machine or a run's look decides, and no weight depends on: may change between two starts of the same training.
 OF_THE_MACHINE = (
-    "model out data prompts videos device precision tf32 checkpointing save_every preview_every preview_prompts log_every gpus card_gb "
-    "tflops data_steps data_guidance sampler clips shard_size kd_clips skip_layer student samples_per_prompt vbench_info vbench_results"
+    "model out data prompts videos device precision tf32 checkpointing save_every preview_every preview_prompts log_every "
+    "gpus card_gb tflops verify data_steps data_guidance sampler clips shard_size kd_clips skip_layer student "
+    "samples_per_prompt vbench_info vbench_results"
 ).split()
 
 
@@ -46,6 +47,7 @@ class Wan:
     data_guidance: float = option(5.0, "teacher's guidance in sampling")
     clips: int = option(0, "make only so many clips (0: one for every prompt)")
     shard_size: int = option(64, "clips a shard")
+    verify: bool = option(False, "compare checksums of shards when training first reads them, also where data exceed 50 GB")
     kd_clips: int = option(10000, "pairs for the baseline's KD warm-up (M = 1); paper: 10k")
     skip_layer: int = option(10, "block that skip-layer guidance leaves out in KD pairs, -1 for none; paper: 10")
 

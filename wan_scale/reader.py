@@ -93,12 +93,13 @@ class Reader:
     Raises ValueError in one sentence. `identity` names the exact data: keep it in checkpoints.
     """
 
-    def __init__(self, folder: str | Path, *, seed: int = 0, device="cpu", text_length: int = 512, verify: bool = True):
-        self.folder, self.seed, self.device, self.text_length, self.verify = Path(folder), seed, device, text_length, verify
+    def __init__(self, folder: str | Path, *, seed: int = 0, device="cpu", text_length: int | None = None, verify: bool = True):
+        self.folder, self.seed, self.device, self.verify = Path(folder), seed, device, verify
         paths = sorted(self.folder.glob("shard-*.json"))
         if not paths:
             raise ValueError(f"{self.folder} holds no finished shard; run `data` first.")
         self.manifest = read_json(self.folder / "manifest.json")
+        self.text_length = text_length or self.manifest["text_length"]
         digest, self.latent_shape = manifest_digest(self.manifest), tuple(self.manifest["latent_shape"])
         self.shards, self.clips = [], []  # sidecars less their clips; (shard, clip id) of every clip
         cards = []

@@ -54,6 +54,7 @@ the green ball in the sea, the small ball jumps""".replace("\n", " ").split(", "
 def parse(argv=None):
     """(command or None, settings, the names given on the command line, dry run?)."""
     p = ladder.parser(Wan, __doc__)
+    p.usage = "run.py [COMMAND] [--preset tiny|1.3b|14b] [options]"
     p.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND", help=f"one of {', '.join(COMMANDS)}; none: the ladder")
     p.add_argument("--preset", choices=tuple(PRESETS), help="tiny, 1.3b or 14b: Table 7's settings (default: 1.3b)")
     p.add_argument("--dry-run", action="store_true", help="print the resolved settings as JSON and stop")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -71,9 +72,9 @@ def planned(cfg: Wan) -> list[vbench.Video]:
     for record in records:
         name = "".join(ch if ch.isalnum() or ch in " ,.-_'" else "_" for ch in record["prompt"])[:150]
         found += [vbench.Video(record["prompt"], i, f"{name}-{i}.mp4", record["seed"] + 10_000 * i) for i in range(cfg.samples_per_prompt)]
-    names = [video.name for video in found]
-    if doubles := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"two prompts would both be {doubles[0]!r}; keep one of them, with samples_per_prompt for more videos of it.")
+    (name, times), *_ = Counter(video.name for video in found).most_common(1)
+    if times > 1:
+        raise ValueError(f"two prompts would both be {name!r}; keep one of them, with samples_per_prompt for more videos of it.")
     return found
 
 

@@ -38,11 +38,11 @@ TRANSFORMER = dict(
     in_channels=1, out_channels=1, patch_size=(2, 4, 4), num_layers=6, num_attention_heads=4, attention_head_dim=16, ffn_dim=256,
     text_dim=CODE.shape[1],
 )  # fmt: skip
-# Rates, guidance and shifts are those of toy_video.py, for the same reasons. Effective NFE is 1 (1 + 3 * 2 / 6) = 2.
+# Rates, guidance and shifts are those of toy_video.py (but Wan's for s), for the same reasons. Effective NFE is 1 (1 + 3 * 2 / 6) = 2.
 SETTINGS = dict(
     device="cpu", precision="fp32", clips=4096, shard_size=512, M=1, N=4, H=2, inner_shift=1.0, flow_shift=1.0, dmd_shift=1.0,
     data_guidance=2.0, stage1_guidance=2.0, stage2_guidance=2.0, teacher_updates=4000, teacher_lr=3e-3, stage1_updates=200,
-    stage1_lr=1e-4, stage2_iterations=1000, stage2_lr=1e-3, global_batch=32, micro_batch=32, taps="2,4", disc_width=16, preview_every=0,
+    stage1_lr=1e-4, stage2_iterations=500, stage2_lr=1e-3, global_batch=32, micro_batch=32, taps="2,4", disc_width=8, preview_every=0,
     save_every=500,
 )  # fmt: skip
 QUICK = dict(clips=96, shard_size=64, teacher_updates=2, stage1_updates=2, stage2_iterations=5, global_batch=4, micro_batch=4)

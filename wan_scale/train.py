@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -70,9 +71,14 @@ def save_student(folder: Path, phase: WanPhase, facts: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(whole, folder / "student.safetensors.tmp")
         os.replace(folder / "student.safetensors.tmp", folder / "student.safetensors")
-        (folder / "student.json.tmp").write_text(json.dumps(facts, indent=1) + "\n")
-        os.replace(folder / "student.json.tmp", folder / "student.json")
+        describe_finished(folder, facts)
     dist.barrier()
+
+
+def describe_finished(folder: Path, facts: dict) -> None:
+    """student.json, whose existence says that the phase is finished."""
+    (folder / "student.json.tmp").write_text(json.dumps(facts, indent=1) + "\n")
+    os.replace(folder / "student.json.tmp", folder / "student.json")
 
 
 def finished(folder: Path, cfg: Wan) -> dict | None:
@@ -100,8 +106,9 @@ class Training:
         self.cfg, self.name, self.folder = cfg, name, cfg.folder(name)
         self.device = dist.start(cfg.device)
         torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
-        self.reader = Reader(shards, seed=cfg.seed, device=self.device)
-        self.reader.text_length = self.reader.manifest["text_length"]  # the padding that the text was made for
+        size = sum(file.stat().st_size for file in Path(shards).glob("shard-*.safetensors"))
+        verify = cfg.verify or size < 50e9  # every rank reads a shard whole to check it: hours, where data are terabytes
+        self.reader = Reader(shards, seed=cfg.seed, device=self.device, verify=verify)
         self.c_neg = self.reader.negative
         per_step = cfg.micro_batch * dist.world()
         if cfg.global_batch % per_step:
@@ -241,19 +248,22 @@ def stage2(cfg: Wan, plain: bool = False) -> dict:
 
 def teacher(cfg: Wan) -> dict:
     """Flow matching of the whole transformer on the shards, for folders whose weights were made by hand: MODEL/transformer is replaced."""
-    done = cfg.folder("teacher", "done.json")
-    if done.exists():
-        return json.loads(done.read_text())
+    if facts := finished(cfg.folder("teacher"), cfg):
+        return facts
     job = Training(cfg, "teacher", cfg.shards)
     net = job.place(network(cfg))
     rate = {"updates": cfg.teacher_updates, "batch": cfg.micro_batch, "lr": cfg.teacher_lr}
     train = lambda feed, **kw: tmd.train_teacher(net, feed, **rate, c_neg=job.c_neg, **kw)
     phase = job.run(train, how=None)
     whole = {name: dist.full(p).cpu() for name, p in phase.ema.named.items()}
+    facts = {"phase": "teacher", "updates": phase.step, "recipe": cfg.of_the_training()}
     if dist.rank() == 0:
-        plain = load_transformer(cfg.model)
+        plain, place = load_transformer(cfg.model), Path(cfg.model) / "transformer"
         WanNetwork(plain).load_state_dict(whole, strict=True)
-        plain.save_pretrained(Path(cfg.model) / "transformer")
-        done.write_text(json.dumps({"updates": phase.step}) + "\n")
+        plain.save_pretrained(place.with_name("transformer.new"))
+        place.rename(place.with_name("transformer.old"))  # a kill here leaves both; the checkpoints have the weights as well
+        place.with_name("transformer.new").rename(place)
+        shutil.rmtree(place.with_name("transformer.old"))
+        describe_finished(job.folder, facts)
     dist.barrier()
-    return {"updates": phase.step}
+    return facts
