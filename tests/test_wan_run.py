@@ -208,3 +208,34 @@ def test_two_prompts_of_one_name(ladder, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("a ball?\na ball!\n")
     assert command("sample", "--preset", "tiny", "--out", ladder, "--prompts", tmp_path / "p.txt") == 1
     assert "two prompts would both be 'a ball_-0.mp4'" in capsys.readouterr().err
+
+
+def test_where_samples_go(ladder):
+    """Only a grid other than the trained one gets a folder of its own; the teacher has no grid."""
+    cfg = settings(ladder)
+    names = [sample.folder_of(cfg, m, n).name for m, n in ((None, None), (2, 2), (2, None), (1, None), (None, 4))]
+    assert names == ["tmd", "tmd", "tmd", "tmd-M1N2", "tmd-M2N4"]
+    assert sample.folder_of(settings(ladder, student="teacher"), 1, 4).name == "teacher"
+
+
+def test_a_prompt_with_two_seeds(ladder, tmp_path):
+    """A JSONL prompt that comes twice makes two videos, numbered, each from its own seed."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a ball", "seed": 5}\n{"prompt": "a ball", "seed": 9}\n')
+    cfg = settings(ladder, samples_per_prompt=1)
+    cfg.prompts = str(tmp_path / "p.jsonl")
+    assert [(v.name, v.seed) for v in sample.planned(cfg)] == [("a ball-0.mp4", 5), ("a ball-1.mp4", 9)]
+
+
+def test_what_can_be_known_before_the_data(tmp_path, capsys):
+    """A batch that does not divide, and a card that is not there, stop the ladder before it makes anything but the tiny folder."""
+    assert command("--preset", "tiny", "--out", tmp_path / "x", "--micro-batch", "3") == 1
+    assert "global_batch 4 does not divide by micro_batch 3" in capsys.readouterr().err and not (tmp_path / "x" / "data").exists()
+    if not torch.cuda.is_available():
+        assert command("--preset", "tiny", "--out", tmp_path / "y", "--device", "cuda") == 1
+        assert "this torch sees no card" in capsys.readouterr().err
+
+
+def test_settings_of_another_phase_do_not_matter(ladder, capsys):
+    """A finished stage 1 is kept when a setting of stage 2, or how the batch is cut, changes."""
+    assert command("stage1", "--preset", "tiny", "--out", ladder, *FEW, "--dmd-shift", "2", "--micro-batch", "1") == 0
+    assert "stage1: finished" in capsys.readouterr().out

@@ -13,9 +13,19 @@ from ladder import option
 # What a machine or a run's look decides, and no weight depends on: may change between two starts of the same training.
 OF_THE_MACHINE = (
     "model out data prompts videos device precision tf32 checkpointing save_every preview_every preview_prompts log_every "
+    "context_parallel "
     "gpus card_gb tflops verify data_steps data_guidance sampler clips shard_size kd_clips skip_layer student "
     "samples_per_prompt vbench_info vbench_results"
 ).split()
+# Settings that only these phases look at: another value is no other run for the rest.
+OF_THE_PHASE = {
+    "stage1": "stage1_updates stage1_lr stage1_guidance adaptive_c",
+    "stage1 stage2": "N H fusion inner_shift",
+    "kd": "kd_updates kd_lr",
+    "stage2 dmd2v": "stage2_iterations stage2_lr stage2_guidance dmd_shift gan_weight taps disc_width",
+    "stage1 stage2 kd dmd2v": "M outer_shift",
+    "teacher": "teacher_updates teacher_lr",
+}
 
 
 @dataclass
@@ -33,8 +43,8 @@ class Wan:
     """Settings of the whole ladder. Defaults are the paper's for 1.3B (Table 7) where it gives one."""
 
     model: str = option("", "folder of Wan2.1-T2V weights in the Hugging Face layout; the preset tiny makes its own")
-    out: str = option("runs/wan", "everything is written below this folder")
-    data: str = option("", "folder of latent shards (default: OUT/data)")
+    out: str = option("runs/wan", "everything is written below this folder; the presets have their own")
+    data: str = option("", "folder of latent shards; empty: OUT/data")
     prompts: str = option("", "prompt file: one prompt a line, or JSONL with prompt and seed")
     videos: str = option("", "data from a folder of videos with captions, instead of the teacher's own samples")
 
@@ -88,6 +98,7 @@ class Wan:
         False, "let the float32 finite difference of stage 1 use TF32 on a GPU: several times faster there, 10 bits of mantissa"
     )
     checkpointing: bool = option(False, "recompute activations in the backward pass (always on with the presets 1.3b and 14b)")
+    context_parallel: int = option(1, "GPUs that share one clip, by heads and tokens: 1, 2, 4 or 8 (1.3B: 12 heads, so 1, 2 or 4)")
     save_every: int = option(100, "updates between two checkpoints")
     preview_every: int = option(250, "updates between two previews of fixed prompts, with alarms")
     preview_prompts: int = option(4, "prompts of a preview, two seeds each")
@@ -101,7 +112,7 @@ class Wan:
             raise ValueError(f"frames is {self.frames}; Wan's VAE takes 4 k + 1 frames (81, or 9 for a try).")
         if self.height % 16 or self.width % 16 or min(self.height, self.width) < 16:
             raise ValueError(f"clips of {self.height}x{self.width} do not fit Wan's patches; height and width must be multiples of 16.")
-        least = {"micro_batch": 1, "global_batch": 1, "shard_size": 1, "data_steps": 1, "gpus": 1, "save_every": 1, "log_every": 1}
+        least = {"micro_batch": 1, "global_batch": 1, "shard_size": 1, "data_steps": 1, "gpus": 1, "save_every": 1, "log_every": 1, "context_parallel": 1}
         for name, low in (least | {"clips": 0, "stage1_updates": 0, "kd_updates": 0, "stage2_iterations": 0, "preview_every": 0}).items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}.")
@@ -132,9 +143,11 @@ class Wan:
         return tmd.Stage2Config(iterations=iterations, batch=self.micro_batch, lr=self.stage2_lr, guidance=self.stage2_guidance,
                                 dmd_shift=self.dmd_shift, gan_weight=self.gan_weight)  # fmt: skip
 
-    def of_the_training(self) -> dict:
-        """The settings that decide the weights, under the names of their options: what a checkpoint is compared by."""
-        return {f"--{key.replace('_', '-')}": value for key, value in asdict(self).items() if key not in OF_THE_MACHINE}
+    def of_the_training(self, phase: str = "") -> dict:
+        """The settings that decide the weights of a phase, under the names of their options: what its checkpoints are compared by."""
+        others = {key for name, keys in OF_THE_PHASE.items() if phase and phase not in name.split() for key in keys.split()}
+        left_out = {*OF_THE_MACHINE, *others}
+        return {f"--{key.replace('_', '-')}": value for key, value in asdict(self).items() if key not in left_out}
 
     def folder(self, *parts: str) -> Path:
         return Path(self.out).joinpath(*parts)
@@ -158,6 +171,5 @@ def preset(name: str, **given) -> Wan:
     """A preset with the settings given on top."""
     tmd.choose("preset", name, PRESETS)
     cfg = Wan(**{**PRESETS[name], **given})
-    if name == "14b" and not cfg.stage2_iterations:
-        cfg = replace(cfg, stage2_iterations=STAGE2_14B.get(cfg.M, 1000))
-    return cfg
+    big = STAGE2_14B.get(cfg.M, 1000) if name == "14b" else 0
+    return replace(cfg, stage2_iterations=cfg.stage2_iterations or big or cfg.stage2().iterations)

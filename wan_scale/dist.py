@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -12,11 +13,16 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 
+PATIENCE = timedelta(hours=12)  # ranks may finish making data hours apart
+
+
 def start(device: str = "auto") -> torch.device:
-    """Join the process group if torchrun started us; returns this process's device. Ranks may finish making data hours apart."""
-    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    """Join the process group if torchrun started us; returns this process's device."""
+    cuda = torch.cuda.is_available() and device != "cpu"
+    if device == "cuda" and not cuda:
+        raise ValueError("device is cuda, but this torch sees no card; install a CUDA build of torch, or take --device cpu.")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
     if not cuda:
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -29,6 +35,20 @@ def rank() -> int:
 
 def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(words: str) -> None:
+    """One line on the screen, from one rank."""
+    if rank() == 0:
+        print(words, flush=True)
+
+
+@cache
+def context_group(cards: int):
+    """The `cards` neighbouring ranks that share this rank's clips; rank // cards numbers the groups. Every rank must call first."""
+    if world() % cards:
+        raise ValueError(f"context_parallel {cards} does not divide {world()} processes; start a multiple of {cards} with torchrun.")
+    return dist.new_subgroups(cards, timeout=PATIENCE)[0] if cards > 1 else None
 
 
 def barrier() -> None:
@@ -86,5 +106,6 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def stop() -> None:
+    context_group.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -18,7 +18,11 @@ def sheet(cfg: Wan, folders: dict[str, Path]) -> str:
     lines = [f"| score | {' | '.join(found)} | what it should do |", "|---" * (len(found) + 2) + "|"]
     for score, (unit, meaning) in MEANING.items():
         values = [scores["mean"][score] for scores in found.values()]
-        lines.append(f"| {score} ({unit}) | " + " | ".join("-" if v is None else f"{v:.4f}" for v in values) + f" | {meaning} |")
+        lines.append(
+            f"| {score} ({unit}) | "
+            + " | ".join("-" if v is None else f"{v:.4f}" for v in values)
+            + f" | {meaning.replace('|', chr(92) + '|')} |"
+        )
     for name, t in timing.items():
         seconds = ", ".join(f"{part} {s:.3g} s" for part, s in t["median_seconds"].items())
         lines.append(

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tmd_minimal as tmd
+from wan_scale import ulysses
 
 
 class WanTime(nn.Module):
@@ -34,14 +35,15 @@ class WanTime(nn.Module):
 class WanNetwork(tmd.Network):
     """A stock WanTransformer3DModel in the contract of tmd.Network. `checkpointing` recomputes each block in the backward pass.
 
-    Hidden states are (B, n, D) tokens; ctx is (text tokens, rotary table, (T', H', W')), made once a sample.
+    Hidden states are (B, n, D) tokens, of ulysses.share(net, K) the n / K of this rank; ctx is (text tokens, rotary table, (T', H', W')),
+    made once a sample.
     """
 
     def __init__(self, transformer, checkpointing: bool = False):
         super().__init__()
         if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
             raise ValueError("this is an image-to-video checkpoint; give a text-to-video one (Wan2.1-T2V-1.3B or -14B).")
-        self.transformer, self.checkpointing, self.tables = transformer, checkpointing, {}
+        self.transformer, self.checkpointing, self.tables, self.cards = transformer, checkpointing, {}, 1
 
     # Properties, not registered again: each weight has one name.
     patch = property(lambda self: self.transformer.patch_embedding)
@@ -56,7 +58,8 @@ class WanNetwork(tmd.Network):
         return tuple(n // k for n, k in zip(x.shape[2:], p))
 
     def embed(self, x):
-        return self.patch(x.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2).contiguous()  # (B, n, D)
+        tokens = self.patch(x.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)  # (B, n, D)
+        return ulysses.split(tokens, self.cards).contiguous()
 
     def context(self, c, x):
         if c is None:
@@ -85,7 +88,7 @@ class WanNetwork(tmd.Network):
         net, (_, temb, (_, _, grid)) = self.transformer, e
         shift_, scale = (net.scale_shift_table + temb[:, None]).chunk(2, 1)
         h = (net.norm_out(h.float()) * (1 + scale) + shift_).type_as(h)
-        return tmd.at_least_fp32(self.unpatchify(net.proj_out(h), grid, channels_last=True))
+        return tmd.at_least_fp32(self.unpatchify(ulysses.gather(net.proj_out(h), self.cards), grid, channels_last=True))
 
     def unpatchify(self, tokens, grid, channels_last: bool):
         """Tokens (B, n, p q r C) -> (B, C, T, H, W). Wan's output has the channels last in a token; for features we put them first."""
@@ -99,7 +102,8 @@ class WanNetwork(tmd.Network):
 
     def taps(self, x_t, t, c, blocks) -> list[torch.Tensor]:
         """Hidden states after `blocks`, unpatchified to (B, D / (p q r), T, H, W) for the discriminator; stops at the last of them."""
-        return [self.unpatchify(h, self.grid(x_t), channels_last=False) for h in super().taps(x_t, t, c, blocks)]
+        whole = (ulysses.gather(h, self.cards) for h in super().taps(x_t, t, c, blocks))
+        return [self.unpatchify(h, self.grid(x_t), channels_last=False) for h in whole]
 
 
 class ScaleBranch(nn.Module):

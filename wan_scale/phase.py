@@ -51,9 +51,10 @@ class WanPhase(tmd.Phase):
 
     KEPT = (*tmd.Phase.KEPT, "skipped")
 
-    def __init__(self, *args, feed: Feed, accumulate: int = 1, patience: int = 5, keep: int = 2, **kw):
+    def __init__(self, *args, feed: Feed, accumulate: int = 1, patience: int = 5, keep: int = 2, context: int = 1, **kw):
         super().__init__(*args, **kw)
         self.feed, self.accumulate, self.patience, self.keep = feed, accumulate, patience, keep
+        self.replica, self.replicas = dist.rank() // context, dist.world() // context  # ranks that share a clip draw alike
         self.seed = self.generator.initial_seed()
         self.micro, self.skipped, self.in_a_row, self.means = 0, 0, 0, {}
 
@@ -116,7 +117,7 @@ class WanPhase(tmd.Phase):
             self.means = {}
             for micro in range(self.accumulate):
                 self.micro = micro
-                self.feed.number = (self.step * self.accumulate + self.micro) * dist.world() + dist.rank()
+                self.feed.number = (self.step * self.accumulate + self.micro) * self.replicas + self.replica
                 self.generator.manual_seed(mixed(self.seed, self.feed.number))
                 iterate(phase)
             return dict(zip(self.means, dist.mean([torch.as_tensor(v, device=self.generator.device) for v in self.means.values()])))

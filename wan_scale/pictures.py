@@ -22,6 +22,9 @@ def contact_sheet(rows: list[tuple[str, str, np.ndarray]], path: Path, columns: 
             ax.set(xticks=[], yticks=[])
         row[0].set_ylabel(label, fontsize=8)
         row[0].set_title(title[:60], fontsize=8, loc="left")
+        if row[0] is axes[0, 0]:
+            for ax, i in zip(row[1:], np.linspace(0, len(frames) - 1, columns).round().astype(int)[1:]):
+                ax.set_title(f"frame {i}", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110)
     plt.close(fig)

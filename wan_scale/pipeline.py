@@ -49,6 +49,11 @@ class TMDWanPipeline(WanPipeline):
 
     seconds: ClassVar = {}
 
+    def __init__(self, tokenizer, text_encoder, vae, scheduler, transformer: TMDWanModel | None = None, transformer_2=None,
+                 boundary_ratio=None, expand_timesteps: bool = False):  # fmt: skip
+        # WanPipeline's own arguments, so that its loader finds what it expects; the last three are Wan2.2's
+        super().__init__(tokenizer, text_encoder, vae, scheduler, transformer, transformer_2, boundary_ratio, expand_timesteps)
+
     def clock(self, part: str, work):
         """work(*args), its time added to `seconds`."""
 

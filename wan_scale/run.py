@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -106,13 +107,14 @@ def make_data(cfg: Wan, kd: bool = False) -> None:
 def evaluate(cfg: Wan, folders=None) -> None:
     from wan_scale import dist, evaluate, sample
 
-    names = ("tmd", "dmd2v", "teacher")
-    folders = folders or {name: cfg.folder("samples", name) for name in names if list(cfg.folder("samples", name).glob("*.mp4"))}
+    folders = folders or {f.name: f for f in sorted(cfg.folder("samples").glob("*")) if f.is_dir() and any(f.glob("*.mp4"))}
     if not folders:
         raise RuntimeError(f"{cfg.folder('samples')} holds no videos; run `sample` first.")
     if dist.rank() == 0:
         print(evaluate.sheet(cfg, folders))
         print(f"{sample.grid(cfg, folders)}\n{cfg.folder('scores.md')}", flush=True)
+        if Path(cfg.model).name == "tiny-wan":
+            print("The weights are random: this shows that every step works, not how well.")
 
 
 def plan(cfg: Wan, name: str) -> None:
@@ -129,6 +131,7 @@ def plan(cfg: Wan, name: str) -> None:
     stages = {"stage1": cfg.stage1_updates, "stage2": cfg.stage2().iterations}
     clip = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width, "batch": cfg.global_batch}
     taps = {"last_tap": cfg.tap_blocks[-1], "disc_width": cfg.disc_width}
+    clip["clips"] = cfg.clips or 500_000
     card = {"gpus": cfg.gpus, "card_gb": cfg.card_gb, "tflops": cfg.tflops, "micro_batch": cfg.micro_batch}
     # choice: float32 without TF32 taken to run at an eighth of the bf16 rate, with it at half (data sheets, not measured)
     more = {"disc_checkpointing": cfg.checkpointing, "fp32_slowdown": 2.0 if cfg.tf32 else 8.0}
@@ -151,6 +154,9 @@ def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:
     from wan_scale.data import check_folder
 
     check_folder(cfg.model)
+    dist.start(cfg.device)
+    if command in (None, "data", "stage1", "stage2", "kd", "dmd2v", "teacher"):
+        train.accumulation(cfg)  # before hours of data
     m, n = given.get("M"), given.get("N")  # sampling may differ from training only where the command line says so
     steps = {
         "data": lambda: make_data(cfg),
@@ -173,6 +179,9 @@ def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:
 def main(argv=None) -> int:
     command, name, given, dry = parse(argv)
     quiet = {"HF_HUB_OFFLINE": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    # one process saves alone, as it should; and nothing writes in place into what a sharded net returns
+    for words in ("torch.distributed is disabled", "FSDP2-wrapped module .* returned a view"):
+        warnings.filterwarnings("ignore", words)
     for key, value in quiet.items():  # everything is read from the folder given
         os.environ.setdefault(key, value)
     return ladder.command("wan_scale", lambda: work(command, name, given, dry))

@@ -63,15 +63,28 @@ def make_pipeline(cfg: Wan, device, teacher: bool = False):
     return pipe.to(device)
 
 
+def folder_of(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
+    """OUT/samples/<who>, with the grid in its name where it is not the one that was trained."""
+    name = cfg.student
+    if name != "teacher":
+        facts = finished_student(cfg)[1]
+        m, n = M or facts["M"], (N or facts["N"]) if facts["H"] else 1
+        name += "" if (m, n) == (facts["M"], facts["N"]) else f"-M{m}N{n}"
+    return cfg.folder("samples", name)
+
+
 def planned(cfg: Wan) -> list[vbench.Video]:
     """What to sample: VBench's own list, or every prompt of the file, `samples_per_prompt` each."""
     if cfg.vbench_info:
         return vbench.plan_videos(vbench.read_prompts(cfg.vbench_info), samples=max(cfg.samples_per_prompt, 1))
     records = read_prompts(cfg.prompts)[: cfg.clips or None]
-    found = []
+    found, number = [], Counter()  # a prompt may come again with another seed
     for record in records:
         name = "".join(ch if ch.isalnum() or ch in " ,.-_'" else "_" for ch in record["prompt"])[:150]
-        found += [vbench.Video(record["prompt"], i, f"{name}-{i}.mp4", record["seed"] + 10_000 * i) for i in range(cfg.samples_per_prompt)]
+        for i in range(cfg.samples_per_prompt):
+            k = number[record["prompt"]]
+            number[record["prompt"]] += 1
+            found.append(vbench.Video(record["prompt"], k, f"{name}-{k}.mp4", record["seed"] + 10_000 * i))
     (name, times), *_ = Counter(video.name for video in found).most_common(1)
     if times > 1:
         raise ValueError(f"two prompts would both be {name!r}; keep one of them, with samples_per_prompt for more videos of it.")
@@ -84,9 +97,10 @@ def sample(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
     A video's name and noise depend on its prompt and number alone. M, N: other than the student was trained with.
     """
     device, teacher = dist.start(cfg.device), cfg.student == "teacher"
-    folder = cfg.folder("samples", cfg.student if M is None and N is None else f"{cfg.student}-M{M or 'x'}N{N or 'x'}")
+    folder = folder_of(cfg, M, N)
     folder.mkdir(parents=True, exist_ok=True)
     todo = vbench.missing(folder, planned(cfg))[dist.rank() :: dist.world()]
+    dist.say(f"sample: {len(todo)} videos to make on this rank, in {folder}")
     if not todo:
         dist.barrier()
         return folder
@@ -145,7 +159,10 @@ pipeline_tag: text-to-video
 A Wan2.1 student of Transition Matching Distillation (arXiv:2601.09881): {M} outer transition(s) of {N} inner step(s), flow head of {H}
 blocks, effective NFE {nfe:.2f}, no guidance. Made from `{teacher}`, phase `{phase}`.
 
+With the code it was made with on the Python path (the folder that holds `wan_scale/`):
+
 ```python
+import torch
 from wan_scale.pipeline import TMDWanPipeline
 pipe = TMDWanPipeline.from_pretrained("PATH", dtype=torch.bfloat16).to("cuda")
 video = pipe("a prompt", num_frames={frames}, height={height}, width={width}, generator=torch.Generator().manual_seed(0)).frames[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -53,6 +54,7 @@ def make_student(cfg: Wan, how: WanStudentConfig, start: str | None = None):
     tmd.seed_everything(cfg.seed)
     student = tmd.TMDStudent(network(cfg), how.H, how.fusion) if how.H else tmd.PlainStudent(network(cfg))
     if start:
+        finished(cfg.folder(start), cfg)  # of these settings
         load_student(cfg.folder(start), student)
     return student
 
@@ -61,12 +63,13 @@ def describe(cfg: Wan, how: WanStudentConfig, layers: int, **more) -> dict:
     """student.json: all that sampling needs to know."""
     nfe = tmd.effective_nfe(how.M, how.N, how.H, layers)
     clip = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
-    return {**asdict(how), **clip, "effective_nfe": nfe, "recipe": cfg.of_the_training(), **more}
+    return {**asdict(how), **clip, "effective_nfe": nfe, "recipe": cfg.of_the_training(more["phase"]), **more}
 
 
 def save_student(folder: Path, phase: WanPhase, facts: dict) -> None:
     """The average as safetensors and its description; the description last, since it says that the phase is finished."""
     whole = {name: dist.full(p).cpu().contiguous() for name, p in phase.ema.named.items()}
+    dist.say(f"{facts['phase']}: done, {folder / 'student.safetensors'}")
     if dist.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(whole, folder / "student.safetensors.tmp")
@@ -85,10 +88,11 @@ def finished(folder: Path, cfg: Wan) -> dict | None:
     """The description of a finished phase; RuntimeError if it is one of other settings."""
     if not (folder / "student.json").exists():
         return None
-    facts, mine = json.loads((folder / "student.json").read_text()), cfg.of_the_training()
-    keys = [key for key, value in mine.items() if facts["recipe"].get(key) != value]
+    facts, mine = json.loads((folder / "student.json").read_text()), cfg.of_the_training(folder.name)
+    keys = [key for key, value in mine.items() if facts["recipe"].get(key) != value and key != "--micro-batch"]  # how it was cut is past
     if keys:
         raise RuntimeError(f"{folder} holds a student made with another {', '.join(keys)}; give the same settings or another --out.")
+    dist.say(f"{folder.name}: finished, nothing to do.")
     return facts
 
 
@@ -97,6 +101,16 @@ def load_student(folder: Path, student) -> None:
     if not (folder / "student.safetensors").exists():
         raise RuntimeError(f"{folder} holds no finished student; run the phase that makes it first.")
     student.load_state_dict(load_file(folder / "student.safetensors"), strict=True)
+
+
+def accumulation(cfg: Wan) -> int:
+    """Micro-batches that a rank goes through for one update; ValueError if the global batch does not divide."""
+    per_step = cfg.micro_batch * dist.world()
+    if cfg.global_batch % per_step:
+        raise ValueError(
+            f"global_batch {cfg.global_batch} does not divide by micro_batch {cfg.micro_batch} x {dist.world()} GPUs; change one."
+        )
+    return cfg.global_batch // per_step
 
 
 class Training:
@@ -110,13 +124,8 @@ class Training:
         verify = cfg.verify or size < 50e9  # every rank reads a shard whole to check it: hours, where data are terabytes
         self.reader = Reader(shards, seed=cfg.seed, device=self.device, verify=verify)
         self.c_neg = self.reader.negative
-        per_step = cfg.micro_batch * dist.world()
-        if cfg.global_batch % per_step:
-            raise ValueError(
-                f"global_batch {cfg.global_batch} does not divide by micro_batch {cfg.micro_batch} x {dist.world()} GPUs; change one."
-            )
-        self.accumulate = cfg.global_batch // per_step
-        self.config = {**cfg.of_the_training(), "data": self.reader.identity}
+        self.accumulate = accumulation(cfg)
+        self.config = {**cfg.of_the_training(name), "data": self.reader.identity}
         self.log, self.accuracy = None, None
 
     def place(self, net):
@@ -138,6 +147,8 @@ class Training:
             if phase.step % self.cfg.log_every < 2 or phase.step == 1:  # two in a row: in stage 2 the student's and a critic's
                 seen = {} if accuracy is None else {"accuracy": accuracy}
                 self.log.write(phase.step, {**terms, **seen, "seconds": phase.seconds, "skipped": phase.skipped})
+            if phase.step % self.cfg.save_every == 0 and not sys.stderr.isatty():  # where there is no bar to look at
+                dist.say(f"{self.name}: {phase.step} updates in {phase.seconds:.0f} s")
         if how and self.cfg.preview_every and phase.step % self.cfg.preview_every == 0:
             self.preview(how, phase, accuracy)
 
@@ -256,7 +267,7 @@ def teacher(cfg: Wan) -> dict:
     train = lambda feed, **kw: tmd.train_teacher(net, feed, **rate, c_neg=job.c_neg, **kw)
     phase = job.run(train, how=None)
     whole = {name: dist.full(p).cpu() for name, p in phase.ema.named.items()}
-    facts = {"phase": "teacher", "updates": phase.step, "recipe": cfg.of_the_training()}
+    facts = {"phase": "teacher", "updates": phase.step, "recipe": cfg.of_the_training("teacher")}
     if dist.rank() == 0:
         plain, place = load_transformer(cfg.model), Path(cfg.model) / "transformer"
         WanNetwork(plain).load_state_dict(whole, strict=True)
