@@ -30,6 +30,7 @@ COPIES = {  # results: runs
     **{f"toy_video/{name}": f"toy_video/claims-tiny/{name}" for name in ("claims.json", "claims.md")},
     "toy_video/claims_quality_vs_nfe.png": "toy_video/claims-tiny/quality_vs_nfe.png",
     "toy_video/bench.json": "toy_video/bench.json",
+    "wan_shapes/scores.json": "../runs/wan-shapes/scores.json",
 }
 
 
@@ -49,7 +50,7 @@ def tables() -> dict[str, str]:
 
 
 def plans() -> dict[str, str]:
-    """The tables of wan_scale/README.md: what the two presets take, by the plan's own arithmetic."""
+    """The tables of wan_scale/README.md: what the two presets take, by the plan's own arithmetic; students judged on moving shapes."""
     rows = [
         "| | GPUs | memory a GPU, GB | fits in 80 GB | stage 1 | stage 2 (M = 2) | GPU-hours | 500k clips, GPU-hours | disk |",
         "|---" * 9 + "|",
@@ -60,7 +61,16 @@ def plans() -> dict[str, str]:
         times = " | ".join(wan.duration(3600 * p["hours"][stage]) for stage in ("stage1", "stage2"))
         costs = f"{sum(p['hours'].values()) * gpus:,.0f} | {p['clip hours']:,.0f} | {p['clip bytes'] / wan.GB:,.0f} GB"
         rows.append(f"| {name} | {gpus} | {peak:.0f} | {fits} | {times} | {costs} |")
-    return {"plan": "\n".join(rows) + "\n"}
+    shapes = json.loads((RESULTS / "wan_shapes/scores.json").read_text())["models"]
+    keys = ("total", "quality", "semantic", "motion", "diversity")
+    judged = [f"| model | effective NFE | {' | '.join(keys)} |", "|---" * (len(keys) + 2) + "|"]
+    for name, m in shapes.items():
+        judged.append(
+            f"| {name} | {m['effective_nfe']:g} | {m['total']:.3f} ± {m['error']:.3f} | "
+            + " | ".join(f"{m[k]:.3f}" for k in keys[1:])
+            + " |"
+        )
+    return {"plan": "\n".join(rows) + "\n", "shapes": "\n".join(judged) + "\n"}
 
 
 def fill(text: str, found: dict[str, str]) -> str:

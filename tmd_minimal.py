@@ -764,7 +764,9 @@ class Phase:
         for term, value in terms.items():
             self.check(f"loss term {term!r}", value)
         self.optimizers[name].zero_grad(set_to_none=True)
-        sum(terms.values()).backward()
+        loss = sum(terms.values())
+        with torch.autocast(loss.device.type, enabled=False):  # inside, gradients of float32 parts would be rounded to half precision
+            loss.backward()
         self.check(f"gradient norm of {name!r}", nn.utils.clip_grad_norm_(self.nets[name].parameters(), self.clip))
         self.optimizers[name].step()
         if name == self.averaged:

@@ -14,9 +14,12 @@ from wan_scale import run, sample, train
 from wan_scale.cheap_metrics import read_video
 from wan_scale.config import preset
 from wan_scale.data import NEGATIVE
-from wan_scale.pipeline import TMDWanModel, TMDWanPipeline
+from wan_scale.pictures import write_video
+from wan_scale.pipeline import TMDWanPipeline
 
 FEW = [
+    "--sample-prompts",
+    "2",
     "--clips",
     "2",
     "--stage1-updates",
@@ -47,8 +50,17 @@ def ladder(tmp_path_factory):
 
 
 def settings(ladder, **more):
-    names = {"clips": 2, "stage1_updates": 2, "stage2_iterations": 5, "data_steps": 2, "preview_every": 5, "shard_size": 2}
-    return preset("tiny", out=str(ladder), model=str(ladder / "tiny-wan"), prompts=str(ladder / "prompts.txt"), **{**names, **more})
+    names = {
+        "clips": 2,
+        "sample_prompts": 2,
+        "stage1_updates": 2,
+        "stage2_iterations": 5,
+        "data_steps": 2,
+        "preview_every": 5,
+        "shard_size": 2,
+    }
+    more = {"out": str(ladder), **more}
+    return preset("tiny", model=str(ladder / "tiny-wan"), prompts=str(ladder / "prompts.txt"), **{**names, **more})
 
 
 def test_ladder_from_nothing(ladder):
@@ -149,12 +161,16 @@ def test_half_precision_export(ladder):
     assert (a - b).norm() / a.norm() < 0.05
 
 
-def test_teacher_is_the_stock_pipeline(ladder):
-    """`--student teacher` samples with diffusers' WanPipeline, its scheduler shifted, from the video's seed and the negative prompt."""
-    cfg = settings(ladder, student="teacher", flow_shift=5.0)
-    pipe = sample.make_pipeline(cfg, torch.device("cpu"), teacher=True)
-    assert type(pipe) is WanPipeline and pipe.scheduler.config.flow_shift == 5.0 and len(NEGATIVE) > 50
-    assert isinstance(sample.make_model(settings(ladder)), TMDWanModel)
+def test_teacher_is_the_stock_pipeline(ladder, tmp_path):
+    """A video of `--student teacher` is what diffusers' WanPipeline gives from its seed, guidance, shift and the negative prompt."""
+    cfg = settings(ladder, student="teacher", flow_shift=5.0, out=str(tmp_path))
+    folder = sample.sample(cfg)
+    stock = WanPipeline.from_pretrained(ladder / "tiny-wan")
+    stock.scheduler = type(stock.scheduler).from_config(stock.scheduler.config, flow_shift=5.0)
+    how = {"negative_prompt": NEGATIVE, "guidance_scale": 5.0, "num_inference_steps": 2}
+    frames = stock("a blue cube", generator=torch.Generator().manual_seed(1), **how, **SIZE).frames[0]
+    write_video(frames, tmp_path / "stock.mp4")
+    assert (tmp_path / "stock.mp4").read_bytes() == (folder / "a blue cube-0.mp4").read_bytes()
 
 
 def test_plan_and_dry_run_start_nothing(tmp_path, capsys):
@@ -239,3 +255,24 @@ def test_settings_of_another_phase_do_not_matter(ladder, capsys):
     """A finished stage 1 is kept when a setting of stage 2, or how the batch is cut, changes."""
     assert command("stage1", "--preset", "tiny", "--out", ladder, *FEW, "--dmd-shift", "2", "--micro-batch", "1") == 0
     assert "stage1: finished" in capsys.readouterr().out
+
+
+def test_videos_of_another_student_are_not_mixed(ladder, tmp_path, capsys):
+    """A samples folder knows whose videos it holds; another student or size is refused, not scored as this one."""
+    shutil.copytree(ladder, tmp_path / "out")
+    made = tmp_path / "out" / "samples" / "tmd" / "made.json"
+    made.write_text(made.read_text().replace('"student": "', '"student": "0'))
+    arguments = ("sample", "--preset", "tiny", "--out", tmp_path / "out", *FEW)
+    assert command(*arguments) == 1
+    assert "holds videos made with another student; move it away" in capsys.readouterr().err
+
+
+def test_bf16_sampling_computes_in_bf16(ladder):
+    """With --precision bf16 the student's large weights and its samples are half precision, the VAE's and the exported ones float32."""
+    pipe = sample.make_pipeline(settings(ladder, precision="bf16"), torch.device("cpu"))
+    student = pipe.transformer.student
+    assert student.net.patch.weight.dtype == torch.bfloat16 and student.gate.dtype == pipe.vae.dtype == torch.float32
+    seen = []
+    student.net.blocks[0].attn1.to_q.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+    pipe("a red ball", generator=torch.Generator().manual_seed(0), **SIZE)
+    assert set(seen) == {torch.bfloat16}

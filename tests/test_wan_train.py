@@ -62,9 +62,9 @@ def assert_same_run(a: dict, b: dict) -> None:
 def test_two_ranks_equal_one(world, tmp_path):
     """FSDP2 on two gloo ranks and one process with two micro-batches do the same stage 1 and stage 2: three nets, optimizers, average.
 
-    A run begun on two ranks also goes on alone, to the same end.
+    A run begun on two ranks also goes on alone, to the same end; and two ranks sample every video between them.
     """
-    for name in ("tiny", "data"):
+    for name in ("tiny", "data", "prompts.txt"):
         (tmp_path / name).symlink_to(world / name)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", wan_ranks.__file__, str(tmp_path)]
     done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
@@ -77,6 +77,7 @@ def test_two_ranks_equal_one(world, tmp_path):
     assert {name.split(".")[0] for name in one["tensors"]} == {"student", "fake", "disc", "ema"}
     assert [f.name for f in complete(tmp_path / "moved" / "stage2" / "checkpoints")] == ["step-00000003"]
     assert_same_run(one, wan_ranks.run("stage2", tmp_path, tmp_path / "moved"))
+    assert len(list((tmp_path / "two" / "samples" / "tmd").glob("*.mp4"))) == 6
 
 
 class Interrupted(Exception):
@@ -214,6 +215,52 @@ def test_steps_that_are_not_finite(tmp_path):
     bad.update(range(6, 20))
     with pytest.raises(FloatingPointError, match="'student' was not finite 3 times in a row, at step 8; lower the rate"):
         phase.run(iterate, 20)
+
+
+def test_one_bad_net_of_three_stops_the_run():
+    """The count of a net goes on while another's steps are fine."""
+    nets = {"student": torch.nn.Linear(3, 3), "disc": torch.nn.Linear(3, 3)}
+    phase = WanPhase("test", nets, "student", 1e-2, 0.9, 0, {}, feed=Feed(None), patience=4)
+
+    def iterate(phase):
+        phase.update("student", {"loss": nets["student"](torch.full((1, 3), float("nan"))).sum()})
+        return phase.update("disc", {"loss": nets["disc"](torch.ones(1, 3)).sum()})
+
+    with pytest.raises(FloatingPointError, match="'student' was not finite 4 times in a row"):
+        phase.run(iterate, 20, progress=False)
+
+
+def test_accuracy_is_of_the_critics(g):
+    """Accuracy is that of the last critic update, over all its micro-batches, and an alarm after a student's update still sees it."""
+    net = torch.nn.Identity()
+    accuracy = logs.Accuracy(net)
+    for real, fake in ((2.0, -2.0), (2.0, 2.0)):
+        net(torch.full((4, 2), real)), net(torch.full((4, 2), fake))
+    assert accuracy.value(critic_update=True) == 0.75
+    net(torch.full((4, 2), 9.0))
+    assert accuracy.value(critic_update=False) == 0.75
+
+
+def test_backward_is_outside_autocast():
+    """Gradients of a float32 part inside bf16 autocast are those of float32 to its last digits."""
+    phase, x = tiny_phase(), torch.randn(5, 3)
+    net = phase.nets["student"]
+    wanted = torch.autograd.grad(net(x).square().sum(), net.weight)[0]
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        with torch.autocast("cpu", enabled=False):
+            loss = net(x).square().sum()
+        seen = []
+        net.weight.register_hook(seen.append)
+        phase.update("student", {"loss": loss})
+    torch.testing.assert_close(seen[0], wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_log_survives_a_cut_line(tmp_path):
+    """A line that a kill cut short, at whatever bracket, is dropped with the lines after the checkpoint."""
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1, "a": 2}\n{"step": 5}\n{"step": 2, "preview": {"motion": 1}\n')
+    logs.Log(path, 3).write(4, {"b": 1})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 4]
 
 
 def test_accumulation_is_the_mean(tmp_path):

@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from wan_scale import dist, train
+from wan_scale import dist, sample, train
 from wan_scale.config import preset
 
 SETTINGS = {"M": 2, "global_batch": 2, "micro_batch": 1, "stage1_updates": 2, "stage2_iterations": 6, "stage1_lr": 1e-3, "stage2_lr": 1e-3}
@@ -21,9 +21,14 @@ class Stop(Exception):
     pass
 
 
+def settings(root: Path, out: Path):
+    more = {"model": str(root / "tiny"), "data": str(root / "data"), "prompts": str(root / "prompts.txt"), "samples_per_prompt": 1}
+    return preset("tiny", out=str(out), checkpointing=True, save_every=100, **more, **SETTINGS)
+
+
 def run(phase: str, root: Path, out: Path, stop: int | None = None) -> dict:
     """Train stage1 or stage2 (to a checkpoint at step `stop`, if given); every tensor of the phase, whole, and its step."""
-    cfg = preset("tiny", out=str(out), model=str(root / "tiny"), data=str(root / "data"), checkpointing=True, save_every=100, **SETTINGS)
+    cfg = settings(root, out)
     kept, seen = {}, train.Training.on_step
 
     def on_step(job, how, phase, terms):
@@ -53,4 +58,5 @@ if __name__ == "__main__":
         torch.save(found, root / "two" / "found.pt")
     dist.barrier()
     run("stage2", root, root / "moved", stop=3)
+    sample.sample(settings(root, root / "two"))
     dist.stop()

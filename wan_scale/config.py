@@ -13,9 +13,8 @@ from ladder import option
 # What a machine or a run's look decides, and no weight depends on: may change between two starts of the same training.
 OF_THE_MACHINE = (
     "model out data prompts videos device precision tf32 checkpointing save_every preview_every preview_prompts log_every "
-    "context_parallel "
-    "gpus card_gb tflops verify data_steps data_guidance sampler clips shard_size kd_clips skip_layer student "
-    "samples_per_prompt vbench_info vbench_results"
+    "context_parallel gpus card_gb tflops verify data_steps data_guidance sampler clips shard_size kd_clips skip_layer student "
+    "sample_prompts samples_per_prompt vbench_info vbench_results"
 ).split()
 # Settings that only these phases look at: another value is no other run for the rest.
 OF_THE_PHASE = {
@@ -23,7 +22,7 @@ OF_THE_PHASE = {
     "stage1 stage2": "N H fusion inner_shift",
     "kd": "kd_updates kd_lr",
     "stage2 dmd2v": "stage2_iterations stage2_lr stage2_guidance dmd_shift gan_weight taps disc_width",
-    "stage1 stage2 kd dmd2v": "M outer_shift",
+    "stage1 stage2 kd dmd2v": "M outer_shift lora lora_scale",
     "teacher": "teacher_updates teacher_lr",
 }
 
@@ -83,10 +82,13 @@ class Wan:
     gan_weight: float = option(0.03, "weight of the GAN term; paper: 0.03")
     taps: str = option("15,22,29", "teacher blocks whose features the discriminator sees; paper: 15,22,29 (1.3B), 19,29,39 (14B)")
     disc_width: int = option(384, "width of the discriminator's convolutions (384: 67.9 M at 1.3B)")
+    lora: int = option(0, "rank of LoRAs on one frozen transformer, which student, teacher and fake score share; 0: full training")
+    lora_scale: float = option(10.0, "strength of the adapters: B A counts so many times")
     teacher_updates: int = option(0, "updates of `teacher`: flow matching from scratch, for folders made by hand")
     teacher_lr: float = option(1e-3, "its learning rate")
 
     student: str = option("tmd", "whom sample, export and eval take: tmd, dmd2v or teacher")
+    sample_prompts: int = option(16, "sample so many of the prompts, the first (0: all)")
     samples_per_prompt: int = option(1, "videos a prompt, each from its own seed (VBench asks for 5)")
     vbench_info: str = option("", "VBench_full_info.json, to sample VBench's prompts under VBench's file names")
     vbench_results: str = option("", "folder of VBench's *_eval_results.json, to be scored")
@@ -112,11 +114,12 @@ class Wan:
             raise ValueError(f"frames is {self.frames}; Wan's VAE takes 4 k + 1 frames (81, or 9 for a try).")
         if self.height % 16 or self.width % 16 or min(self.height, self.width) < 16:
             raise ValueError(f"clips of {self.height}x{self.width} do not fit Wan's patches; height and width must be multiples of 16.")
-        least = {"micro_batch": 1, "global_batch": 1, "shard_size": 1, "data_steps": 1, "gpus": 1, "save_every": 1, "log_every": 1, "context_parallel": 1}
+        least = {"micro_batch": 1, "global_batch": 1, "shard_size": 1, "data_steps": 1, "gpus": 1, "save_every": 1, "log_every": 1}
+        least |= {"context_parallel": 1, "lora": 0}
         for name, low in (least | {"clips": 0, "stage1_updates": 0, "kd_updates": 0, "stage2_iterations": 0, "preview_every": 0}).items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}.")
-        for name in ("flow_shift", "stage1_lr", "stage2_lr", "kd_lr", "teacher_lr", "dmd_shift", "card_gb", "tflops"):
+        for name in ("lora_scale", "flow_shift", "stage1_lr", "stage2_lr", "kd_lr", "teacher_lr", "dmd_shift", "card_gb", "tflops"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
         tmd.choose("sampler", self.sampler, ("unipc", "euler"))

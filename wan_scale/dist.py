@@ -9,11 +9,12 @@ from functools import cache
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-
-PATIENCE = timedelta(hours=12)  # ranks may finish making data hours apart
+PATIENCE = timedelta(minutes=30)  # of a collective in training
+DAYS = timedelta(days=7)  # of a barrier: ranks may finish making data hours apart
 
 
 def start(device: str = "auto") -> torch.device:
@@ -23,6 +24,7 @@ def start(device: str = "auto") -> torch.device:
         raise ValueError("device is cuda, but this torch sees no card; install a CUDA build of torch, or take --device cpu.")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+        waiting_room()
     if not cuda:
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -51,18 +53,33 @@ def context_group(cards: int):
     return dist.new_subgroups(cards, timeout=PATIENCE)[0] if cards > 1 else None
 
 
+@cache
+def waiting_room():
+    """A group of its own for barriers, whose patience is long; over gloo, which waits on no card."""
+    return dist.new_group(backend="gloo", timeout=DAYS)
+
+
 def barrier() -> None:
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=waiting_room())
+
+
+@cache
+def all_ranks(kind: str):
+    """The mesh to shard over, of the nets' own kind of device: torch's default would be the card, also for a run on the CPU."""
+    return init_device_mesh(kind, (world(),))
 
 
 def shard(net: nn.Module) -> nn.Module:
     """FSDP2: every block and then the net itself, which owns `features`, `head`, `taps`. One process: as it is."""
     if world() == 1:
         return net
+    mesh = all_ranks(next(net.parameters()).device.type)
     for block in (net.net if hasattr(net, "net") else net).blocks:
-        fully_shard(block)
-    fully_shard(net, reshard_after_forward=True)  # else the root stays whole after a call without gradient, and a save misses its state
+        fully_shard(block, mesh=mesh)
+    fully_shard(
+        net, mesh=mesh, reshard_after_forward=True
+    )  # else the root stays whole after a call without gradient, and a save misses its state
     for entry in ("features", "head", "taps"):
         if hasattr(net, entry):
             register_fsdp_forward_method(net, entry)
@@ -106,6 +123,7 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def stop() -> None:
-    context_group.cache_clear()
+    for made in (context_group, waiting_room, all_ranks):
+        made.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()

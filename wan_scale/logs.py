@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -25,8 +26,9 @@ class Log:
     def __init__(self, path: Path, step: int = 0):
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept))
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in lines if 0 <= step_of(line) <= step))
+        os.replace(temporary, path)
         self.path, self.board = path, None
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -37,24 +39,33 @@ class Log:
     def write(self, step: int, values: dict) -> None:
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        for key, value in values.items():
+        for key, value in {**values, **values.get("preview", {})}.items():
             if self.board and isinstance(value, (int, float)):
                 self.board.add_scalar(key, value, step)
 
 
+def step_of(line: str) -> int:
+    """Step of a log line, -1 for one that a kill cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return -1
+
+
 class Accuracy:
-    """Share of the discriminator's logits with the right sign, from its last two calls in a critic update (real, then fake)."""
+    """Share of the discriminator's logits with the right sign in the last critic update, which calls it in turn on real and on fake."""
 
     def __init__(self, discriminator):
-        self.calls = []
+        self.calls, self.last = [], None
         discriminator.register_forward_hook(lambda net, args, out: self.calls.append(out.detach()))
 
-    def value(self) -> float | None:
+    def value(self, critic_update: bool) -> float | None:
+        """After an update: of that one if it was the critics', else of the last that was."""
         calls, self.calls = self.calls, []
-        if len(calls) < 2:
-            return None
-        real, fake = calls[-2:]
-        return 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean()).item()
+        if critic_update and calls:
+            real, fake = torch.cat(calls[0::2]), torch.cat(calls[1::2])
+            self.last = 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean()).item()
+        return self.last
 
 
 def clip_numbers(x: torch.Tensor) -> dict:

@@ -49,14 +49,15 @@ class WanPhase(tmd.Phase):
     A step whose gradient is not finite is skipped and counted; `patience` of them in a row are a FloatingPointError.
     """
 
-    KEPT = (*tmd.Phase.KEPT, "skipped")
+    KEPT = (*tmd.Phase.KEPT, "skipped", "in_a_row")
 
     def __init__(self, *args, feed: Feed, accumulate: int = 1, patience: int = 5, keep: int = 2, context: int = 1, **kw):
         super().__init__(*args, **kw)
         self.feed, self.accumulate, self.patience, self.keep = feed, accumulate, patience, keep
         self.replica, self.replicas = dist.rank() // context, dist.world() // context  # ranks that share a clip draw alike
         self.seed = self.generator.initial_seed()
-        self.micro, self.skipped, self.in_a_row, self.means = 0, 0, 0, {}
+        self.micro, self.skipped, self.means = 0, 0, {}
+        self.in_a_row = dict.fromkeys(self.nets, 0)  # by net: one of them may go on well
 
     average = Average
 
@@ -89,7 +90,9 @@ class WanPhase(tmd.Phase):
         net, optimizer = self.nets[name], self.optimizers[name]
         if self.micro == 0:
             optimizer.zero_grad(set_to_none=True)
-        (sum(terms.values()) / self.accumulate).backward()
+        loss = sum(terms.values()) / self.accumulate
+        with torch.autocast(loss.device.type, enabled=False):  # as tmd.Phase: float32 parts have float32 gradients
+            loss.backward()
         for key, value in terms.items():
             self.means[key] = self.means.get(key, 0) + value.detach() / self.accumulate
         if self.micro < self.accumulate - 1:
@@ -101,12 +104,12 @@ class WanPhase(tmd.Phase):
             optimizer.step()
             if name == self.averaged:
                 self.follow(net)
-            self.in_a_row = 0
+            self.in_a_row[name] = 0
         else:
-            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-            if self.in_a_row >= self.patience:
+            self.skipped, self.in_a_row[name] = self.skipped + 1, self.in_a_row[name] + 1
+            if self.in_a_row[name] >= self.patience:
                 raise FloatingPointError(
-                    f"{self.name}: the gradient of {name!r} was not finite {self.in_a_row} times in a row, at step {self.step}; "
+                    f"{self.name}: the gradient of {name!r} was not finite {self.in_a_row[name]} times in a row, at step {self.step}; "
                     "lower the rate, the last checkpoint is kept."
                 )
         optimizer.zero_grad(set_to_none=True)

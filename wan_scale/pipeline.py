@@ -1,7 +1,7 @@
 """The distilled student as a diffusers pipeline: saves and loads as a folder, is called like WanPipeline, needs no guidance.
 
 from wan_scale.pipeline import TMDWanPipeline
-pipe = TMDWanPipeline.from_pretrained("runs/wan-1.3b/export", dtype=torch.bfloat16).to("cuda")
+pipe = TMDWanPipeline.from_pretrained("runs/wan-1.3b/export", dtype={"vae": torch.float32, "default": torch.bfloat16}).to("cuda")
 video = pipe("a cat on the beach", num_frames=81, height=480, width=832, generator=torch.Generator().manual_seed(0)).frames[0]
 """
 

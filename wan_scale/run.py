@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -151,12 +152,14 @@ def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:
         print(NEEDS)
         raise RuntimeError("give --model and --prompts, or --preset tiny.")
     from wan_scale import dist, sample, train
-    from wan_scale.data import check_folder
+    from wan_scale.data import check_folder, free_memory
 
     check_folder(cfg.model)
     dist.start(cfg.device)
     if command in (None, "data", "stage1", "stage2", "kd", "dmd2v", "teacher"):
         train.accumulation(cfg)  # before hours of data
+    if not command:
+        sample.planned(cfg)
     m, n = given.get("M"), given.get("N")  # sampling may differ from training only where the command line says so
     steps = {
         "data": lambda: make_data(cfg),
@@ -171,6 +174,7 @@ def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:
     }
     for step in (command,) if command else ("data", "stage1", "stage2"):
         steps[step]()
+        free_memory()  # or the next phase would find the last one's nets on the card
     if not command:
         evaluate(cfg, {who: sample.sample(replace(cfg, student=who)) for who in ("tmd", "teacher")})
     dist.stop()  # not after an error: torchrun ends the other ranks, which may wait in a collective
@@ -184,7 +188,22 @@ def main(argv=None) -> int:
         warnings.filterwarnings("ignore", words)
     for key, value in quiet.items():  # everything is read from the folder given
         os.environ.setdefault(key, value)
-    return ladder.command("wan_scale", lambda: work(command, name, given, dry))
+    status = ladder.command("wan_scale", lambda: explain(lambda: work(command, name, given, dry)))
+    if status and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        os._exit(status)  # at once: taking the group down could wait for ranks that wait for this one
+    return status
+
+
+def explain(work) -> None:
+    """Run `work`; an error that is not one of this repository's own sentences shows where it came from."""
+    try:
+        work()
+    except (RuntimeError, ValueError, OSError) as e:
+        *_, last = traceback.extract_tb(e.__traceback__)
+        if not Path(last.filename).is_relative_to(Path(__file__).resolve().parents[1]) or ".venv" in last.filename:
+            traceback.print_exc()
+        raise
 
 
 if __name__ == "__main__":

@@ -14,13 +14,15 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import tmd_minimal as tmd
-from wan_scale import dist, vbench
+from wan_scale import dist, lora, vbench
 from wan_scale.cheap_metrics import read_video
 from wan_scale.config import Wan
 from wan_scale.data import NEGATIVE, check_folder
+from wan_scale.model import load_transformer
 from wan_scale.pictures import contact_sheet, write_video
 from wan_scale.pipeline import HOW, TMDWanModel, TMDWanPipeline
 from wan_scale.prompts import read_prompts
+from wan_scale.reader import file_sha256
 from wan_scale.train import compute_dtype
 
 PHASES = {"tmd": ("stage2", "stage1"), "dmd2v": ("dmd2v", "kd")}  # the last finished phase counts
@@ -34,31 +36,37 @@ def finished_student(cfg: Wan) -> tuple[Path, dict]:
     raise RuntimeError(f"{cfg.out} holds no finished {cfg.student} student; run `{PHASES[cfg.student][0]}` first.")
 
 
-def make_model(cfg: Wan) -> TMDWanModel:
-    """The finished student in its exportable form, float32; every weight must fit."""
+def make_model(cfg: Wan, dtype: torch.dtype = torch.float32) -> TMDWanModel:
+    """The finished student in its exportable form; every weight must fit. In bf16, what diffusers keeps in float32 is kept."""
     folder, facts = finished_student(cfg)
     check_folder(cfg.model)
     config = json.loads((Path(cfg.model) / "transformer" / "config.json").read_text())
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     model = TMDWanModel(config, {key: facts[key] for key in HOW}, facts["recipe"] | {"phase": facts["phase"]})
-    model.student.load_state_dict(load_file(folder / "student.safetensors"), strict=True)
+    state = load_file(folder / "student.safetensors")
+    if facts["recipe"].get("--lora"):
+        state = lora.merged(load_transformer(cfg.model), state, facts["recipe"]["--lora-scale"])
+    model.student.load_state_dict(state, strict=True)
+    for name, p in model.named_parameters():
+        if not any(part in TMDWanModel._keep_in_fp32_modules for part in name.split(".")):
+            p.data = p.data.to(dtype)
     return model.eval()
 
 
-def make_pipeline(cfg: Wan, device, teacher: bool = False):
-    """The student's pipeline, or the teacher's stock one, with the folder's text encoder and VAE."""
-    from diffusers import WanPipeline
+def make_pipeline(cfg: Wan, device, teacher: bool = False, dtype: torch.dtype | None = None):
+    """The student's pipeline, or the teacher's stock one, with the folder's text encoder and VAE (always float32)."""
+    from diffusers import AutoencoderKLWan, WanPipeline
 
     check_folder(cfg.model)
-    dtype = compute_dtype(cfg, device)
+    dtype = dtype or compute_dtype(cfg, device)
+    vae = AutoencoderKLWan.from_pretrained(cfg.model, subfolder="vae", dtype=torch.float32)  # as Wan's authors decode
     if teacher:
-        pipe = WanPipeline.from_pretrained(cfg.model, dtype=dtype)
+        pipe = WanPipeline.from_pretrained(cfg.model, vae=vae, dtype=dtype)
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=cfg.flow_shift)
     else:
-        parts = WanPipeline.from_pretrained(cfg.model, transformer=None, dtype=dtype).components
+        parts = WanPipeline.from_pretrained(cfg.model, transformer=None, vae=vae, dtype=dtype).components
         keep = {key: parts[key] for key in ("tokenizer", "text_encoder", "vae", "scheduler")}
-        pipe = TMDWanPipeline(**keep, transformer=make_model(cfg))
-    pipe.vae.to(torch.float32)  # as Wan's authors decode
+        pipe = TMDWanPipeline(**keep, transformer=make_model(cfg, dtype))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -77,10 +85,12 @@ def planned(cfg: Wan) -> list[vbench.Video]:
     """What to sample: VBench's own list, or every prompt of the file, `samples_per_prompt` each."""
     if cfg.vbench_info:
         return vbench.plan_videos(vbench.read_prompts(cfg.vbench_info), samples=max(cfg.samples_per_prompt, 1))
-    records = read_prompts(cfg.prompts)[: cfg.clips or None]
+    records = read_prompts(cfg.prompts)[: cfg.sample_prompts or None]
     found, number = [], Counter()  # a prompt may come again with another seed
     for record in records:
-        name = "".join(ch if ch.isalnum() or ch in " ,.-_'" else "_" for ch in record["prompt"])[:150]
+        name = (
+            "".join(ch if ch.isalnum() or ch in " ,.-_'" else "_" for ch in record["prompt"]).encode()[:180].decode(errors="ignore")
+        )  # file systems count bytes
         for i in range(cfg.samples_per_prompt):
             k = number[record["prompt"]]
             number[record["prompt"]] += 1
@@ -91,6 +101,23 @@ def planned(cfg: Wan) -> list[vbench.Video]:
     return found
 
 
+def stamp(folder: Path, cfg: Wan, teacher: bool) -> None:
+    """made.json says of whom a folder's videos are; RuntimeError if it holds another's, which would be scored as these."""
+    made = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width, "seed": cfg.seed}
+    if teacher:
+        made |= {"steps": cfg.data_steps, "guidance": cfg.data_guidance, "flow_shift": cfg.flow_shift, "model": Path(cfg.model).name}
+    else:
+        place, facts = finished_student(cfg)
+        made |= {"phase": facts["phase"], "student": file_sha256(place / "student.safetensors")}
+    path = folder / "made.json"
+    if path.exists() and (old := json.loads(path.read_text())) != made:
+        other = ", ".join(key for key in made if old.get(key) != made[key])
+        raise RuntimeError(f"{folder} holds videos made with another {other}; move it away to sample anew.")
+    dist.barrier()  # all have looked before one writes
+    if dist.rank() == 0:
+        path.write_text(json.dumps(made, indent=1) + "\n")
+
+
 def sample(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
     """Every planned video that is not there yet, to OUT/samples/<student>/, and timing.json with the seconds of each part.
 
@@ -99,7 +126,8 @@ def sample(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
     device, teacher = dist.start(cfg.device), cfg.student == "teacher"
     folder = folder_of(cfg, M, N)
     folder.mkdir(parents=True, exist_ok=True)
-    todo = vbench.missing(folder, planned(cfg))[dist.rank() :: dist.world()]
+    stamp(folder, cfg, teacher)
+    todo = vbench.missing(folder, planned(cfg)[dist.rank() :: dist.world()])
     dist.say(f"sample: {len(todo)} videos to make on this rank, in {folder}")
     if not todo:
         dist.barrier()
@@ -164,7 +192,7 @@ With the code it was made with on the Python path (the folder that holds `wan_sc
 ```python
 import torch
 from wan_scale.pipeline import TMDWanPipeline
-pipe = TMDWanPipeline.from_pretrained("PATH", dtype=torch.bfloat16).to("cuda")
+pipe = TMDWanPipeline.from_pretrained("PATH", dtype={{"vae": torch.float32, "default": torch.bfloat16}}).to("cuda")
 video = pipe("a prompt", num_frames={frames}, height={height}, width={width}, generator=torch.Generator().manual_seed(0)).frames[0]
 ```
 
@@ -180,7 +208,7 @@ def export(cfg: Wan) -> Path:
     final = cfg.folder("export" if cfg.student == "tmd" else f"export-{cfg.student}")
     temporary = final.with_name(final.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    make_pipeline(cfg, torch.device("cpu")).save_pretrained(temporary, safe_serialization=True)
+    make_pipeline(cfg, torch.device("cpu"), dtype=torch.float32).save_pretrained(temporary, safe_serialization=True)
     title = f"{Path(cfg.model).name}, TMD M{facts['M']} N{facts['N']} H{facts['H']}" if facts["H"] else f"{Path(cfg.model).name}, DMD2-v"
     recipe = "\n".join(f"| {key} | {value} |" for key, value in facts["recipe"].items())
     plain = {key: facts[key] for key in ("M", "N", "H", "phase", "frames", "height", "width")}

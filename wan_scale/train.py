@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tmd_minimal as tmd
-from wan_scale import dist, logs
+from wan_scale import dist, logs, lora, ulysses
 from wan_scale.config import Wan, WanStudentConfig
 from wan_scale.data import check_folder
 from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels, load_transformer
-from wan_scale.phase import Feed, WanPhase
+from wan_scale.phase import Feed, WanPhase, mixed
 from wan_scale.pictures import contact_sheet
 from wan_scale.pipeline import decode
 from wan_scale.reader import Reader
@@ -46,13 +46,27 @@ def network(cfg: Wan, dtype=torch.float32) -> WanNetwork:
     net = WanNetwork(load_transformer(cfg.model, dtype), cfg.checkpointing)
     if cfg.tap_blocks[-1] >= len(net.blocks):
         raise ValueError(f"taps names block {cfg.tap_blocks[-1]} of a network of {len(net.blocks)}; give block numbers with --taps.")
-    return net
+    return ulysses.share(net, cfg.context_parallel)
 
 
-def make_student(cfg: Wan, how: WanStudentConfig, start: str | None = None):
-    """TMDStudent (PlainStudent where H is 0) with the teacher's weights or those of phase `start`, on the CPU; alike on every rank."""
+def shared_base(cfg: Wan, how: WanStudentConfig, device: torch.device, fake: bool = False) -> WanNetwork | None:
+    """With --lora the one frozen transformer under all roles, on the device, with the student's and the fake score's adapters."""
+    if not cfg.lora:
+        return None
     tmd.seed_everything(cfg.seed)
-    student = tmd.TMDStudent(network(cfg), how.H, how.fusion) if how.H else tmd.PlainStudent(network(cfg))
+    base = network(cfg, compute_dtype(cfg, device)).to(device)
+    layers = len(base.blocks)
+    return lora.adapt(base, cfg.lora, cfg.lora_scale, {"student": layers - how.H} | ({"fake": layers} if fake else {}))
+
+
+def make_student(cfg: Wan, how: WanStudentConfig, start: str | None = None, base: WanNetwork | None = None):
+    """TMDStudent (PlainStudent where H is 0) with the teacher's weights or those of phase `start`, on the CPU; alike on every rank.
+
+    With a shared_base its first L-H blocks are that one's.
+    """
+    tmd.seed_everything(cfg.seed)
+    net = network(cfg) if base is None else lora.graft(network(cfg), base, how.H)
+    student = tmd.TMDStudent(net, how.H, how.fusion) if how.H else tmd.PlainStudent(net)
     if start:
         finished(cfg.folder(start), cfg)  # of these settings
         load_student(cfg.folder(start), student)
@@ -104,12 +118,12 @@ def load_student(folder: Path, student) -> None:
 
 
 def accumulation(cfg: Wan) -> int:
-    """Micro-batches that a rank goes through for one update; ValueError if the global batch does not divide."""
-    per_step = cfg.micro_batch * dist.world()
+    """Micro-batches that a rank goes through for one update; ValueError if the global batch or the ranks do not divide."""
+    dist.context_group(cfg.context_parallel)
+    per_step = cfg.micro_batch * dist.world() // cfg.context_parallel
     if cfg.global_batch % per_step:
-        raise ValueError(
-            f"global_batch {cfg.global_batch} does not divide by micro_batch {cfg.micro_batch} x {dist.world()} GPUs; change one."
-        )
+        cards = f"{dist.world()} GPUs" + f", {cfg.context_parallel} to a clip" * (cfg.context_parallel > 1)
+        raise ValueError(f"global_batch {cfg.global_batch} does not divide by micro_batch {cfg.micro_batch} x {cards}; change one.")
     return cfg.global_batch // per_step
 
 
@@ -122,30 +136,31 @@ class Training:
         torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
         size = sum(file.stat().st_size for file in Path(shards).glob("shard-*.safetensors"))
         verify = cfg.verify or size < 50e9  # every rank reads a shard whole to check it: hours, where data are terabytes
-        self.reader = Reader(shards, seed=cfg.seed, device=self.device, verify=verify)
+        order = mixed(cfg.seed, name in ("stage2", "dmd2v"))  # stage 2 meets the clips in another order than stage 1
+        self.reader = Reader(shards, seed=order, device=self.device, verify=verify)
         self.c_neg = self.reader.negative
         self.accumulate = accumulation(cfg)
         self.config = {**cfg.of_the_training(name), "data": self.reader.identity}
         self.log, self.accuracy = None, None
 
     def place(self, net):
-        """On this rank's device, sharded where there are many."""
-        return dist.shard(net.to(self.device))
+        """On this rank's device, sharded where there are many; with --lora whole on each, for its base could not be."""
+        return net.to(self.device) if self.cfg.lora else dist.shard(net.to(self.device))
 
     def run(self, train, how, read=None) -> WanPhase:
         """train(feed, ...) is a loop of tmd_minimal, run in this machine's precision; `read` is the reader's batch or pairs."""
         feed = Feed(read or self.reader.batch)
-        make = partial(WanPhase, feed=feed, accumulate=self.accumulate)
+        make = partial(WanPhase, feed=feed, accumulate=self.accumulate, context=self.cfg.context_parallel)
         kept = {"path": str(self.folder / "checkpoints"), "save_every": self.cfg.save_every, "config": self.config}
         with compute(self.cfg, self.device):
             return train(feed, seed=self.cfg.seed, make=make, on_step=partial(self.on_step, how), **kept)[1]
 
     def on_step(self, how, phase: WanPhase, terms: dict) -> None:
-        accuracy = self.accuracy.value() if self.accuracy else None
+        accuracy = self.accuracy.value("disc" in terms) if self.accuracy else None
         if dist.rank() == 0:
             self.log = self.log or logs.Log(self.folder / "log.jsonl", phase.step - 1)
             if phase.step % self.cfg.log_every < 2 or phase.step == 1:  # two in a row: in stage 2 the student's and a critic's
-                seen = {} if accuracy is None else {"accuracy": accuracy}
+                seen = {"accuracy": accuracy} if "disc" in terms else {}
                 self.log.write(phase.step, {**terms, **seen, "seconds": phase.seconds, "skipped": phase.skipped})
             if phase.step % self.cfg.save_every == 0 and not sys.stderr.isatty():  # where there is no bar to look at
                 dist.say(f"{self.name}: {phase.step} updates in {phase.seconds:.0f} s")
@@ -157,14 +172,15 @@ class Training:
         """Fixed prompts, two seeds each, from the average: latents to a file, numbers to the log, alarms to the screen."""
         clips = min(self.cfg.preview_prompts, len(self.reader))
         data, c = self.reader.batch(0, clips)
-        mine = range(dist.rank(), 2 * clips, dist.world())  # clip i is prompt i // 2, seed i % 2
-        rounds = -(-2 * clips // dist.world())  # every rank must call equally often
+        mine = range(phase.replica, 2 * clips, phase.replicas)  # clip i is prompt i // 2, seed i % 2
+        rounds = -(-2 * clips // phase.replicas)  # every rank must call equally often
         with phase.averaged_weights() as student:
             parts = []
             for k in range(rounds):
                 i = mine[k] if k < len(mine) else 0
                 noise = torch.randn(self.reader.latent_shape, generator=torch.Generator().manual_seed(1000 + i)).to(self.device)
-                parts.append(dist.gather(draw(student, how, noise[None], c[i // 2][None], seed=i)))
+                drawn = dist.gather(draw(student, how, noise[None], c[i // 2][None], seed=i))
+                parts.append(drawn[:: self.cfg.context_parallel])  # ranks that share a clip have all of it
         samples = torch.cat(parts)[: 2 * clips].unflatten(0, (clips, 2))  # round by round in the order of ranks is 0, 1, 2, ...
         if dist.rank():
             return
@@ -208,7 +224,7 @@ def stage1(cfg: Wan) -> dict:
     if facts := finished(cfg.folder("stage1"), cfg):
         return facts
     how, job = cfg.how(), Training(cfg, "stage1", cfg.shards)
-    student = make_student(cfg, how)
+    student = make_student(cfg, how, base=shared_base(cfg, how, job.device))
     layers = len(student.net.blocks)
     train = lambda feed, **kw: tmd.train_stage1(job.place(student), feed, how, cfg.stage1(), c_neg=job.c_neg, **kw)
     phase = job.run(train, how=how)
@@ -222,7 +238,7 @@ def kd(cfg: Wan) -> dict:
     if facts := finished(cfg.folder("kd"), cfg):
         return facts
     how, job = cfg.how(plain=True), Training(cfg, "kd", cfg.folder("kd-pairs"))
-    student = make_student(cfg, how)
+    student = make_student(cfg, how, base=shared_base(cfg, how, job.device))
     layers = len(student.net.blocks)
     pairs = lambda feed: lambda generator: feed(cfg.micro_batch)
     train = lambda feed, **kw: tmd.train_kd(job.place(student), pairs(feed), how, updates=cfg.kd_updates, lr=cfg.kd_lr, **kw)
@@ -239,11 +255,12 @@ def stage2(cfg: Wan, plain: bool = False) -> dict:
         return facts
     how, job = cfg.how(plain), Training(cfg, name, cfg.shards)
     before = ("kd" if cfg.M == 1 and cfg.kd_updates else None) if plain else ("stage1" if cfg.stage1_updates else None)
-    student = job.place(make_student(cfg, how, before))
+    base = shared_base(cfg, how, job.device, fake=True)
+    student = job.place(make_student(cfg, how, before, base))
     layers = len(student.net.blocks)
-    teacher = network(cfg, compute_dtype(cfg, job.device)).requires_grad_(False)
+    teacher = lora.Role(base) if base else network(cfg, compute_dtype(cfg, job.device)).requires_grad_(False)
     channels = feature_channels(teacher)
-    teacher, fake_score = job.place(teacher), job.place(network(cfg))
+    teacher, fake_score = job.place(teacher), job.place(lora.Role(base, "fake") if base else network(cfg))
     tmd.seed_everything(cfg.seed)  # the same discriminator on every rank
     discriminator = WanDiscriminator(channels, cfg.disc_width, len(cfg.tap_blocks), checkpointing=cfg.checkpointing).to(job.device)
     job.accuracy = logs.Accuracy(discriminator)
@@ -259,8 +276,12 @@ def stage2(cfg: Wan, plain: bool = False) -> dict:
 
 def teacher(cfg: Wan) -> dict:
     """Flow matching of the whole transformer on the shards, for folders whose weights were made by hand: MODEL/transformer is replaced."""
+    if cfg.teacher_updates < 1:
+        raise ValueError("teacher replaces MODEL/transformer by what it trained; say for how long with --teacher-updates.")
     if facts := finished(cfg.folder("teacher"), cfg):
         return facts
+    if cfg.lora:
+        raise ValueError("the teacher is trained in full; leave --lora to the students.")
     job = Training(cfg, "teacher", cfg.shards)
     net = job.place(network(cfg))
     rate = {"updates": cfg.teacher_updates, "batch": cfg.micro_batch, "lr": cfg.teacher_lr}

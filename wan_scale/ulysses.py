@@ -1,8 +1,8 @@
 """Context parallelism over heads (Ulysses): one clip cut over K cards, so that each holds 1/K of every hidden state.
 
-Rank = d K + k: the K ranks of a data rank d hold the same clip, text, times and draws whole and call the same functions of tmd_minimal. Only
-between WanNetwork's embedding and its output or taps is a rank alone with its n / K tokens (k n / K and on); self-attention, which needs
-all n, trades tokens for heads and back.
+Rank = d K + k: the K ranks of a data rank d hold the same clip, text, times and draws whole and call the same functions of tmd_minimal.
+Only between WanNetwork's embedding and its output or taps is a rank alone with its n / K tokens (k n / K and on); self-attention, which
+needs all n, trades tokens for heads and back.
 
     split     (B, n, D) whole -> (B, n/K, D) own tokens         backward: all ranks' gradients joined, over K
     exchange  (B, n/K, D) -> (B, n, D/K) own heads, and back    backward: the other way
@@ -40,7 +40,7 @@ def share(net, cards: int):
 
 
 class UlyssesProcessor(WanAttnProcessor):
-    """The stock self-attention on local tokens (B, n/K, D), with all tokens and 1/K of the heads from the norms of q and k to the output."""
+    """The stock self-attention of local tokens (B, n/K, D): all tokens and 1/K of the heads from the norms of q and k to the output."""
 
     def __init__(self, cards: int):
         super().__init__()
