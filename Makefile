@@ -5,7 +5,7 @@ RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 WAN    := $(VENV)/.installed-wan
 
-.PHONY: toy video wan test slow claims video-claims bench publish lint clean
+.PHONY: toy video wan test slow claims video-claims bench bench-gpu publish lint clean
 
 toy: $(STAMP)            ## train teacher, baseline and TMD on two spirals and draw them
 	$(RUN) toy_2d.py --resume
@@ -32,6 +32,10 @@ video-claims: $(STAMP)   ## the paper's claims on moving shapes, three seeds (a 
 bench: $(STAMP)          ## steps per second of every stage against their matmuls alone
 	$(RUN) toy_2d.py --bench
 	$(RUN) toy_video.py --bench
+
+bench-gpu: $(WAN)        ## seconds and memory of wan_scale/ at full size on a card, into wan_scale/bench_results/ (minutes)
+	$(RUN) wan_scale/run.py bench --preset 1.3b
+	$(RUN) publish.py
 
 publish: $(STAMP)        ## copy measured numbers and pictures to results/ and set the README's tables from them
 	$(RUN) publish.py

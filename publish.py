@@ -73,6 +73,14 @@ def plans() -> dict[str, str]:
     return {"plan": "\n".join(rows) + "\n", "shapes": "\n".join(judged) + "\n"}
 
 
+def benchmarks() -> str:
+    """wan_scale/BENCHMARKS.md from the JSON files of `run.py bench`."""
+    from wan_scale import bench  # needs diffusers
+
+    records = [json.loads(file.read_text()) for file in sorted(bench.RESULTS.glob("*.json"))]
+    return "# Measured on cards\n\nWritten by `make publish` from [`bench_results/`](bench_results).\n\n" + bench.markdown(records)
+
+
 def fill(text: str, found: dict[str, str]) -> str:
     """Replace what stands between <!-- NAME --> and <!-- /NAME --> by the table of that name."""
     for name, table in found.items():
@@ -89,6 +97,7 @@ def main() -> None:
             shutil.copy(RUNS / run, RESULTS / result)
     for readme, found in ((Path("README.md"), tables()), (Path("wan_scale/README.md"), plans())):
         readme.write_text(fill(readme.read_text(), found))
+    Path("wan_scale/BENCHMARKS.md").write_text(benchmarks())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ Without a subcommand it runs data, stage1, stage2, sample and eval, and skips wh
     sample    prompts to mp4 (--student tmd, dmd2v or teacher; --M and --N may differ from training)
     export    the student as a folder for TMDWanPipeline.from_pretrained
     eval      score sheet of what was sampled; with --vbench-results VBench's three numbers beside the paper's
+    bench     seconds and memory of every step on this card at full size, with random weights: nothing to download
     teacher   flow matching of MODEL's transformer on the shards, for folders made by hand
 """
 
@@ -34,7 +35,7 @@ if __name__ == "__main__":
 import ladder
 from wan_scale.config import PRESETS, Wan, preset
 
-COMMANDS = ("plan", "data", "stage1", "stage2", "kd", "dmd2v", "sample", "export", "eval", "teacher")
+COMMANDS = ("plan", "data", "stage1", "stage2", "kd", "dmd2v", "sample", "export", "eval", "bench", "teacher")
 NEEDS = """Nothing was started: this reproduction needs three things that are not here.
 
   weights   a Wan2.1-T2V folder in the Hugging Face layout (1.3B: 29 GB with its text encoder), given with --model
@@ -118,22 +119,33 @@ def evaluate(cfg: Wan, folders=None) -> None:
             print("The weights are random: this shows that every step works, not how well.")
 
 
+def size_of(name: str) -> dict:
+    """The transformer's config of a preset."""
+    from wan_scale.plan import WAN
+    from wan_scale.tiny import TRANSFORMER
+
+    return WAN[name] if name in WAN else {**WAN["1.3b"], **TRANSFORMER}
+
+
+def bench(cfg: Wan, name: str) -> None:
+    from wan_scale import bench
+
+    out = None if name != "tiny" else cfg.folder("bench")  # a laptop's numbers are nobody's benchmark
+    print(bench.markdown([bench.run(cfg, size_of(name), name, out)]))
+
+
 def plan(cfg: Wan, name: str) -> None:
     from wan_scale import plan
 
     given = Path(cfg.model) / "transformer" / "config.json" if cfg.model else None
     if given and not given.exists():
         raise RuntimeError(f"{given} is missing; give a Wan2.1 folder in the Hugging Face layout, or leave --model away.")
-    model = json.loads(given.read_text()) if given else {"1.3b": "1.3b", "14b": "14b"}.get(name)
-    if model is None:
-        from wan_scale.tiny import TRANSFORMER
-
-        model = {**TRANSFORMER, "in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2), "cross_attn_norm": True}
+    model = json.loads(given.read_text()) if given else size_of(name)
     stages = {"stage1": cfg.stage1_updates, "stage2": cfg.stage2().iterations}
     clip = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width, "batch": cfg.global_batch}
     taps = {"last_tap": cfg.tap_blocks[-1], "disc_width": cfg.disc_width}
     clip["clips"] = cfg.clips or 500_000
-    card = {"gpus": cfg.gpus, "card_gb": cfg.card_gb, "tflops": cfg.tflops, "micro_batch": cfg.micro_batch}
+    card = {"gpus": cfg.gpus, "card_gb": cfg.card_gb, "tflops": cfg.tflops, "micro_batch": cfg.micro_batch, "lora": cfg.lora}
     # choice: float32 without TF32 taken to run at an eighth of the bf16 rate, with it at half (data sheets, not measured)
     more = {"disc_checkpointing": cfg.checkpointing, "fp32_slowdown": 2.0 if cfg.tf32 else 8.0}
     print(plan.report(model, M=cfg.M, N=cfg.N, H=cfg.H, **card, **clip, **stages, **taps, **more))
@@ -146,6 +158,8 @@ def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:
         return
     if command == "plan":
         return plan(cfg, name or "1.3b")
+    if command == "bench":
+        return bench(cfg, name or "1.3b")
     if name == "tiny":
         cfg = tiny_world(cfg)
     elif not cfg.model or (not cfg.prompts and not cfg.videos and command in (None, "data", "sample")):
