@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,10 +35,10 @@ class Feed:
 
 
 class Average:
-    """The moving average: a copy of the net's own (sharded) parameters."""
+    """The moving average: a copy of the net's own (sharded) parameters, in host memory where `device` says so."""
 
-    def __init__(self, net: nn.Module):
-        self.named = {name: p.detach().clone() for name, p in net.named_parameters()}
+    def __init__(self, net: nn.Module, device: str | None = None):
+        self.named = {name: p.detach().to(device, copy=True) for name, p in net.named_parameters()}
 
     def parameters(self):
         return [dist.local(p) for p in self.named.values()]
@@ -51,7 +52,9 @@ class WanPhase(tmd.Phase):
 
     KEPT = (*tmd.Phase.KEPT, "skipped", "in_a_row")
 
-    def __init__(self, *args, feed: Feed, accumulate: int = 1, patience: int = 5, keep: int = 2, context: int = 1, **kw):
+    def __init__(self, *args, feed: Feed, accumulate: int = 1, patience: int = 5, keep: int = 2, context: int = 1,
+                 average_on: str | None = None, **kw):  # fmt: skip
+        self.average = partial(Average, device=average_on)
         super().__init__(*args, **kw)
         self.feed, self.accumulate, self.patience, self.keep = feed, accumulate, patience, keep
         self.replica, self.replicas = dist.rank() // context, dist.world() // context  # ranks that share a clip draw alike
@@ -59,11 +62,9 @@ class WanPhase(tmd.Phase):
         self.micro, self.skipped, self.means = 0, 0, {}
         self.in_a_row = dict.fromkeys(self.nets, 0)  # by net: one of them may go on well
 
-    average = Average
-
     def follow(self, net):
-        class Local:  # the same lines as on one card, on this rank's parts
-            parameters = staticmethod(lambda: [dist.local(p) for p in net.parameters()])
+        class Local:  # the same lines as on one card, on this rank's parts, where the average is
+            parameters = staticmethod(lambda: [dist.local(p).to(a.device) for p, a in zip(net.parameters(), self.ema.parameters())])
 
         super().follow(Local)
 

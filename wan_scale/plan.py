@@ -83,6 +83,15 @@ def student_parameters(config: dict, H: int = 5) -> dict[str, int]:
     return {"teacher": teacher, **added, "total": teacher + sum(added.values())}
 
 
+def lora_parameters(config: dict, H: int = 5, rank: int = 64) -> dict[str, int]:
+    """What --lora trains: {"own" (the student's but for the blocks of its backbone), "student", "fake" (the two adapters)}."""
+    k, block = known(config), parameters(config)["block"]
+    D, L = k["D"], k["num_layers"]
+    sides = 8 * 2 * D + 2 * (D + k["ffn_dim"])  # inputs and outputs of a block's ten linear layers
+    own = student_parameters(config, H)["total"] - (L - H) * block
+    return {"own": own, "student": (L - H) * rank * sides, "fake": L * rank * sides}
+
+
 def discriminator(config: dict, size: tuple[int, int, int], conv_width: int, taps: int = 3, hidden: int = 1024) -> dict[str, float]:
     """WanDiscriminator on `taps` features of a latent of `size` (frames, height, width).
 
@@ -132,12 +141,14 @@ def flops(config: dict, n_tokens: int, text: int = 512, H: int = 5) -> dict[str,
 
 def step_flops(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5, M: int = 1, last_tap: int | None = None,
                guidance: bool = True, gan: bool = True, disc_flops: float = 0.0, flow_map_share: float = 0.25,
-               fp32_slowdown: float = 2.0, attention_backward: float = 2.5, text: int = 512) -> dict[str, float]:  # fmt: skip
+               fp32_slowdown: float = 2.0, attention_backward: float = 2.5, text: int = 512,
+               lora: int = 0) -> dict[str, float]:  # fmt: skip
     """FLOPs of one micro-batch of one clip, by what is evaluated (the values add up to the step).
 
     kind: "stage1" | "student" and "critic" (stage 2) | "kd" | "sample" (tmd.sample, M transitions) | "teacher" (one forward). H = 0, N = 1
     is DMD2-v. fp32 passes count `fp32_slowdown` times, so that all can be divided by one bf16 rate. attention_backward: how many forwards
-    of it its gradient costs; fused kernels recompute the scores (2.5), plain ones do not (2).
+    of it its gradient costs; fused kernels recompute the scores (2.5), plain ones do not (2). Under adapters (lora) the weights of a block
+    take no gradient; the adapters' own products, about 2 % of a block's linear ones at rank 64, are left out.
     """
     part, L = flops(config, n_tokens, text, H), known(config)["num_layers"]
     last_tap = L - 1 if last_tap is None else last_tap
@@ -156,22 +167,23 @@ def step_flops(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5
     teacher = lambda gradient="none": cost(L, part["embeddings"]["total"] + part["output"]["total"], gradient)
     features = lambda gradient="none": cost(last_tap + 1, part["embeddings"]["total"], gradient)
 
+    trained = "inputs" if lora else "all"
     if kind == "teacher":
         found = {"teacher": teacher()}
     elif kind == "sample":
         found = {"backbone": M * backbone(), "head": M * N * head()}
     elif kind == "kd":
-        found = {"backbone, trained": backbone("all"), "head, trained": N * head("all")}
+        found = {"backbone, trained": backbone(trained), "head, trained": N * head("all")}
     elif kind == "stage1":
         found = {
-            "backbone, trained": backbone("all"),
+            "backbone, trained": backbone(trained),
             "head, trained": head("all"),
             "pass for c_neg": guidance * (backbone() + head()),
             "finite difference, fp32": (flow_map_share > 0) * 2 * head() * fp32_slowdown,  # whatever r and s are
         }
     elif kind == "student":
         found = {
-            "backbone, trained": backbone("all"),
+            "backbone, trained": backbone(trained),
             f"head x {N}, trained": N * head("all"),
             "fake score": teacher(),
             "teacher, guided": (1 + guidance) * teacher(),
@@ -182,7 +194,7 @@ def step_flops(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5
         found = {
             "backbone": backbone(),
             f"head x {N}": N * head(),
-            "fake score, trained": teacher("all"),
+            "fake score, trained": teacher(trained),
             "teacher's features, real and fake": gan * 2 * features(),
             "discriminator, trained": gan * 6 * disc_flops,
         }
@@ -195,32 +207,39 @@ def step_flops(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5
 
 
 def memory(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2, H: int = 5, last_tap: int | None = None,
-           disc: float = 0.0, disc_bytes: float = 0.0, shard_teacher: bool = True, micro_batch: int = 1) -> dict[str, float]:  # fmt: skip
+           disc: float = 0.0, disc_bytes: float = 0.0, shard_teacher: bool = True, micro_batch: int = 1,
+           lora: int = 0, context_parallel: int = 1) -> dict[str, float]:  # fmt: skip
     """Bytes on each card at the peak of a step of `kind` ("stage1", "student", "critic"), by term.
 
     Trained nets: fp32 weights, gradients and AdamW's moments, sharded over `gpus` (FSDP2); the discriminator is whole on every card, so is
     the teacher (bf16) unless `shard_teacher`. Gradients exist only of the net being updated. disc: its parameters; disc_bytes: what one of
-    its forwards keeps of a clip. ACTIVATIONS ARE AN ESTIMATE: what PyTorch saves uncompiled, in bf16 autocast without its cache of casts.
+    its forwards keeps of a clip. Cards that share a clip hold 1 / context_parallel of its hidden states, and its features whole.
+    With lora, the adapters' rank, every card holds the base and all that is trained, the host the average.
+    ACTIVATIONS ARE AN ESTIMATE: what PyTorch saves uncompiled, in bf16 autocast without its cache of casts.
     """
     if gpus < 1:
         raise ValueError(f"gpus is {gpus}; it must be at least 1.")
     if kind not in ("stage1", "student", "critic"):
         raise ValueError(f"kind is {kind!r}; choose one of 'stage1', 'student', 'critic'.")
     k, teacher = known(config), parameters(config)
-    L, n = k["num_layers"], micro_batch * n_tokens
+    L, n = k["num_layers"], micro_batch * n_tokens // context_parallel
     wide, disc_bytes = n * k["D"], micro_batch * disc_bytes  # wide: numbers in one hidden state
     last_tap = L - 1 if last_tap is None else last_tap
-    student, stage2 = student_parameters(config, H)["total"], kind != "stage1"
+    student, fake, stage2 = student_parameters(config, H)["total"], teacher["total"], kind != "stage1"
+    if lora:
+        thin, gpus = lora_parameters(config, H, lora), 1
+        student, fake = thin["own"] + thin["student"], thin["fake"]
     bf16, fp32 = 2, 4
     found = {
+        "shared base, bf16": bool(lora) * bf16 * teacher["total"],
         "student, weights": fp32 * student / gpus,
         "student, AdamW": 2 * fp32 * student / gpus,
-        "student, average": fp32 * student / gpus,
-        "fake score, weights": stage2 * fp32 * teacher["total"] / gpus,
-        "fake score, AdamW": stage2 * 2 * fp32 * teacher["total"] / gpus,
+        "student, average": (not lora) * fp32 * student / gpus,
+        "fake score, weights": stage2 * fp32 * fake / gpus,
+        "fake score, AdamW": stage2 * 2 * fp32 * fake / gpus,
         "discriminator, weights and AdamW": stage2 * 3 * fp32 * disc,
-        "teacher, bf16": stage2 * bf16 * teacher["total"] / (gpus if shard_teacher else 1),
-        "gradients": fp32 * (teacher["total"] / gpus + disc if kind == "critic" else student / gpus),
+        "teacher, bf16": (stage2 and not lora) * bf16 * teacher["total"] / (gpus if shard_teacher else 1),
+        "gradients": fp32 * (fake / gpus + disc if kind == "critic" else student / gpus),
     }
     # Two blocks and their gradients are whole at a time (the next is fetched early), the root's weights all the while.
     trained = min(4, L) * fp32 * teacher["block"] + (1 + stage2) * fp32 * (student - teacher["blocks"])
@@ -229,6 +248,8 @@ def memory(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2,
     # A checkpointed block keeps its input: bf16 in the backbone, fp32 in the head, whose fusion is computed in fp32. Fusion and output
     # layer are not checkpointed: about 28 and 10 bytes a number. The block that runs backwards is whole: 4.3 GB at 1.3B, 12.4 at 14B.
     live = n * (68.5 * k["D"] + 4 * k["ffn_dim"])
+    if lora:  # what is between A and B is kept, and for A the input of a layer becomes fp32 for a moment
+        live += n * (16 * lora + 4 * k["ffn_dim"])
     rolled = 1 if kind == "stage1" else N  # head evaluations in the graph
     outside = (rolled * 38 if H else 10) * wide
     graph = ((L - H) * bf16 + rolled * H * fp32) * wide
@@ -249,22 +270,28 @@ def plan(model: str | dict = "1.3b", *, gpus: int = 8, card_gb: float = 141, tfl
          frames: int = 81, height: int = 480, width: int = 832, batch: int = 64, micro_batch: int = 1, stage1: int | None = None,
          stage2: int | None = None, student_every: int = 5, last_tap: int | None = None, disc_width: int | None = None,
          disc_checkpointing: bool = False, shard_teacher: bool = True, flow_map_share: float = 0.25, fp32_slowdown: float = 2.0,
-         clips: int = 500_000, text: int = 512) -> dict:  # fmt: skip
+         clips: int = 500_000, text: int = 512, lora: int = 0, context_parallel: int = 1) -> dict:  # fmt: skip
     """Every number of the report. model: "1.3b", "14b" or a transformer's config; batch is the global one, micro_batch a card's.
 
-    stage1, stage2 are updates and iterations, by default the paper's; H = 0 plans DMD2-v. RAISES ValueError on settings that cannot run.
+    stage1, stage2 are updates and iterations, by default the paper's; H = 0 plans DMD2-v; lora is the rank of adapters on a shared
+    base. RAISES ValueError on settings that cannot run.
     """
     settings = dict(gpus=gpus, card_gb=card_gb, tflops=tflops, M=M, N=N, H=H, frames=frames, height=height, width=width, batch=batch,
-                    micro_batch=micro_batch, student_every=student_every)  # fmt: skip
+                    micro_batch=micro_batch, student_every=student_every, lora=lora, context_parallel=context_parallel)  # fmt: skip
     if isinstance(model, str) and model not in WAN:
         raise ValueError(f"model is {model!r}; choose one of {', '.join(map(repr, WAN))}, or give a transformer's config.")
     config = WAN[model] if isinstance(model, str) else model
     k = known(config)
     for field, value in {**settings, "clips": clips, "fp32_slowdown": fp32_slowdown}.items():
-        if not (value > 0 or field == "H") or value == math.inf:
+        if not (value > 0 or field == "H" or (field == "lora" and value == 0)) or value == math.inf:
             raise ValueError(f"{field} is {value}; it must be positive.")
-    if batch % (gpus * micro_batch):
-        raise ValueError(f"a global batch of {batch} does not split over {gpus} GPUs, {micro_batch} at a time on each; change one of them.")
+    K, n = context_parallel, tokens(config, frames, height, width)
+    for what, size in (("GPUs", gpus), ("heads", k["num_attention_heads"]), ("tokens of a clip", n)):
+        if size % K:
+            raise ValueError(f"context_parallel {K} does not divide the {size} {what}; change one of them.")
+    if batch % (gpus // K * micro_batch):
+        groups = f"{gpus} GPUs" if K == 1 else f"{gpus // K} groups of {K} GPUs"
+        raise ValueError(f"a global batch of {batch} does not split over {groups}, {micro_batch} at a time on each; change one of them.")
     if student_every < 2:
         raise ValueError(f"student_every is {student_every}; it must be at least 2, for the critics train in between.")
     name = next((name for name, other in WAN.items() if known(other) == k), None)
@@ -275,21 +302,27 @@ def plan(model: str | dict = "1.3b", *, gpus: int = 8, card_gb: float = 141, tfl
     paper = {"stage1": run["stage1"], "kd": run["kd"], "stage2": run["stage2"][M > 1]}
     iterations = paper | {name: given for name, given in (("stage1", stage1), ("stage2", stage2)) if given is not None}
 
-    n, size, second = tokens(config, frames, height, width), latent(frames, height, width), tflops * 1e12
+    size, second = latent(frames, height, width), tflops * 1e12
     disc = discriminator(config, size, disc_width)
-    shared = {"N": N, "H": H, "last_tap": last_tap}
+    shared = {"N": N, "H": H, "last_tap": last_tap, "lora": lora}
     kept = {"disc": disc["parameters"], "disc_bytes": disc["live" if disc_checkpointing else "kept"], "shard_teacher": shard_teacher}
     working = {"disc_flops": disc["flops"], "flow_map_share": flow_map_share, "fp32_slowdown": fp32_slowdown, "text": text}
     steps = {kind: step_flops(config, n, kind, **shared, **working) for kind in (*kinds, "kd")}
-    memories = {kind: memory(config, n, kind, gpus=gpus, micro_batch=micro_batch, **shared, **kept) for kind in kinds}
+    held = {"gpus": gpus, "micro_batch": micro_batch, "context_parallel": K}
+    memories = {kind: memory(config, n, kind, **held, **shared, **kept) for kind in kinds}
     peak, limit = {kind: sum(terms.values()) for kind, terms in memories.items()}, card_gb * GB * (1 - RESERVE)
 
-    seconds = {kind: batch // gpus * sum(step.values()) / second for kind, step in steps.items()}
+    whole = lambda term: term.startswith("discriminator")  # every card of a group does all of it
+    card = {kind: sum(cost if whole(term) else cost / K for term, cost in step.items()) for kind, step in steps.items()}  # FLOPs of a clip
+    seconds = {kind: batch // (gpus // K) * each / second for kind, each in card.items()}
     seconds["stage2"] = (seconds["student"] + (student_every - 1) * seconds["critic"]) / student_every
     grids = GRIDS if H else sorted({(M, 1) for M, _ in GRIDS})
     sampling = {(m, j): sum(step_flops(config, n, "sample", M=m, N=j, H=H, text=text).values()) / second for m, j in grids}
     teacher_sampling = 100 * flops(config, n, text, H)["whole"]["total"] / second  # 50 steps with guidance
-    student, teacher = student_parameters(config, H)["total"], parameters(config)["total"]
+    student, fake = student_parameters(config, H)["total"], parameters(config)["total"]
+    thin = lora_parameters(config, H, lora)
+    if lora:
+        student, fake = thin["own"] + thin["student"], thin["fake"]
     return {
         "settings": settings,
         "name": name or "this transformer",
@@ -297,6 +330,7 @@ def plan(model: str | dict = "1.3b", *, gpus: int = 8, card_gb: float = 141, tfl
         "L": k["num_layers"],
         "parameters": parameters(config),
         "student": student_parameters(config, H),
+        "lora": thin,
         "discriminator": disc,
         "flops": flops(config, n, text, H),
         "steps": steps,
@@ -312,21 +346,32 @@ def plan(model: str | dict = "1.3b", *, gpus: int = 8, card_gb: float = 141, tfl
         "clips": clips,
         "clip hours": clips * teacher_sampling / 3600,
         "clip bytes": clips * 2 * (k["in_channels"] * math.prod(size) + text * k["text_dim"]),  # latents fp16, text embeddings bf16
-        "checkpoint bytes": 16 * student + 12 * (teacher + disc["parameters"]),  # of stage 2: weights, AdamW, the student's average
+        "checkpoint bytes": 16 * student + 12 * (fake + disc["parameters"]),  # of stage 2: weights, AdamW, the student's average
     }
 
 
 def advice(model: str | dict = "1.3b", *, gpus: int = 8, batch: int = 64, frames: int = 81, **settings) -> str:
     """What to change where the plan does not fit: the fewest GPUs that do, the longest clip that does on these, both, or larger cards."""
-    fits = lambda gpus, frames: plan(model, gpus=gpus, batch=batch, frames=frames, **settings)["fits"]
+
+    def fits(gpus, frames, **more):
+        try:
+            return plan(model, gpus=gpus, batch=batch, frames=frames, **settings | more)["fits"]
+        except ValueError:  # cards that share a clip do not divide these heads, tokens or cards
+            return False
+
     longest = lambda gpus: next((f for f in range(frames - 4, 16, -4) if fits(gpus, f)), None)  # 17 frames are a second
-    most = batch // settings.get("micro_batch", 1)
+    K = settings.get("context_parallel", 1)
+    most = K * batch // settings.get("micro_batch", 1)
     more = next((g for g in range(gpus + 1, most + 1) if most % g == 0 and fits(g, frames)), None)
     shorter = longest(gpus)
     ways = [f"take {more} GPUs, the fewest that do at this size"] if more else []
     ways += [f"keep {gpus} and shorten the clips to {shorter} frames"] if shorter else []
     if not ways and (shorter := longest(most)):
         ways = [f"take {most} GPUs and shorten the clips to {shorter} frames"]
+    if cut := next((k for k in (2, 4, 8) if k > K and fits(gpus, frames, context_parallel=k)), None):
+        ways += [f"cut each clip over {cut} GPUs with --context-parallel {cut}"]
+    if not settings.get("lora") and fits(gpus, frames, lora=64):
+        ways += ["train adapters on one shared base with --lora 64"]
     if not ways:
         return f"No number of such cards up to {most} helps: take larger cards, smaller pictures or the smaller model."
     return f"To make it fit, {', or '.join(ways)}."
@@ -355,11 +400,16 @@ def report(model: str | dict = "1.3b", **settings) -> str:
     ]
     added = p["student"]["total"] - p["student"]["teacher"]
     clip, cards = f"{s['frames']} frames of {s['height']}x{s['width']}", f"{gpus} GPU{'s' * (gpus > 1)} of {s['card_gb']:g} GB"
+    trained = {"student": p["lora"]["own"] + p["lora"]["student"], "fake score": p["lora"]["fake"]}
+    thin = [f"  LoRA of rank {s['lora']} on a shared base; trained: " + ", ".join(f"{who} {million(n)}" for who, n in trained.items())]
+    thin = thin if s["lora"] else []
+    K = s["context_parallel"]
+    cut = f" {K} that share a clip" if K > 1 else ""
     verdict = lambda kind: "fits" if p["peak"][kind] <= p["limit"] else "TOO MUCH"
 
     lines = [
         f"Plan for {p['name']}: {'TMD' if H else 'DMD2-v'} with M = {M}, N = {N}, H = {H} of {L} blocks; clips of {clip}",
-        f"({p['tokens']:,} tokens), a global batch of {s['batch']} on {cards}, {s['micro_batch']} at a time on each.",
+        f"({p['tokens']:,} tokens), a global batch of {s['batch']} on {cards}, {s['micro_batch']} at a time on each{cut}.",
         f"Estimates from FLOP counts at {s['tflops']:g} TFLOP/s (bf16) a GPU, not measured. Communication, optimizer steps, reading, VAE",
         "and text encoder are left out of the times; activations are estimated. 1 GB = 2^30 bytes.",
         "",
@@ -367,6 +417,7 @@ def report(model: str | dict = "1.3b", **settings) -> str:
         f"  teacher        {million(p['parameters']['total']):>12}   {L} blocks of {million(p['parameters']['block'])}",
         f"  student        {million(p['student']['total']):>12}   the teacher and {million(added)} of the flow head",
         f"  discriminator  {million(p['discriminator']['parameters']):>12}",
+        *thin,
         "",
         f"One forward: {tera(whole['total'])} TFLOP ({tera(whole['linear'])} linear, {tera(whole['attention'])} attention)"
         + (f"; backbone {tera(p['flops']['backbone']['total'])}, flow head {tera(p['flops']['head']['total'])}." if H else "."),

@@ -146,6 +146,7 @@ def plan(cfg: Wan, name: str) -> None:
     taps = {"last_tap": cfg.tap_blocks[-1], "disc_width": cfg.disc_width}
     clip["clips"] = cfg.clips or 500_000
     card = {"gpus": cfg.gpus, "card_gb": cfg.card_gb, "tflops": cfg.tflops, "micro_batch": cfg.micro_batch, "lora": cfg.lora}
+    card["context_parallel"] = cfg.context_parallel
     # choice: float32 without TF32 taken to run at an eighth of the bf16 rate, with it at half (data sheets, not measured)
     more = {"disc_checkpointing": cfg.checkpointing, "fp32_slowdown": 2.0 if cfg.tf32 else 8.0}
     print(plan.report(model, M=cfg.M, N=cfg.N, H=cfg.H, **card, **clip, **stages, **taps, **more))

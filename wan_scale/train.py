@@ -151,6 +151,8 @@ class Training:
         """train(feed, ...) is a loop of tmd_minimal, run in this machine's precision; `read` is the reader's batch or pairs."""
         feed = Feed(read or self.reader.batch)
         make = partial(WanPhase, feed=feed, accumulate=self.accumulate, context=self.cfg.context_parallel)
+        if self.cfg.lora:  # memory of the card is what it is about, and the average moves once an update
+            make = partial(make, average_on="cpu")
         kept = {"path": str(self.folder / "checkpoints"), "save_every": self.cfg.save_every, "config": self.config}
         with compute(self.cfg, self.device):
             return train(feed, seed=self.cfg.seed, make=make, on_step=partial(self.on_step, how), **kept)[1]

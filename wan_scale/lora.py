@@ -1,0 +1,96 @@
+"""--lora RANK: one frozen transformer under student, teacher and fake score, so that 14B trains on one card.
+
+    teacher      Role(base): the base alone
+    fake score   Role(base, "fake"): the base with a LoRA on every block
+    student      graft(net, base, H): the base with a LoRA on its first L-H blocks; all else (last H blocks, embeddings, output layer) is
+                 the student's own and trained in full
+
+The LoRA layers are PEFT's. Which adapter they use is a mark on each layer, and a recomputation in the backward pass comes when another role
+may have left its own mark there. So no role switches the network: each role has its own view of every block, which sets the marks of that
+block whenever it is called, first time or again. PEFT's set_adapter would also freeze the other role's weights: GRADIENTS LOST in silence.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from wan_scale.model import WanNetwork
+
+
+def adapt(base: WanNetwork, rank: int, scale: float, depth: dict[str, int]) -> WanNetwork:
+    """Freeze the base and put a fresh LoRA, which changes nothing yet, on every linear layer of its first depth[name] blocks.
+
+    RAISES ValueError where that is no block.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    linear = [path for path, m in base.transformer.named_modules() if isinstance(m, nn.Linear) and path.startswith("blocks.")]
+    for name, n in depth.items():
+        if n < 1:
+            raise ValueError(f"of {len(base.blocks)} blocks none is left for the {name}'s adapter; make the flow head (--H) shorter.")
+        mine = [path for path in linear if int(path.split(".")[1]) < n]
+        # choice: adapters are in strength 10 times B A, for at the rates of full training Adam moves a product of small matrices slowly
+        how = LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=mine)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # the second adapter is meant
+            inject_adapter_in_model(how, base.transformer, name)
+    return base.requires_grad_(False)
+
+
+class Adapted(nn.Module):
+    """A block of the base as one role sees it: with the adapter `name`, or with none. Owns that adapter's weights and nothing else."""
+
+    def __init__(self, block, name: str | None):
+        from peft.tuners.lora import LoraLayer
+
+        super().__init__()
+        layers = {path: layer for path, layer in block.named_modules() if isinstance(layer, LoraLayer)}
+        self.marks = [name] if name else []
+        vars(self).update(block=block, layers=list(layers.values()))  # used, not owned: not trained, not saved, not copied
+        parts = lambda layer: nn.ModuleDict({"A": layer.lora_A[name], "B": layer.lora_B[name]})
+        self.adapter = nn.ModuleDict({path.replace(".", "/"): parts(layer) for path, layer in layers.items() if name in layer.lora_A})
+        self.float().requires_grad_(True)  # PEFT makes them as the base is: in bf16 a rate of 1e-5 would be rounded away
+
+    def forward(self, *args):
+        for layer in self.layers:
+            layer._active_adapter = self.marks
+        return self.block(*args)
+
+    def __deepcopy__(self, memo):
+        return self  # tmd.TMDStudent copies the network it is given; the base exists once
+
+
+class Role(WanNetwork):
+    """The base in the contract of tmd.Network, with the adapter `name` or (the teacher) with none; its parameters are the adapter's."""
+
+    def __init__(self, base: WanNetwork, name: str | None = None):
+        super().__init__(base.transformer)
+        vars(self).update({key: value for key, value in vars(base).items() if not key.startswith("_")})  # checkpointing and the like
+        vars(self)["transformer"] = self._modules.pop("transformer")  # used, not owned
+        self.adapted = nn.ModuleList(Adapted(block, name) for block in base.blocks)
+
+    blocks = property(lambda self: self.adapted)
+
+
+def graft(net: WanNetwork, base: WanNetwork, H: int) -> WanNetwork:
+    """A student's network whose blocks before the last H are the base's with the adapter "student"; the rest stays its own."""
+    blocks = net.transformer.blocks
+    for i in range(len(blocks) - H):
+        blocks[i] = Adapted(base.blocks[i], "student")
+    return net
+
+
+def merged(transformer, state: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+    """What an ordinary student would have saved: the folder's transformer with the adapter added to its weights, and the student's own."""
+    whole = {f"net.transformer.{name}": p for name, p in transformer.state_dict().items()}
+    for name, B in state.items():
+        if ".adapter." not in name:
+            whole[name] = B
+        elif name.endswith(".B.weight"):
+            A = state[name.replace(".B.weight", ".A.weight")]
+            weight = name.replace(".adapter.", ".").replace("/", ".").replace(".B.weight", ".weight")
+            whole[weight] = torch.addmm(whole[weight], B, A, alpha=scale)
+    return whole
