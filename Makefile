@@ -18,7 +18,7 @@ wan: $(WAN)              ## the whole of wan_scale/ on a tiny random Wan: data, 
 
 test: $(WAN)             ## lint, then every test that is not marked slow
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest -q -m "not slow"
+	$(RUN) -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 slow: $(WAN)             ## the tests marked slow: default-sized runs
 	$(RUN) -m pytest -q -m slow

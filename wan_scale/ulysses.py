@@ -35,21 +35,21 @@ def share(net, cards: int):
     dist.context_group(cards)  # every rank must make its groups, and here they all are
     net.cards = cards
     for block in net.blocks if cards > 1 else ():
-        block.attn1.set_processor(UlyssesProcessor(cards))  # cross-attention: every token for itself, as it is
+        block.attn1.set_processor(UlyssesProcessor(cards, block.attn1.processor))  # cross-attention: every token for itself, as it is
     return net
 
 
 class UlyssesProcessor(WanAttnProcessor):
     """The stock self-attention of local tokens (B, n/K, D): all tokens and 1/K of the heads from the norms of q and k to the output."""
 
-    def __init__(self, cards: int):
+    def __init__(self, cards: int, stock: WanAttnProcessor):
         super().__init__()
-        self.cards = cards
+        self.cards, self._attention_backend = cards, stock._attention_backend
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         K = self.cards
-        own_heads = lambda z: Exchange.apply(z, 2, 1, K)  # after the norms, which go over all heads; before rope, which needs all places
-        own_tokens = lambda z: Exchange.apply(z, 1, 2, K)
+        own_heads = lambda z: exchange(z, 2, 1, K)  # after the norms, which go over all heads; before rope, which needs all places
+        own_tokens = lambda z: exchange(z, 1, 2, K)
         seen = SimpleNamespace(
             heads=attn.heads // K,
             to_q=attn.to_q,
@@ -74,6 +74,12 @@ def split(x, cards: int):
 def gather(h, cards: int):
     """All tokens (B, n, D) on every rank of the group, of local ones (B, n/K, D)."""
     return Gather.apply(h, cards) if cards > 1 else h
+
+
+@torch.compiler.disable  # a compiled block is cut here: a tracer would go into the making of groups
+def exchange(x, cut: int, join: int, cards: int):
+    """Tokens (B, n/K, D) for heads (B, n, D/K) with cut 2, join 1; the way back with cut 1, join 2."""
+    return Exchange.apply(x, cut, join, cards)
 
 
 def own(x, cards: int):
