@@ -38,7 +38,7 @@ from wan_scale.config import PRESETS, Wan, preset
 COMMANDS = ("plan", "data", "stage1", "stage2", "kd", "dmd2v", "sample", "export", "eval", "bench", "teacher")
 NEEDS = """Nothing was started: this reproduction needs three things that are not here.
 
-  weights   a Wan2.1-T2V folder in the Hugging Face layout (1.3B: 29 GB with its text encoder), given with --model
+  weights   a Wan2.1-T2V folder in the Hugging Face layout (tens of GB with its text encoder), given with --model
   prompts   one a line, given with --prompts (the paper: 500k VidProM prompts, extended by Qwen2.5-7B)
   GPUs      see `python wan_scale/run.py plan --preset 1.3b --gpus 8`
 
