@@ -12,7 +12,7 @@ from pathlib import Path
 
 import claims
 from claims import Rung, show, summary
-from ladder import BLUE, GREY, INK, ORANGE, pyplot
+from ladder import BLUE, INK, ORANGE, pyplot
 from moving_shapes import MOTIONS
 from toy_video import QUICK, SIZES, ToyVideo, VideoLadder
 
@@ -119,20 +119,23 @@ def draw(root: Path, result: dict) -> None:
     plt = pyplot()
     teachers = base_teachers(root)
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    names = ("dmd2v", "dmd2v M2", "tmd", "tmd N1", "tmd N2", "tmd H1", "tmd M2", "tmd no stage 1")
+    names = ("dmd2v", "dmd2v no kd", "dmd2v M2", "tmd", "tmd N1", "tmd N2", "tmd H1", "tmd M2", "tmd no stage 1")
     for ax, key in zip(axes, ("total", "semantic")):
-        for name in names:
-            if name in result["models"]:
-                m, (color, mark) = result["models"][name], (INK, "s") if "dmd2v" in name else (ORANGE, "o")
-                ax.errorbar(m["effective_nfe"], m[key]["mean"], m[key]["std"], fmt=mark, color=color, capsize=3, ms=5)
-                ax.annotate(name, (m["effective_nfe"], m[key]["mean"]), xytext=(5, 4), textcoords="offset points", fontsize=7, color=color)
+        shown = sorted((name for name in names if name in result["models"]), key=lambda name: result["models"][name]["effective_nfe"])
+        places = [result["models"][name]["effective_nfe"] for name in shown]
+        for i, name in enumerate(shown):
+            m, (color, mark) = result["models"][name], (INK, "s") if "dmd2v" in name else (ORANGE, "o")
+            k = places[:i].count(places[i])  # students of one NFE stand side by side, their names one above the other
+            x = places[i] + 0.03 * k
+            ax.errorbar(x, m[key]["mean"], m[key]["std"], fmt=mark, color=color, capsize=3, ms=5)
+            ax.annotate(name, (x, m[key]["mean"]), xytext=(9, 11 * k - 12), textcoords="offset points", fontsize=7, color=color)
         for steps, style in (("50", "--"), ("4", ":")):
             ax.axhline(sum(t[steps][key] for t in teachers) / len(teachers), color=BLUE, lw=1, ls=style, label=f"teacher, {steps} x 2")
-        ax.axhline(sum(t["floor"][key] for t in teachers) / len(teachers), color=GREY, lw=1, label="data")
-        ax.set(xlabel="effective NFE", ylabel=key)
-        ax.margins(x=0.25)
+        data = sum(t["floor"][key] for t in teachers) / len(teachers)
+        ax.set(xlabel="effective NFE", ylabel=key, title=f"{key} (data: {data:.2f})")
+        ax.margins(x=0.35)
         ax.grid(alpha=0.2)
-    axes[0].legend(fontsize=7)
+    axes[0].legend(fontsize=7, loc="lower left")
     fig.savefig(root / "quality_vs_nfe.png", dpi=120)
     plt.close(fig)
 
