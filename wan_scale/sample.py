@@ -56,7 +56,9 @@ def make_model(cfg: Wan, dtype: torch.dtype = torch.float32) -> TMDWanModel:
 def make_pipeline(cfg: Wan, device, teacher: bool = False, dtype: torch.dtype | None = None):
     """The student's pipeline, or the teacher's stock one, with the folder's text encoder and VAE (always float32)."""
     from diffusers import AutoencoderKLWan, WanPipeline
+    from diffusers.utils import logging
 
+    logging.disable_progress_bar()  # of loading parts
     check_folder(cfg.model)
     dtype = dtype or compute_dtype(cfg, device)
     vae = AutoencoderKLWan.from_pretrained(cfg.model, subfolder="vae", dtype=torch.float32)  # as Wan's authors decode

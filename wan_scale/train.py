@@ -68,7 +68,7 @@ def make_student(cfg: Wan, how: WanStudentConfig, start: str | None = None, base
     net = network(cfg) if base is None else lora.graft(network(cfg), base, how.H)
     student = tmd.TMDStudent(net, how.H, how.fusion) if how.H else tmd.PlainStudent(net)
     if start:
-        finished(cfg.folder(start), cfg)  # of these settings
+        finished(cfg.folder(start), cfg, told=False)  # of these settings
         load_student(cfg.folder(start), student)
     return student
 
@@ -98,15 +98,16 @@ def describe_finished(folder: Path, facts: dict) -> None:
     os.replace(folder / "student.json.tmp", folder / "student.json")
 
 
-def finished(folder: Path, cfg: Wan) -> dict | None:
-    """The description of a finished phase; RuntimeError if it is one of other settings."""
+def finished(folder: Path, cfg: Wan, told: bool = True) -> dict | None:
+    """The description of a finished phase, told to the screen; RuntimeError if it is one of other settings."""
     if not (folder / "student.json").exists():
         return None
     facts, mine = json.loads((folder / "student.json").read_text()), cfg.of_the_training(folder.name)
     keys = [key for key, value in mine.items() if facts["recipe"].get(key) != value and key != "--micro-batch"]  # how it was cut is past
     if keys:
         raise RuntimeError(f"{folder} holds a student made with another {', '.join(keys)}; give the same settings or another --out.")
-    dist.say(f"{folder.name}: finished, nothing to do.")
+    if told:
+        dist.say(f"{folder.name}: finished, nothing to do.")
     return facts
 
 
