@@ -20,7 +20,6 @@ Shapes: states are (B, *D) of any rank, times are (B,) in [0, 1], grids are (M+1
 The contract between algorithm and network, all of it:
     student.features(x_t, t, c) -> m                 student.head(y_s, s, r, m) -> prediction of y, shaped like y_s
     teacher(x_t, t, c) -> velocity                   teacher.taps(x_t, t, c, blocks) -> list of features
-
 Where to find the paper
     Eq. 1, 5  interpolate        Eq. 8-10  tm_mf_loss          Eq. 14  inner_velocity      Alg. 1  sample
     Eq. 2     denoising_loss     Eq. 11    vsd_loss            Eq. 15  clean_estimate      Alg. 2  stage1_draw, tm_mf_loss
@@ -163,8 +162,7 @@ def interpolate(x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.
         raise ValueError(f"data of shape {tuple(x.shape)} and noise of shape {tuple(noise.shape)} disagree.")
     if not t.is_cuda and bool(((t < 0) | (t > 1)).any()):  # on a GPU the check would wait for the device
         raise ValueError(f"times must lie in [0, 1], got {t.min().item():.3g} to {t.max().item():.3g}; 1 is noise.")
-    x, noise = at_least_fp32(x), at_least_fp32(noise)
-    t = bcast(t, x)
+    x, noise, t = at_least_fp32(x), at_least_fp32(noise), bcast(t, at_least_fp32(x))
     return (1 - t) * x + t * noise  # Eq. (1), Eq. (5)
 
 
@@ -306,8 +304,7 @@ class VideoDiT(Network):
         self.time = TimeEmbedding(width, max_freq=20.0)
         self.patch = nn.Conv3d(channels, width, self.patch_size, self.patch_size)
         layers = nn.Linear(width, width), nn.GELU("tanh"), nn.Linear(width, width)
-        # choice: prompts at the scale of the tokens
-        self.text = nn.Sequential(nn.Embedding(words + 1, width), *layers, nn.LayerNorm(width))
+        self.text = nn.Sequential(nn.Embedding(words + 1, width), *layers, nn.LayerNorm(width))  # choice: prompts at the tokens' scale
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 8 * width))
         self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
         self.norm, self.proj = nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, channels * math.prod(self.patch_size))
@@ -730,6 +727,7 @@ class Phase:
     checkpoint and compared on load. Paper's AdamW: weight decay 0.01, betas (0.9, 0.99), eps 1e-8.
     """
 
+    average = staticmethod(lambda net: copy.deepcopy(net).requires_grad_(False))  # what holds the EMA
     KEPT = ("name", "config", "step", "seconds", "log", "ema_updates")  # the plain values of a checkpoint
 
     def __init__(self, name, nets: dict, averaged: str, lr: float, ema: float, seed: int, config: dict | None, clip: float = 1.0):
@@ -742,8 +740,6 @@ class Phase:
             for key, net in nets.items()
         }
         self.ema, self.ema_updates = self.average(nets[averaged]), 0
-
-    average = staticmethod(lambda net: copy.deepcopy(net).requires_grad_(False))  # what holds it
 
     def follow(self, net) -> None:
         """Move the average toward `net`."""
@@ -764,9 +760,8 @@ class Phase:
         for term, value in terms.items():
             self.check(f"loss term {term!r}", value)
         self.optimizers[name].zero_grad(set_to_none=True)
-        loss = sum(terms.values())
-        with torch.autocast(loss.device.type, enabled=False):  # inside, gradients of float32 parts would be rounded to half precision
-            loss.backward()
+        with torch.autocast(self.generator.device.type, enabled=False):  # inside, gradients of float32 parts would be rounded to half
+            sum(terms.values()).backward()
         self.check(f"gradient norm of {name!r}", nn.utils.clip_grad_norm_(self.nets[name].parameters(), self.clip))
         self.optimizers[name].step()
         if name == self.averaged:
@@ -842,8 +837,7 @@ def train_teacher(net, data, *, updates, batch, lr, cond_drop=0.1, c_neg=None, t
         x, c = data(batch, g)
         if c is not None:
             c = drop_condition(c, c_neg, torch.rand(len(x), generator=g, device=x.device) < cond_drop)
-        terms = {"denoising": denoising_loss(net, x, randn_like(x, g), sample_times(x, t_shift, g), c)}
-        return phase.update("teacher", terms)
+        return phase.update("teacher", {"denoising": denoising_loss(net, x, randn_like(x, g), sample_times(x, t_shift, g), c)})
 
     return phase.run(iterate, updates, **run), phase
 
@@ -873,8 +867,7 @@ def train_kd(student, pairs, how: StudentConfig, *, updates, lr, ema=0.99, seed=
         x_1, x, c = pairs(phase.generator)
         t = how.outer_grid[-1].to(x.device).expand(len(x))
         y_hat = inner_flow(transition(student, x_1, t, c, how.target), randn_like(x, phase.generator), how.inner_grid, how.field)
-        terms = {"kd": (clean_estimate(y_hat, x_1, t, how.target) - x).square().mean()}
-        return phase.update("student", terms)
+        return phase.update("student", {"kd": (clean_estimate(y_hat, x_1, t, how.target) - x).square().mean()})
 
     return phase.run(iterate, updates, **run), phase
 
@@ -899,8 +892,7 @@ def train_stage2(student, teacher, discriminator, data, how: StudentConfig, cfg:
             terms = stage2_student_loss(x_hat, teacher, fake_score, discriminator, c, c_neg, t=t, noise=noise,
                                         guidance=cfg.guidance, normalizer=cfg.normalizer, **gan)  # fmt: skip
             return phase.update("student", terms)
-        noise_real = randn_like(x, g)
-        terms = stage2_critic_loss(x_hat, x, teacher, fake_score, discriminator, c, t=t, noise=noise, noise_real=noise_real, **gan)
+        terms = stage2_critic_loss(x_hat, x, teacher, fake_score, discriminator, c, t=t, noise=noise, noise_real=randn_like(x, g), **gan)
         for key, value in terms.items():
             phase.update(key, {key: value})
         return terms

@@ -161,4 +161,4 @@ def test_tmd_minimal_imports_torch_alone():
         "torch",
         "tqdm",
     }
-    assert len(CODE.splitlines()) <= 910
+    assert len(CODE.splitlines()) <= 900
