@@ -276,3 +276,18 @@ def test_bf16_sampling_computes_in_bf16(ladder):
     student.net.blocks[0].attn1.to_q.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
     pipe("a red ball", generator=torch.Generator().manual_seed(0), **SIZE)
     assert set(seen) == {torch.bfloat16}
+
+
+def test_inner_noise_and_decoding(ladder):
+    """From one outer noise another generator gives another clip: the head's noise is its own; latents are un-normalised for the VAE."""
+    pipe = sample.make_pipeline(settings(ladder), torch.device("cpu"))
+    x_1 = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    clips = [
+        pipe("a ball", latents=x_1, generator=torch.Generator().manual_seed(s), output_type="latent", **SIZE).frames for s in (1, 2, 1)
+    ]
+    assert torch.equal(clips[0], clips[2]) and not torch.equal(clips[0], clips[1])
+    wide = lambda values: torch.tensor(values).view(1, -1, 1, 1, 1)
+    with torch.no_grad():
+        raw = clips[0] * wide(pipe.vae.config.latents_std) + wide(pipe.vae.config.latents_mean)
+        wanted = pipe.video_processor.postprocess_video(pipe.vae.decode(raw, return_dict=False)[0], output_type="np")
+        assert np.allclose(pipe.decode(clips[0]), wanted, atol=1e-6)
