@@ -30,7 +30,7 @@ COPIES = {  # results: runs
     **{f"toy_video/{name}": f"toy_video/claims-tiny/{name}" for name in ("claims.json", "claims.md")},
     "toy_video/claims_quality_vs_nfe.png": "toy_video/claims-tiny/quality_vs_nfe.png",
     "toy_video/bench.json": "toy_video/bench.json",
-    "wan_shapes/scores.json": "../runs/wan-shapes/scores.json",
+    "wan_shapes/scores.json": "wan-shapes/scores.json",
 }
 
 

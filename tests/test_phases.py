@@ -270,3 +270,30 @@ def test_kill_9_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
         process.wait()
         state = tmd.safe_load(str(path))
         assert (state["x"] == state["step"]).all()
+
+
+def test_backward_is_outside_autocast():
+    """Inside bf16 autocast a part kept in float32 gets the float32 gradient: the backward pass of Phase.update leaves autocast."""
+    net, x, seen = torch.nn.Linear(3, 3), torch.randn(5, 3), []
+    phase = tmd.Phase("test", {"net": net}, "net", 1e-3, 0.9, 0, {})
+    wanted = torch.autograd.grad(net(x).square().sum(), net.weight)[0]
+    net.weight.register_hook(seen.append)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        with torch.autocast("cpu", enabled=False):
+            loss = net(x).square().sum()
+        phase.update("net", {"loss": loss})
+    torch.testing.assert_close(seen[0], wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_plain_tm_differentiates_nothing(monkeypatch):
+    """With no flow-map share no derivative is taken; with any share it is in every update, so that ranks call a sharded head alike."""
+    calls = []
+    derivative = tmd.total_derivative
+    monkeypatch.setattr(tmd, "total_derivative", lambda *a, **k: (calls.append(1), derivative(*a, **k))[1])
+    how = tmd.StudentConfig(M=2, N=2, H=1)
+    for share, wanted in ((0.0, 0), (1e-9, 3)):
+        calls.clear()
+        student = tmd.TMDStudent(PlanarNet(2, 8, 3, 0), 1)
+        cfg = tmd.Stage1Config(updates=3, batch=4, guidance=1.0, flow_map_share=share)
+        tmd.train_stage1(student, lambda n, g: (data(n, g)[0], None), how, cfg, progress=False)
+        assert len(calls) == wanted

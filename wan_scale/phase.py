@@ -45,7 +45,7 @@ class Average:
 
 
 class WanPhase(tmd.Phase):
-    """A Phase whose update is a mean over `accumulate` micro-batches on every rank. `sharded` nets are FSDP2's, others whole.
+    """A Phase whose update is a mean over `accumulate` micro-batches on every rank, for nets that FSDP2 shards and nets that every rank holds whole.
 
     A step whose gradient is not finite is skipped and counted; `patience` of them in a row are a FloatingPointError.
     """
