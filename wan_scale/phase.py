@@ -45,7 +45,7 @@ class Average:
 
 
 class WanPhase(tmd.Phase):
-    """A Phase whose update is a mean over `accumulate` micro-batches on every rank, for nets that FSDP2 shards and nets that every rank holds whole.
+    """A Phase whose update is a mean over `accumulate` micro-batches on every rank; its nets may be sharded (FSDP2) or whole on each rank.
 
     A step whose gradient is not finite is skipped and counted; `patience` of them in a row are a FloatingPointError.
     """
