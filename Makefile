@@ -5,7 +5,7 @@ RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 WAN    := $(VENV)/.installed-wan
 
-.PHONY: toy video wan test slow claims video-claims bench bench-gpu publish lint clean
+.PHONY: toy video wan test slow claims video-claims bench bench-gpu tutorials publish lint clean
 
 toy: $(STAMP)            ## train teacher, baseline and TMD on two spirals and draw them
 	$(RUN) toy_2d.py --resume
@@ -36,6 +36,10 @@ bench: $(STAMP)          ## steps per second of every stage against their matmul
 bench-gpu: $(WAN)        ## seconds and memory of wan_scale/ at full size on a card, into wan_scale/bench_results/ (minutes)
 	$(RUN) wan_scale/run.py bench --preset 1.3b
 	$(RUN) publish.py
+
+tutorials: $(WAN)        ## execute every notebook from scratch, store its outputs, check them (some ten minutes)
+	$(RUN) tutorials/execute.py
+	$(RUN) tutorials/execute.py --check
 
 publish: $(STAMP)        ## copy measured numbers and pictures to results/ and set the README's tables from them
 	$(RUN) publish.py

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import bench
 import claims
+import tmd_minimal as tmd
 import toy_2d
 import toy_claims
 import toy_video
@@ -81,6 +82,15 @@ def benchmarks() -> str:
     return "# Measured on cards\n\nWritten by `make publish` from [`bench_results/`](bench_results).\n\n" + bench.markdown(records)
 
 
+def weights() -> None:
+    """results/toy_video/weights.pt: the averages of `make video`'s teacher and students in half precision, for toy_video.published()."""
+    folder = RUNS / "toy_video/tiny/checkpoints"
+    names = {"teacher": "teacher", "stage1": "tmd.stage1", "tmd": "tmd.stage2", "dmd2v": "dmd2v.stage2"}
+    if all((folder / f"{file}.pt").exists() for file in names.values()):
+        average = lambda file: {key: value.half() for key, value in tmd.safe_load(folder / f"{file}.pt")["parts"]["ema"].items()}
+        tmd.atomic_save({name: average(file) for name, file in names.items()}, RESULTS / "toy_video/weights.pt")
+
+
 def fill(text: str, found: dict[str, str]) -> str:
     """Replace what stands between <!-- NAME --> and <!-- /NAME --> by the table of that name."""
     for name, table in found.items():
@@ -95,6 +105,7 @@ def main() -> None:
         if (RUNS / run).exists():  # what was not run again stays as it was published
             (RESULTS / result).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(RUNS / run, RESULTS / result)
+    weights()
     for readme, found in ((Path("README.md"), tables()), (Path("wan_scale/README.md"), plans())):
         readme.write_text(fill(readme.read_text(), found))
     Path("wan_scale/BENCHMARKS.md").write_text(benchmarks())

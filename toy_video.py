@@ -177,6 +177,19 @@ class VideoLadder(Ladder):
             return {k: v for k, v in self.ruler.score(clips, c).items() if k not in ("clips", "prompts")}
 
 
+def published() -> tuple[VideoLadder, dict]:
+    """The run that results/ shows: its ladder, and the networks "teacher", "stage1", "tmd", "dmd2v" of results/toy_video/weights.pt."""
+    results = Path(__file__).parent / "results/toy_video"
+    cfg = ToyVideo(**json.loads((results / "metrics.json").read_text())["config"])
+    bench, how, found = VideoLadder(cfg), cfg.student_config(), {}
+    for name, state in tmd.safe_load(results / "weights.pt").items():
+        net = bench.network()
+        net = {"teacher": net, "dmd2v": tmd.PlainStudent(net)}.get(name) or tmd.TMDStudent(net, how.H, how.fusion)
+        net.load_state_dict(state)
+        found[name] = net.requires_grad_(False)
+    return bench, found
+
+
 def compile_blocks() -> None:
     """Compile the forward of a transformer block, once for all networks and their copies (a GPU's elementwise passes fuse)."""
     if not hasattr(tmd.DiTBlock, "eager"):

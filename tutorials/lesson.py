@@ -1,0 +1,84 @@
+"""What the notebooks share: the look of the pictures, the real lines of the code, animations, the measured claims, the quick setting."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import os
+import sys
+import textwrap
+from pathlib import Path
+
+import torch
+from IPython.display import Image, Markdown
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import matplotlib.pyplot as plt
+
+import claims as engine
+import toy_claims
+import video_claims
+
+QUICK = os.environ.get("TMD_TUTORIALS") == "quick"  # what the tests run: every cell, a fraction of the updates
+torch.set_num_threads(1)  # networks so small that a second thread only waits
+torch.manual_seed(0)
+plt.rcParams.update({"figure.dpi": 90, "figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False})
+
+
+def steps(full: int, quick: int) -> int:
+    """`full`, or `quick` in the setting of the tests."""
+    return quick if QUICK else full
+
+
+def source(thing, start: str = "", end: str = "") -> Markdown:
+    """The lines of a function or class as they stand in the repository; from the first with `start` to the next with `end`, if given.
+
+    RAISES ValueError where those words are not there, so that a lesson cannot talk about lines that are gone.
+    """
+    lines, first = inspect.getsourcelines(inspect.unwrap(thing))
+    for words in filter(None, (start, end)):
+        if not any(words in line for line in lines):
+            raise ValueError(f"{thing.__name__} has no line with {words!r} any more; mend this lesson.")
+    if start:
+        skipped = next(i for i, line in enumerate(lines) if start in line)
+        lines, first = lines[skipped:], first + skipped
+    if end:
+        lines = lines[: next(i for i, line in enumerate(lines) if end in line) + 1]
+    file = Path(inspect.getsourcefile(thing)).resolve().relative_to(ROOT)
+    return Markdown(f"[`{file}`](../{file}), from line {first}:\n```python\n{textwrap.dedent(''.join(lines)).rstrip()}\n```")
+
+
+def animate(draw, frames: int, fps: int = 8, **subplots) -> Image:
+    """draw(axes, i) paints frame i on the cleared axes of plt.subplots(**subplots): a picture that moves wherever the notebook is read."""
+    from PIL import Image as Picture
+
+    pictures = []
+    fig, axes = plt.subplots(**subplots)
+    for i in range(frames):
+        for ax in fig.axes:
+            ax.clear()
+        draw(axes, i)
+        with io.BytesIO() as file:
+            fig.savefig(file, format="png")
+            pictures.append(Picture.open(file).convert("RGB").quantize(64))
+    plt.close(fig)
+    with io.BytesIO() as file:
+        pictures[0].save(file, "gif", save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
+        return Image(file.getvalue(), format="png")  # a GIF under the name of a PNG: code hosts drop image/gif, browsers look at the bytes
+
+
+def claims(*names: str, rung: str = "toy_2d") -> Markdown:
+    """The measured rows of the claims `names` ("C1", "trap 2"), of the plane (toy_2d) or of moving shapes (toy_video), three seeds each."""
+    how = {"toy_2d": toy_claims.RUNG, "toy_video": video_claims.rung("tiny")}[rung]
+    result = json.loads((ROOT / f"results/{rung}/claims.json").read_text())
+    rows = [row for row in result["rows"] if row["claim"] in names]
+    if missing := set(names) - {row["claim"] for row in rows}:
+        raise ValueError(f"results/{rung}/claims.json has no rows of {', '.join(sorted(missing))}.")
+    scores = ", ".join(f"{how.labels[k]} ({'higher' if sign > 0 else 'lower'} is better)" for k, sign in how.scores.items())
+    rule = (
+        f"*A and B: {scores}; mean ± standard deviation over three seeds. The rule of the last column is in [`claims.py`](../claims.py).*"
+    )
+    return Markdown(engine.claims_table(how, {"rows": rows}) + "\n" + rule)
