@@ -32,7 +32,7 @@ HOW, TAPS = WanStudentConfig(M=2, N=2, H=2), (1, 3)
 def networks(folder, cards: int):
     """Student, teacher, fake score, discriminator, checkpointed, every weight a little off its start; sharded where there are ranks."""
     torch.manual_seed(0)
-    net = ulysses.share(WanNetwork(load_transformer(folder), checkpointing=True), cards)
+    net = ulysses.share(WanNetwork(load_transformer(folder), checkpointing="full"), cards)
     student, teacher, fake = tmd.TMDStudent(net, HOW.H), net, ulysses.share(WanNetwork(load_transformer(folder), True), cards)
     disc = WanDiscriminator(feature_channels(net), 8, len(TAPS), hidden=16, checkpointing=True)
     with torch.no_grad():
@@ -102,7 +102,7 @@ class Stop(Exception):
 def trainings(root, cards: int) -> dict:
     """An update of stage 1 with its preview and one of stage 2, as train.py does them: AdamW's first moments (gradients) and the clips."""
     cfg = preset("tiny", out=str(root / f"out{cards}"), model=str(root / "tiny"), data=str(root / "data"), context_parallel=cards,
-                 checkpointing=True, global_batch=2, micro_batch=1, preview_every=1, preview_prompts=2)  # fmt: skip
+                 checkpointing="full", global_batch=2, micro_batch=1, preview_every=1, preview_prompts=2)  # fmt: skip
     found, seen = {}, train.Training.on_step
 
     def on_step(job, how, phase, terms):

@@ -23,7 +23,7 @@ class Stop(Exception):
 
 def settings(root: Path, out: Path):
     more = {"model": str(root / "tiny"), "data": str(root / "data"), "prompts": str(root / "prompts.txt"), "samples_per_prompt": 1}
-    return preset("tiny", out=str(out), checkpointing=True, save_every=100, **more, **SETTINGS)
+    return preset("tiny", out=str(out), checkpointing="full", save_every=100, **more, **SETTINGS)
 
 
 def run(phase: str, root: Path, out: Path, stop: int | None = None) -> dict:

@@ -12,8 +12,9 @@ from ladder import option
 
 # What a machine or a run's look decides, and no weight depends on: may change between two starts of the same training.
 OF_THE_MACHINE = (
-    "model out data prompts videos device precision tf32 checkpointing save_every preview_every preview_prompts log_every "
-    "context_parallel gpus card_gb tflops verify data_steps data_guidance sampler clips shard_size kd_clips skip_layer student "
+    "model out data prompts videos device precision tf32 checkpointing attn compile save_every preview_every preview_prompts log_every "
+    "context_parallel shard_over offload_teacher gpus card_gb tflops rates bench_minutes verify "
+    "data_steps data_guidance sampler clips shard_size kd_clips skip_layer student "
     "sample_prompts samples_per_prompt vbench_info vbench_results"
 ).split()
 # Settings that only these phases look at: another value is no other run for the rest.
@@ -99,7 +100,14 @@ class Wan:
     tf32: bool = option(
         False, "let the float32 finite difference of stage 1 use TF32 on a GPU: several times faster there, 10 bits of mantissa"
     )
-    checkpointing: bool = option(False, "recompute activations in the backward pass (always on with the presets 1.3b and 14b)")
+    checkpointing: str = option(
+        "none",
+        "what of a block the backward pass computes again: none, selective (all but attention), full, or auto: by memory (1.3b, 14b)",
+    )
+    attn: str = option("auto", "attention backend: native, cudnn, flash or flex; auto: the fastest on this card, measured at the start")
+    compile: str = option("auto", "on or off: compile the blocks; auto: on a GPU")
+    shard_over: int = option(0, "GPUs over which one copy of the weights is cut; the other GPUs repeat it (HSDP); 0: all")
+    offload_teacher: bool = option(False, "keep the frozen teacher in host memory and fetch it block by block")
     context_parallel: int = option(1, "GPUs that share one clip, by heads and tokens: 1, 2, 4 or 8 (1.3B: 12 heads, so 1, 2 or 4)")
     save_every: int = option(100, "updates between two checkpoints")
     preview_every: int = option(250, "updates between two previews of fixed prompts, with alarms")
@@ -108,6 +116,8 @@ class Wan:
     gpus: int = option(1, "GPUs, for plan")
     card_gb: float = option(141.0, "memory of a card in GB, for plan")
     tflops: float = option(400.0, "achieved bf16 TFLOP/s of a card, for plan")
+    rates: str = option("", "JSON that `bench` wrote on such a card: plan with its measured rates instead of --tflops")
+    bench_minutes: float = option(9.0, "minutes of bench: a case that would start later is left out")
 
     def __post_init__(self):
         if self.frames % 4 != 1 or self.frames < 1:
@@ -115,17 +125,33 @@ class Wan:
         if self.height % 16 or self.width % 16 or min(self.height, self.width) < 16:
             raise ValueError(f"clips of {self.height}x{self.width} do not fit Wan's patches; height and width must be multiples of 16.")
         least = {"micro_batch": 1, "global_batch": 1, "shard_size": 1, "data_steps": 1, "gpus": 1, "save_every": 1, "log_every": 1}
-        least |= {"context_parallel": 1, "lora": 0}
+        least |= {"context_parallel": 1, "lora": 0, "shard_over": 0}
         for name, low in (least | {"clips": 0, "stage1_updates": 0, "kd_updates": 0, "stage2_iterations": 0, "preview_every": 0}).items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}.")
-        for name in ("lora_scale", "flow_shift", "stage1_lr", "stage2_lr", "kd_lr", "teacher_lr", "dmd_shift", "card_gb", "tflops"):
+        for name in (
+            "lora_scale",
+            "flow_shift",
+            "stage1_lr",
+            "stage2_lr",
+            "kd_lr",
+            "teacher_lr",
+            "dmd_shift",
+            "card_gb",
+            "tflops",
+            "bench_minutes",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
         tmd.choose("sampler", self.sampler, ("unipc", "euler"))
         tmd.choose("device", self.device, ("auto", "cpu", "cuda"))
         tmd.choose("precision", self.precision, ("auto", "bf16", "fp32"))
         tmd.choose("student", self.student, ("tmd", "dmd2v", "teacher"))
+        tmd.choose("attn", self.attn, ("auto", "cudnn", "flash", "flex", "native"))
+        tmd.choose("compile", self.compile, ("auto", "on", "off"))
+        tmd.choose("checkpointing", self.checkpointing, ("auto", "none", "selective", "full"))
+        if self.lora and self.offload_teacher:
+            raise ValueError("with --lora the teacher is the base that all share and stays on the card; leave --offload-teacher away.")
         try:
             self.tap_blocks = tuple(int(i) for i in self.taps.split(","))
         except ValueError:
@@ -165,8 +191,8 @@ TINY = dict(
     skip_layer=1, H=2, taps="1,3", disc_width=8, global_batch=4, micro_batch=2, stage1_updates=12, stage1_lr=1e-4, stage2_iterations=20,
     stage2_lr=1e-4, kd_updates=6, save_every=10, preview_every=10, preview_prompts=2, log_every=2, samples_per_prompt=2,
 )  # fmt: skip
-BIG = dict(out="runs/wan-14b", checkpointing=True, stage1_lr=1e-5, adaptive_c=1e-5, taps="19,29,39", disc_width=608, kd_updates=5000)
-PRESETS = {"tiny": TINY, "1.3b": {"out": "runs/wan-1.3b", "checkpointing": True}, "14b": BIG}
+BIG = dict(out="runs/wan-14b", checkpointing="auto", stage1_lr=1e-5, adaptive_c=1e-5, taps="19,29,39", disc_width=608, kd_updates=5000)
+PRESETS = {"tiny": TINY, "1.3b": {"out": "runs/wan-1.3b", "checkpointing": "auto"}, "14b": BIG}
 STAGE2_14B = {1: 5000}  # iterations at 14B; else 1000
 
 

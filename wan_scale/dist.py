@@ -5,25 +5,28 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 from functools import cache
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 PATIENCE = timedelta(minutes=30)  # of a collective in training
 DAYS = timedelta(days=7)  # of a barrier: ranks may finish making data hours apart
 
 
-def start(device: str = "auto") -> torch.device:
-    """Join the process group if torchrun started us; returns this process's device."""
+def start(device: str = "auto", alone: bool = False) -> torch.device:
+    """Join the process group if torchrun started us (`alone`: else make one of this process); returns this process's device."""
     cuda = torch.cuda.is_available() and device != "cpu"
     if device == "cuda" and not cuda:
         raise ValueError("device is cuda, but this torch sees no card; install a CUDA build of torch, or take --device cpu.")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if (many or alone) and not dist.is_initialized():
+        here = {} if many else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE, **here)
         waiting_room()
     if not cuda:
         return torch.device("cpu")
@@ -65,25 +68,46 @@ def barrier() -> None:
 
 
 @cache
-def all_ranks(kind: str):
-    """The mesh to shard over, of the nets' own kind of device: torch's default would be the card, also for a run on the CPU."""
-    return init_device_mesh(kind, (world(),))
+def mesh(shard_over: int):
+    """All ranks in one row that shares the weights, or rows of `shard_over` neighbours with a copy each."""
+    kind = "cuda" if dist.get_backend() == "nccl" else "cpu"  # torch's default would be the card, also for a run on the CPU
+    if shard_over in (0, world()):
+        return init_device_mesh(kind, (world(),))
+    return init_device_mesh(kind, (world() // shard_over, shard_over), mesh_dim_names=("copies", "parts"))
 
 
-def shard(net: nn.Module) -> nn.Module:
-    """FSDP2: every block and then the net itself, which owns `features`, `head`, `taps`. One process: as it is."""
-    if world() == 1:
+def shard(net: nn.Module, shard_over: int = 0, offload: bool = False, last_tap: int = -1) -> nn.Module:
+    """FSDP2: every block and then the net itself, which owns `features`, `head`, `taps`. One process: as it is, unless `offload`.
+
+    The weights are cut over all ranks, or (HSDP) over every `shard_over` neighbours; ValueError if these do not divide the ranks.
+    offload: each rank's part waits in host memory. last_tap: the block that `taps` ends with. A STUDENT'S HEAD AND ROOT STAY GATHERED
+    after a call, for the next of its N calls and its backward pass: reshard() before anything reads or writes its weights.
+    """
+    if shard_over and world() % shard_over:
+        raise ValueError(f"shard_over {shard_over} does not divide {world()} processes; start a multiple of {shard_over}, or give 0.")
+    if world() == 1 and not offload:
         return net
-    mesh = all_ranks(next(net.parameters()).device.type)
-    for block in (net.net if hasattr(net, "net") else net).blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(
-        net, mesh=mesh, reshard_after_forward=True
-    )  # else the root stays whole after a call without gradient, and a save misses its state
+    of_student = hasattr(net, "net")
+    blocks = list((net.net if of_student else net).blocks)
+    kept = {net, *blocks[len(blocks) - net.H :]} if of_student else set()
+    how = {"mesh": mesh(shard_over), "offload_policy": CPUOffloadPolicy(dist.get_backend() == "nccl") if offload else OffloadPolicy()}
+    for part in (*blocks, net):
+        fully_shard(part, reshard_after_forward=part not in kept, **how)
+        part.set_reshard_after_backward(part not in kept, recurse=False)
+    for i, (block, after) in enumerate(pairwise(blocks)):  # the next gather runs beside the work of this block
+        after.set_modules_to_backward_prefetch([block])
+        if i != last_tap:  # else the next block would be fetched for nobody; what a student's features fetch last is for the head
+            block.set_modules_to_forward_prefetch([after])
     for entry in ("features", "head", "taps"):
         if hasattr(net, entry):
             register_fsdp_forward_method(net, entry)
     return net
+
+
+def reshard(*nets: nn.Module) -> None:
+    """Let go of all gathered weights: from here on parameters() are this rank's parts, which optimizers, averages and files know."""
+    for part in (module for net in nets for module in net.modules() if isinstance(module, FSDPModule)):
+        part.reshard()
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -94,6 +118,16 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def full(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a sharded tensor; every rank must call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Sharded tensors by name, whole and in the first rank's host memory, empty on the others; every rank must call."""
+    found = {}
+    for name, tensor in named.items():
+        gathered = full(tensor)  # every rank takes part, one keeps it
+        if rank() == 0:
+            found[name] = gathered.cpu().contiguous()
+    return found
 
 
 def average_gradients(net: nn.Module) -> None:
@@ -123,7 +157,7 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def stop() -> None:
-    for made in (context_group, waiting_room, all_ranks):
+    for made in (context_group, waiting_room, mesh):
         made.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tmd_minimal as tmd
-from wan_scale import ulysses
+from wan_scale import speed, ulysses
 
 
 class WanTime(nn.Module):
@@ -33,17 +33,20 @@ class WanTime(nn.Module):
 
 
 class WanNetwork(tmd.Network):
-    """A stock WanTransformer3DModel in the contract of tmd.Network. `checkpointing` recomputes each block in the backward pass.
+    """A stock WanTransformer3DModel in the contract of tmd.Network. `checkpointing`: what of a block its backward pass computes again,
+    "none", "selective" (all but attention) or "full".
 
     Hidden states are (B, n, D) tokens, of ulysses.share(net, K) the n / K of this rank; ctx is (text tokens, rotary table, (T', H', W')),
-    made once a sample.
+    made once a sample. Where the network is `frozen` (speed.prepare), text embedding, keys and values of a prompt are made once.
     """
 
-    def __init__(self, transformer, checkpointing: bool = False):
+    def __init__(self, transformer, checkpointing: str = "none"):
         super().__init__()
         if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
             raise ValueError("this is an image-to-video checkpoint; give a text-to-video one (Wan2.1-T2V-1.3B or -14B).")
+        tmd.choose("checkpointing", checkpointing, speed.CHECKPOINTING)
         self.transformer, self.checkpointing, self.tables, self.cards = transformer, checkpointing, {}, 1
+        self.frozen, self.prompt = False, (None, None, {})
 
     # Properties, not registered again: each weight has one name.
     patch = property(lambda self: self.transformer.patch_embedding)
@@ -67,7 +70,12 @@ class WanNetwork(tmd.Network):
         text, dtype, grid = self.transformer.condition_embedder.text_embedder, self.patch.weight.dtype, self.grid(x)
         if (grid, x.device) not in self.tables:  # rotary positions: once a shape
             self.tables = {(grid, x.device): self.transformer.rope(x)}
-        return text(c.to(dtype)).to(dtype), self.tables[grid, x.device], grid  # in the weights' dtype, also where autocast is switched off
+        if self.frozen and self.prompt[0] is c:
+            words = self.prompt[1]
+        else:
+            words = text(c.to(dtype)).to(dtype)  # in the weights' dtype, also where autocast is switched off
+            self.prompt = (c, words, {}) if self.frozen else self.prompt
+        return words, self.tables[grid, x.device], grid
 
     def modulate(self, temb, ctx):
         embedder = self.transformer.condition_embedder
@@ -77,12 +85,20 @@ class WanNetwork(tmd.Network):
 
     def run(self, h, e, start: int = 0, stop: int | None = None):
         six, _, (text, rope, _) = e
+        if torch.is_autocast_enabled(h.device.type):
+            h = h.to(torch.get_autocast_dtype(h.device.type))  # the head's stream, too, which comes from a float32 gate
         for block in self.blocks[start:stop]:
-            if self.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, text, six, rope, use_reentrant=False)
-            else:
-                h = block(h, text, six, rope)
+            h = speed.recomputed(block, self.checkpointing, h, self.keys_and_values(block, text), six, rope)
         return h
+
+    def keys_and_values(self, block, text):
+        """The text, or where it is kept the block's keys and values of it."""
+        if not self.frozen or text is not self.prompt[1]:
+            return text
+        made = self.prompt[2]
+        if block not in made:
+            made[block] = speed.keys_and_values(block.attn2, text)
+        return made[block]
 
     def output(self, h, e):
         net, (_, temb, (_, _, grid)) = self.transformer, e

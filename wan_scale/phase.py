@@ -73,6 +73,7 @@ class WanPhase(tmd.Phase):
         """Within, the net carries its average; they change places, so this needs no memory."""
 
         def swap():
+            dist.reshard(self.nets[self.averaged])
             with torch.no_grad():
                 for p, average in zip(self.nets[self.averaged].parameters(), self.ema.named.values(), strict=True):
                     p, average = dist.local(p), dist.local(average)
@@ -94,6 +95,7 @@ class WanPhase(tmd.Phase):
         loss = sum(terms.values()) / self.accumulate
         with torch.autocast(loss.device.type, enabled=False):  # as tmd.Phase: float32 parts have float32 gradients
             loss.backward()
+        dist.reshard(*self.nets.values())  # what the micro-batch's calls left gathered
         for key, value in terms.items():
             self.means[key] = self.means.get(key, 0) + value.detach() / self.accumulate
         if self.micro < self.accumulate - 1:

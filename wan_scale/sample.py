@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import tmd_minimal as tmd
-from wan_scale import dist, lora, vbench
+from wan_scale import dist, lora, vbench, weights
 from wan_scale.cheap_metrics import read_video
 from wan_scale.config import Wan
 from wan_scale.data import NEGATIVE, check_folder
@@ -47,10 +47,7 @@ def make_model(cfg: Wan, dtype: torch.dtype = torch.float32) -> TMDWanModel:
     if facts["recipe"].get("--lora"):
         state = lora.merged(load_transformer(cfg.model), state, facts["recipe"]["--lora-scale"])
     model.student.load_state_dict(state, strict=True)
-    for name, p in model.named_parameters():
-        if not any(part in TMDWanModel._keep_in_fp32_modules for part in name.split(".")):
-            p.data = p.data.to(dtype)
-    return model.eval()
+    return weights.cast(model, dtype).eval()
 
 
 def make_pipeline(cfg: Wan, device, teacher: bool = False, dtype: torch.dtype | None = None):

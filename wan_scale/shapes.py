@@ -21,7 +21,7 @@ from safetensors.torch import save
 import ladder
 import tmd_minimal as tmd
 from moving_shapes import SHADES, SHAPES, WORDS, Ruler, World, encode
-from wan_scale import train
+from wan_scale import train, weights
 from wan_scale.config import Wan
 from wan_scale.data import atomic, fill, finished, open_out, write_json
 from wan_scale.tiny import make_tiny
@@ -120,7 +120,7 @@ def run(cfg: Wan, samples: int = 192) -> dict:
     prompts = [PROMPTS[i // 4 % len(PROMPTS)] for i in range(samples)]  # the ruler needs four clips of a prompt
     noise = torch.randn(samples, 1, WORLD.frames, WORLD.size, WORLD.size, generator=torch.Generator().manual_seed(cfg.seed + 10_000))
     c, c_neg = torch.stack([embed(prompt) for prompt in prompts]).float(), embed(EMPTY_PROMPT).float()
-    teacher, how, rows = train.network(cfg).eval(), cfg.how(), {}
+    teacher, how, rows = weights.fill(train.network(cfg), "cpu").eval(), cfg.how(), {}
 
     def keep(name, nfe, latents):
         rows[name] = {"effective_nfe": nfe, **score(latents, prompts)}
@@ -132,7 +132,7 @@ def run(cfg: Wan, samples: int = 192) -> dict:
         grid = tmd.make_grid(steps, cfg.flow_shift, dtype=torch.float64)
         x = tmd.sample_teacher(teacher, noise, c, c_neg, grid=grid, guidance=cfg.data_guidance)
         keep(f"teacher, {steps} step{'s' * (steps > 1)}", 2.0 * steps, x)  # guidance evaluates it twice a step
-    student = train.make_student(cfg, how, "stage2").eval()
+    student = weights.fill(train.make_student(cfg, how, "stage2"), "cpu").eval()
     keep("student", facts["effective_nfe"], train.draw(student, how, noise, c, seed=cfg.seed))
     scores = {"models": rows, "samples": samples, "seconds": round(time.perf_counter() - start, 1)}
     write_json(cfg.folder("scores.json"), scores)

@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import tmd_minimal as tmd
-from wan_scale import dist, logs, lora, ulysses
+from wan_scale import dist, logs, lora, plan, speed, ulysses, weights
 from wan_scale.config import Wan, WanStudentConfig
 from wan_scale.data import check_folder
 from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels, load_transformer
@@ -41,9 +41,10 @@ def compute(cfg: Wan, device: torch.device):
 
 
 def network(cfg: Wan, dtype=torch.float32) -> WanNetwork:
-    """The folder's transformer, on the CPU: it goes to the card whole only just before it is sharded."""
+    """The folder's transformer without its blocks' weights: weights.fill reads them once each rank's part has its place."""
     check_folder(cfg.model, parts=("transformer",))
-    net = WanNetwork(load_transformer(cfg.model, dtype), cfg.checkpointing)
+    net = WanNetwork(weights.skeleton(cfg.model, dtype))
+    net.stored = weights.files(Path(cfg.model) / "transformer", "transformer.")
     if cfg.tap_blocks[-1] >= len(net.blocks):
         raise ValueError(f"taps names block {cfg.tap_blocks[-1]} of a network of {len(net.blocks)}; give block numbers with --taps.")
     return ulysses.share(net, cfg.context_parallel)
@@ -54,19 +55,20 @@ def shared_base(cfg: Wan, how: WanStudentConfig, device: torch.device, fake: boo
     if not cfg.lora:
         return None
     tmd.seed_everything(cfg.seed)
-    base = network(cfg, compute_dtype(cfg, device)).to(device)
+    base = weights.fill(network(cfg, compute_dtype(cfg, device)), device).to(device)
     layers = len(base.blocks)
     return lora.adapt(base, cfg.lora, cfg.lora_scale, {"student": layers - how.H} | ({"fake": layers} if fake else {}))
 
 
 def make_student(cfg: Wan, how: WanStudentConfig, start: str | None = None, base: WanNetwork | None = None):
-    """TMDStudent (PlainStudent where H is 0) with the teacher's weights or those of phase `start`, on the CPU; alike on every rank.
+    """TMDStudent (PlainStudent where H is 0), to be filled with the teacher's weights or those of phase `start`; alike on every rank.
 
     With a shared_base its first L-H blocks are that one's.
     """
     tmd.seed_everything(cfg.seed)
     net = network(cfg) if base is None else lora.graft(network(cfg), base, how.H)
     student = tmd.TMDStudent(net, how.H, how.fusion) if how.H else tmd.PlainStudent(net)
+    student.stored = {f"net.{name}": where for name, where in net.stored.items()}
     if start:
         finished(cfg.folder(start), cfg, told=False)  # of these settings
         load_student(cfg.folder(start), student)
@@ -82,7 +84,7 @@ def describe(cfg: Wan, how: WanStudentConfig, layers: int, **more) -> dict:
 
 def save_student(folder: Path, phase: WanPhase, facts: dict) -> None:
     """The average as safetensors and its description; the description last, since it says that the phase is finished."""
-    whole = {name: dist.full(p).cpu().contiguous() for name, p in phase.ema.named.items()}
+    whole = dist.whole(phase.ema.named)
     dist.say(f"{facts['phase']}: done, {folder / 'student.safetensors'}")
     if dist.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,10 +114,11 @@ def finished(folder: Path, cfg: Wan, told: bool = True) -> dict | None:
 
 
 def load_student(folder: Path, student) -> None:
-    """Strictly: every weight and no other."""
+    """What weights.fill will read, strictly: every weight and no other."""
     if not (folder / "student.safetensors").exists():
         raise RuntimeError(f"{folder} holds no finished student; run the phase that makes it first.")
-    student.load_state_dict(load_file(folder / "student.safetensors"), strict=True)
+    student.stored = weights.files(folder / "student.safetensors")
+    weights.check(student, student.stored)
 
 
 def accumulation(cfg: Wan) -> int:
@@ -133,7 +136,7 @@ class Training:
 
     def __init__(self, cfg: Wan, name: str, shards: Path):
         self.cfg, self.name, self.folder = cfg, name, cfg.folder(name)
-        self.device = dist.start(cfg.device)
+        self.device = dist.start(cfg.device, alone=cfg.offload_teacher)  # what fetches an offloaded net needs a group, be it of one
         torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
         size = sum(file.stat().st_size for file in Path(shards).glob("shard-*.safetensors"))
         verify = cfg.verify or size < 50e9  # every rank reads a shard whole to check it: hours, where data are terabytes
@@ -142,11 +145,38 @@ class Training:
         self.c_neg = self.reader.negative
         self.accumulate = accumulation(cfg)
         self.config = {**cfg.of_the_training(name), "data": self.reader.identity}
-        self.log, self.accuracy = None, None
+        self.log, self.accuracy, self.speed = None, None, None
 
     def place(self, net):
-        """On this rank's device, sharded where there are many; with --lora whole on each, for its base could not be."""
-        return net.to(self.device) if self.cfg.lora else dist.shard(net.to(self.device))
+        """Filled and on this rank's device, sharded where there are many; with --lora whole on each, for its base could not be."""
+        cfg, teacher = self.cfg, not any(p.requires_grad for p in net.parameters())
+        self.fast(net.net if hasattr(net, "net") else net)
+        if cfg.lora:
+            return weights.fill(net, self.device).to(self.device)
+        offload = teacher and cfg.offload_teacher
+        net = dist.shard(net, cfg.shard_over, offload, cfg.tap_blocks[-1] if teacher else -1)
+        net = weights.fill(net, "cpu" if offload else self.device)
+        return net.to(self.device) if dist.world() == 1 and not offload else net
+
+    def fast(self, net: WanNetwork) -> None:
+        """Attention backend, recomputation and compilation as the settings say, or as this card and its memory suggest; told once."""
+        cfg, config = self.cfg, net.transformer.config
+        if self.speed is None:
+            compiled = cfg.compile == "on" or (cfg.compile == "auto" and self.device.type == "cuda")
+            heads, half = config.num_attention_heads, compute_dtype(cfg, self.device)
+            attn, words = cfg.attn, ""
+            if attn == "auto" and self.device.type == "cpu":
+                attn = "native"
+            elif attn == "auto":
+                tokens = plan.tokens(dict(config), cfg.frames, cfg.height, cfg.width)
+                times = speed.attention_times(heads // cfg.context_parallel, config.attention_head_dim, tokens, self.device, half)
+                attn, words = (
+                    speed.fastest(times),
+                    f" ({', '.join(f'{k} {v if isinstance(v, str) else round(v, 4)}' for k, v in times.items())})",
+                )
+            self.speed = {"attn": attn, "compiled": compiled, "checkpointing": cfg.checkpointing}
+            dist.say(f"{self.name}: attention {attn}{words}, compiled blocks {compiled}, checkpointing {cfg.checkpointing}")
+        speed.prepare(net, **self.speed)
 
     def run(self, train, how, read=None) -> WanPhase:
         """train(feed, ...) is a loop of tmd_minimal, run in this machine's precision; `read` is the reader's batch or pairs."""
@@ -265,7 +295,9 @@ def stage2(cfg: Wan, plain: bool = False) -> dict:
     channels = feature_channels(teacher)
     teacher, fake_score = job.place(teacher), job.place(lora.Role(base, "fake") if base else network(cfg))
     tmd.seed_everything(cfg.seed)  # the same discriminator on every rank
-    discriminator = WanDiscriminator(channels, cfg.disc_width, len(cfg.tap_blocks), checkpointing=cfg.checkpointing).to(job.device)
+    discriminator = WanDiscriminator(channels, cfg.disc_width, len(cfg.tap_blocks), checkpointing=cfg.checkpointing != "none").to(
+        job.device
+    )
     job.accuracy = logs.Accuracy(discriminator)
     nets = student, teacher, discriminator
     train = lambda feed, **kw: tmd.train_stage2(

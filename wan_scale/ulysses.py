@@ -39,12 +39,11 @@ def share(net, cards: int):
     return net
 
 
-class UlyssesProcessor(WanAttnProcessor):
+class UlyssesProcessor:
     """The stock self-attention of local tokens (B, n/K, D): all tokens and 1/K of the heads from the norms of q and k to the output."""
 
     def __init__(self, cards: int, stock: WanAttnProcessor):
-        super().__init__()
-        self.cards, self._attention_backend = cards, stock._attention_backend
+        self.cards, self.stock = cards, stock
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         K = self.cards
@@ -61,7 +60,7 @@ class UlyssesProcessor(WanAttnProcessor):
             add_k_proj=None,
             fused_projections=False,
         )
-        return super().__call__(seen, hidden_states, None, attention_mask, rotary_emb)
+        return self.stock(seen, hidden_states, None, attention_mask, rotary_emb)
 
 
 def split(x, cards: int):

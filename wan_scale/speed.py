@@ -1,0 +1,195 @@
+"""What makes Wan fast and changes no result but by rounding: attention backend, recomputation, compiled blocks, what a prompt decides
+computed once, and a CUDA graph of the flow head.
+
+    speed.prepare(net, attn="cudnn", compiled=True, checkpointing="selective")      # after copies are made, before sharding
+
+Everything is done to the stock blocks from outside: their processors and their `forward` are replaced, no line of them is copied.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from functools import partial
+from itertools import chain
+from types import SimpleNamespace
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+BACKENDS = {"native": "native", "cudnn": "_native_cudnn", "flash": "_native_flash", "flex": "flex"}  # --attn: diffusers' name
+CHECKPOINTING = ("none", "selective", "full")
+
+
+# ---- Attention -------------------------------------------------------------------------------------------------------
+
+
+class Attention:
+    """The stock processor on a backend; float32 calls go to `native`, for cuDNN and flash take half precision alone.
+
+    (The finite difference of stage 1 is such a call.) A context that is a pair is keys and values made before.
+    """
+
+    def __init__(self, backend: str):
+        self.half, self.exact = WanAttnProcessor(), WanAttnProcessor()
+        self.half._attention_backend = AttentionBackendName(BACKENDS[backend])
+        self.exact._attention_backend = AttentionBackendName.NATIVE
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        if isinstance(encoder_hidden_states, tuple):
+            attn, encoder_hidden_states = remembering(attn, *encoder_hidden_states), hidden_states
+        half = hidden_states.dtype != torch.float32 or torch.is_autocast_enabled(hidden_states.device.type)
+        return (self.half if half else self.exact)(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+
+
+def keys_and_values(attn, text):
+    """What cross-attention makes of the text alone."""
+    return attn.norm_k(attn.to_k(text)), attn.to_v(text)
+
+
+def remembering(attn, k, v):
+    """Cross-attention as the stock processor sees it, its keys and values made before."""
+    return SimpleNamespace(heads=attn.heads, to_q=attn.to_q, norm_q=attn.norm_q, to_k=lambda _: k, norm_k=lambda k: k, to_v=lambda _: v,
+                           to_out=attn.to_out, add_k_proj=None, fused_projections=False)  # fmt: skip
+
+
+def attention_times(heads: int, head_dim: int, tokens: int, device, dtype=torch.bfloat16, backward: bool = True) -> dict:
+    """Seconds of self-attention over `tokens` by backend, or, where it does not run, the reason in words."""
+    q, k, v = (torch.randn(1, tokens, heads, head_dim, device=device, dtype=dtype, requires_grad=backward) for _ in range(3))
+    found = {}
+    for name, backend in BACKENDS.items():
+        attend = partial(dispatch_attention_fn, backend=AttentionBackendName(backend))
+        if name == "flex" and device.type == "cuda":  # as it is in a compiled block; uncompiled it writes all scores to memory
+            attend = torch.compile(attend, dynamic=False)
+        try:
+            found[name] = median_seconds(lambda attend=attend: attend(q, k, v).sum().backward() if backward else attend(q, k, v), device)
+        except Exception as e:  # whatever a backend raises on a card that it does not know, the others are there
+            found[name] = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:100]}"
+    return found
+
+
+def median_seconds(work, device, repeats: int = 3) -> float:
+    """Median of `repeats` after two warm-ups, by CUDA events on a card."""
+    seconds = []
+    for _ in range(2 + repeats):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            work()
+            end.record()
+            end.synchronize()
+            seconds.append(start.elapsed_time(end) / 1000)
+        else:
+            before = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - before)
+    return statistics.median(seconds[2:])
+
+
+def fastest(times: dict) -> str:
+    """The backend with the least seconds; RuntimeError if none ran."""
+    ran = {name: seconds for name, seconds in times.items() if not isinstance(seconds, str)}
+    if not ran:
+        raise RuntimeError(f"no attention backend runs here ({'; '.join(f'{name}: {why}' for name, why in times.items())}).")
+    return min(ran, key=ran.get)
+
+
+# ---- What the backward pass computes again ---------------------------------------------------------------------------
+
+
+def keep_attention(ctx, op, *args, **kw):
+    """Policy of "selective": what attention put out is kept, everything else of a block is computed again."""
+    return CheckpointPolicy.MUST_SAVE if "attention" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recomputed(call, mode: str, *args):
+    """call(*args), whose inner activations are kept ("none"), or computed again in the backward pass but for attention, or all."""
+    if mode == "none" or not torch.is_grad_enabled():
+        return call(*args)
+    more = {"context_fn": partial(create_selective_checkpoint_contexts, keep_attention)} if mode == "selective" else {}
+    return checkpoint(call, *args, use_reentrant=False, **more)
+
+
+# ---- Compilation -----------------------------------------------------------------------------------------------------
+
+
+def forward(stock, mode: str, block, *args):
+    """stock(block, *args), the class's own forward; the block is an argument, so that one compilation serves all."""
+    return recomputed(stock, mode, block, *args)
+
+
+def compile_blocks(net) -> None:
+    """Every block's forward, with its recomputation, becomes one compiled function, which all blocks and networks share.
+
+    Compiled within the hooks of FSDP, and after copies are made: AdaLN, norms, RoPE and gates fuse into few passes over the hidden states.
+    """
+    torch._dynamo.config.recompile_limit = 64  # with and without gradient, autocast, adapters; past the limit blocks run eagerly in silence
+    global compiled
+    compiled = compiled or torch.compile(forward, dynamic=False)
+    for block in net.blocks:
+        block.forward = partial(compiled, type(block).forward, net.checkpointing, block)
+    net.checkpointing = "none"  # it happens within
+
+
+compiled = None
+
+
+def prepare(net, attn: str = "native", compiled: bool = False, checkpointing: str | None = None, frozen: bool = False):
+    """Make a WanNetwork fast; returns it. frozen: its weights will not move, so what it makes of a prompt is kept (sampling)."""
+    if checkpointing is not None:
+        net.checkpointing = checkpointing
+    net.frozen = frozen
+    under_adapters = [block.block for block in net.blocks if hasattr(block, "block")]  # of --lora: used by the net, not owned
+    for module in chain(net.transformer.modules(), *(block.modules() for block in under_adapters)):
+        if isinstance(module, WanAttention):
+            if hasattr(module.processor, "stock"):  # Ulysses: around it
+                module.processor.stock = Attention(attn)
+            else:
+                module.set_processor(Attention(attn))
+    if compiled:
+        compile_blocks(net)
+    return net
+
+
+# ---- The flow head as one launch -------------------------------------------------------------------------------------
+
+
+class GraphedHead:
+    """A student for sampling whose head is a CUDA graph, replayed N times a transition; elsewhere than on a card, the student itself.
+
+    head(y_s, s, r, m) of the first call of a shape is recorded; later calls copy their inputs over those it was recorded with. THE WEIGHTS
+    MUST STAY WHERE THEY ARE.
+    """
+
+    def __init__(self, student):
+        self.student, self.features, self.recorded = student, student.features, {}
+
+    def head(self, y_s, s, r, m):
+        inputs, shape = torch.utils._pytree.tree_flatten((y_s, s, r, m))
+        given = [v for v in inputs if isinstance(v, torch.Tensor)]
+        if not y_s.is_cuda or torch.is_grad_enabled():
+            return self.student.head(y_s, s, r, m)
+        key = tuple((v.shape, v.dtype) for v in given)
+        if key not in self.recorded:
+            self.recorded = {key: self.record(inputs, shape)}  # one shape at a time: a graph holds its activations
+        graph, places, output = self.recorded[key]
+        for place, value in zip(places, given):
+            place.copy_(value)
+        graph.replay()
+        return output.clone()
+
+    def record(self, inputs, shape):
+        fixed = [v.clone() if isinstance(v, torch.Tensor) else v for v in inputs]
+        work = lambda: self.student.head(*torch.utils._pytree.tree_unflatten(fixed, shape))
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # as PyTorch asks: warmed up on another stream
+            for _ in range(3):
+                work()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = work()
+        return graph, [v for v in fixed if isinstance(v, torch.Tensor)], output
