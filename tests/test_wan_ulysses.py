@@ -33,7 +33,7 @@ def networks(folder, cards: int):
     """Student, teacher, fake score, discriminator, checkpointed, every weight a little off its start; sharded where there are ranks."""
     torch.manual_seed(0)
     net = ulysses.share(WanNetwork(load_transformer(folder), checkpointing="full"), cards)
-    student, teacher, fake = tmd.TMDStudent(net, HOW.H), net, ulysses.share(WanNetwork(load_transformer(folder), True), cards)
+    student, teacher, fake = tmd.TMDStudent(net, HOW.H), net, ulysses.share(WanNetwork(load_transformer(folder), "full"), cards)
     disc = WanDiscriminator(feature_channels(net), 8, len(TAPS), hidden=16, checkpointing=True)
     with torch.no_grad():
         for p in (*student.parameters(), *fake.parameters()):

@@ -391,11 +391,13 @@ def make_manifest(folder: Path, kind: str, frames: int, height: int, width: int,
 
 
 def generate(folder, prompts_file, out, *, rank=0, world=1, steps=50, guidance=5.0, flow_shift=3.0, sampler="unipc", frames=81, height=480,
-             width=832, shard_size=64, seed_offset=0, kd=False, skip_layer=None, limit=None, device="cpu", dtype=None) -> int:  # fmt: skip
+             width=832, shard_size=64, seed_offset=0, kd=False, skip_layer=None, limit=None, device="cpu", dtype=None,
+             fast=None) -> int:  # fmt: skip
     """Latents of the teacher for every prompt (the first `limit`), by the stock pipeline; returns the number of clips made.
 
     A clip depends on its prompt and seed (+ seed_offset) alone, not on rank or order. `kd` keeps its noise as well. `skip_layer` leaves
     that block out of the unguided pass (skip-layer guidance; the paper's pairs: 10). dtype: bfloat16 on a GPU, float32 on a CPU.
+    fast(transformer) may set it up for this machine (speed.stock).
     Raises ValueError or RuntimeError in one sentence before anything is loaded.
     """
     folder = check_folder(folder)
@@ -416,7 +418,7 @@ def generate(folder, prompts_file, out, *, rank=0, world=1, steps=50, guidance=5
     def load():
         with safe_open(Path(out) / "negative.safetensors", "pt") as file:
             negative = pad_text(file.get_tensor("negative"), manifest["text_length"])
-        sample = load_teacher(folder, manifest, negative, device, dtype)
+        sample = load_teacher(folder, manifest, negative, device, dtype, fast)
 
         def make(record, text):
             g = torch.Generator("cpu").manual_seed(record["seed"] + seed_offset)  # as WanPipeline draws it from a CPU generator
@@ -429,7 +431,7 @@ def generate(folder, prompts_file, out, *, rank=0, world=1, steps=50, guidance=5
     return fill(folder, out, manifest, records, load, rank=rank, world=world, device=device)
 
 
-def load_teacher(folder: Path, manifest: dict, negative: torch.Tensor, device, dtype):
+def load_teacher(folder: Path, manifest: dict, negative: torch.Tensor, device, dtype, fast=None):
     """The stock WanPipeline without VAE and text encoder as sample(noise (1, C, T, H, W), text) -> normalised latent, of that shape."""
     from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
@@ -441,6 +443,8 @@ def load_teacher(folder: Path, manifest: dict, negative: torch.Tensor, device, d
         scheduler = UniPCMultistepScheduler.from_config(config, flow_shift=manifest["flow_shift"], **flow)
     transformer = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype, local_files_only=True)
     transformer = transformer.to(device).eval()
+    if fast:
+        fast(transformer)
     if manifest["skip_layer"] is not None:
         skip_in_unguided(transformer, manifest["skip_layer"])
     pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer)

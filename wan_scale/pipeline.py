@@ -2,6 +2,7 @@
 
 from wan_scale.pipeline import TMDWanPipeline
 pipe = TMDWanPipeline.from_pretrained("runs/wan-1.3b/export", dtype={"vae": torch.float32, "default": torch.bfloat16}).to("cuda")
+pipe.fast(attn="cudnn")  # optional: another attention backend, compiled blocks, the flow head as a CUDA graph
 video = pipe("a cat on the beach", num_frames=81, height=480, width=832, generator=torch.Generator().manual_seed(0)).frames[0]
 """
 
@@ -17,6 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 
 import tmd_minimal as tmd
+from wan_scale import speed
 from wan_scale.config import WanStudentConfig
 from wan_scale.model import WanNetwork
 
@@ -35,10 +37,16 @@ class TMDWanModel(ModelMixin, ConfigMixin):
         net = WanNetwork(WanTransformer3DModel(**transformer))
         self.how = WanStudentConfig(**{key: how[key] for key in HOW})
         self.student = tmd.TMDStudent(net, self.how.H, self.how.fusion) if self.how.H else tmd.PlainStudent(net)
+        self.sampler = None  # of fast()
 
     @property
     def layers(self) -> int:
         return len(self.student.net.blocks)
+
+    def fast(self, attn: str = "native", compiled: bool = False, graphed: bool = True) -> None:
+        """For sampling alone, its weights where they will stay: see speed.py. Compiled, the first clip of a size takes a minute more."""
+        speed.prepare(self.student.net, attn=attn, compiled=compiled, checkpointing="none", frozen=True)
+        self.sampler = speed.GraphedHead(self.student) if graphed and self.how.H else None
 
 
 class TMDWanPipeline(WanPipeline):
@@ -53,6 +61,10 @@ class TMDWanPipeline(WanPipeline):
                  boundary_ratio=None, expand_timesteps: bool = False):  # fmt: skip
         # WanPipeline's own arguments, so that its loader finds what it expects; the last three are Wan2.2's
         super().__init__(tokenizer, text_encoder, vae, scheduler, transformer, transformer_2, boundary_ratio, expand_timesteps)
+
+    def fast(self, **how) -> None:
+        """Call when the pipeline is on its card: TMDWanModel.fast."""
+        self.transformer.fast(**how)
 
     def clock(self, part: str, work):
         """work(*args), its time added to `seconds`."""
@@ -89,7 +101,7 @@ class TMDWanPipeline(WanPipeline):
         x_1 = self.prepare_latents(len(c), channels, height, width, num_frames, torch.float32, device, generator, latents)
         draws = generator if isinstance(generator, list) else [generator] * len(c)
         inner = [int(torch.randint(2**62, (1,), generator=g, device=g.device if g else "cpu")) for g in draws]  # seeds of the inner noise
-        student = _Timed(model.student, self.clock)
+        student = _Timed(model.sampler or model.student, self.clock)
         half = model.student.net.patch.weight.dtype == torch.bfloat16
         with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
             x = torch.cat([

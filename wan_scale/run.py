@@ -88,7 +88,7 @@ def tiny_world(cfg: Wan) -> Wan:
 
 def make_data(cfg: Wan, kd: bool = False) -> None:
     """Shards, once: their own manifest says whether they are these."""
-    from wan_scale import data, dist
+    from wan_scale import data, dist, speed
 
     device = dist.start(cfg.device)
     where = {"rank": dist.rank(), "world": dist.world(), "device": device}
@@ -97,7 +97,11 @@ def make_data(cfg: Wan, kd: bool = False) -> None:
     if cfg.videos and not kd:
         data.encode_videos(cfg.model, cfg.videos, out, limit=cfg.clips or None, **clip, **where)
     else:
-        how = {"steps": cfg.data_steps, "guidance": cfg.data_guidance, "flow_shift": cfg.flow_shift, "sampler": cfg.sampler}
+
+        def fast(transformer):
+            speed.stock(transformer, **speed.chosen(cfg, dict(transformer.config), device, transformer.dtype, backward=False))
+
+        how = {"fast": fast, "steps": cfg.data_steps, "guidance": cfg.data_guidance, "flow_shift": cfg.flow_shift, "sampler": cfg.sampler}
         # choice: KD pairs from noise that the training data have not seen
         more = {"kd": True, "seed_offset": 1_000_000, "skip_layer": None if cfg.skip_layer < 0 else cfg.skip_layer} if kd else {}
         data.generate(cfg.model, cfg.prompts, out, limit=(cfg.kd_clips if kd else cfg.clips) or None, **how, **more, **clip, **where)

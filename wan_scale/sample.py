@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import tmd_minimal as tmd
-from wan_scale import dist, lora, vbench, weights
+from wan_scale import dist, lora, speed, vbench, weights
 from wan_scale.cheap_metrics import read_video
 from wan_scale.config import Wan
 from wan_scale.data import NEGATIVE, check_folder
@@ -132,6 +132,9 @@ def sample(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
         dist.barrier()
         return folder
     pipe, times = make_pipeline(cfg, device, teacher), []
+    config = json.loads((Path(cfg.model) / "transformer" / "config.json").read_text())
+    fast = speed.chosen(cfg, config, device, compute_dtype(cfg, device), backward=False)
+    speed.stock(pipe.transformer, **fast) if teacher else pipe.fast(**fast)
     size = {"height": cfg.height, "width": cfg.width, "num_frames": cfg.frames}
     more = (
         {"num_inference_steps": cfg.data_steps, "guidance_scale": cfg.data_guidance, "negative_prompt": NEGATIVE}

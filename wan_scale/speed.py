@@ -19,6 +19,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from wan_scale import dist, plan
+
 BACKENDS = {"native": "native", "cudnn": "_native_cudnn", "flash": "_native_flash", "flex": "flex"}  # --attn: diffusers' name
 CHECKPOINTING = ("none", "selective", "full")
 
@@ -120,37 +122,63 @@ def forward(stock, mode: str, block, *args):
     return recomputed(stock, mode, block, *args)
 
 
-def compile_blocks(net) -> None:
+def compile_blocks(blocks, mode: str) -> None:
     """Every block's forward, with its recomputation, becomes one compiled function, which all blocks and networks share.
 
     Compiled within the hooks of FSDP, and after copies are made: AdaLN, norms, RoPE and gates fuse into few passes over the hidden states.
     """
     torch._dynamo.config.recompile_limit = 64  # with and without gradient, autocast, adapters; past the limit blocks run eagerly in silence
-    global compiled
-    compiled = compiled or torch.compile(forward, dynamic=False)
-    for block in net.blocks:
-        block.forward = partial(compiled, type(block).forward, net.checkpointing, block)
-    net.checkpointing = "none"  # it happens within
+    global compiled_forward
+    compiled_forward = compiled_forward or torch.compile(forward, dynamic=False)
+    for block in blocks:
+        block = getattr(block, "block", block)  # of --lora: which adapters work is set outside, and a graph remembers its own
+        block.forward = partial(compiled_forward, type(block).forward, mode, block)
 
 
-compiled = None
+compiled_forward = None
+
+
+# ---- To a whole network ----------------------------------------------------------------------------------------------
 
 
 def prepare(net, attn: str = "native", compiled: bool = False, checkpointing: str | None = None, frozen: bool = False):
     """Make a WanNetwork fast; returns it. frozen: its weights will not move, so what it makes of a prompt is kept (sampling)."""
-    if checkpointing is not None:
-        net.checkpointing = checkpointing
-    net.frozen = frozen
+    net.frozen, net.checkpointing = frozen, checkpointing or net.checkpointing
     under_adapters = [block.block for block in net.blocks if hasattr(block, "block")]  # of --lora: used by the net, not owned
-    for module in chain(net.transformer.modules(), *(block.modules() for block in under_adapters)):
+    stock(net.transformer, attn, under_adapters)
+    if compiled:
+        compile_blocks(net.blocks, net.checkpointing)
+        net.checkpointing = "none"  # it happens within
+    return net
+
+
+def stock(transformer, attn: str = "native", more=(), compiled: bool = False):
+    """The stock transformer (and `more` modules) with an attention backend, for diffusers' own pipelines compiled; returns it."""
+    for module in chain(transformer.modules(), *(other.modules() for other in more)):
         if isinstance(module, WanAttention):
             if hasattr(module.processor, "stock"):  # Ulysses: around it
                 module.processor.stock = Attention(attn)
             else:
                 module.set_processor(Attention(attn))
     if compiled:
-        compile_blocks(net)
-    return net
+        compile_blocks(transformer.blocks, "none")
+    return transformer
+
+
+def chosen(cfg, config: dict, device, dtype, backward: bool) -> dict:
+    """{"attn", "compiled"} as the settings say, or as this card suggests: backends are timed at the run's size. Says what it chose."""
+    compiled = cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
+    attn, words = cfg.attn, ""
+    if attn == "auto" and device.type == "cpu":
+        attn = "native"
+    elif attn == "auto":
+        tokens = plan.tokens(config, cfg.frames, cfg.height, cfg.width)
+        heads = config["num_attention_heads"] // cfg.context_parallel
+        times = attention_times(heads, config["attention_head_dim"], tokens, device, dtype, backward)
+        attn = fastest(times)
+        words = ", of " + ", ".join(f"{k}: {v}" if isinstance(v, str) else f"{k} {1000 * v:.1f} ms" for k, v in times.items())
+    dist.say(f"attention {attn}{words}; blocks {'compiled' if compiled else 'not compiled'}")
+    return {"attn": attn, "compiled": compiled}
 
 
 # ---- The flow head as one launch -------------------------------------------------------------------------------------

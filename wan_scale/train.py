@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 import tmd_minimal as tmd
-from wan_scale import dist, logs, lora, plan, speed, ulysses, weights
+from wan_scale import dist, logs, lora, speed, ulysses, weights
 from wan_scale.config import Wan, WanStudentConfig
 from wan_scale.data import check_folder
 from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels, load_transformer
@@ -117,8 +117,9 @@ def load_student(folder: Path, student) -> None:
     """What weights.fill will read, strictly: every weight and no other."""
     if not (folder / "student.safetensors").exists():
         raise RuntimeError(f"{folder} holds no finished student; run the phase that makes it first.")
-    student.stored = weights.files(folder / "student.safetensors")
-    weights.check(student, student.stored)
+    stored = weights.files(folder / "student.safetensors")
+    weights.check(student, stored)
+    student.stored = stored
 
 
 def accumulation(cfg: Wan) -> int:
@@ -160,22 +161,10 @@ class Training:
 
     def fast(self, net: WanNetwork) -> None:
         """Attention backend, recomputation and compilation as the settings say, or as this card and its memory suggest; told once."""
-        cfg, config = self.cfg, net.transformer.config
         if self.speed is None:
-            compiled = cfg.compile == "on" or (cfg.compile == "auto" and self.device.type == "cuda")
-            heads, half = config.num_attention_heads, compute_dtype(cfg, self.device)
-            attn, words = cfg.attn, ""
-            if attn == "auto" and self.device.type == "cpu":
-                attn = "native"
-            elif attn == "auto":
-                tokens = plan.tokens(dict(config), cfg.frames, cfg.height, cfg.width)
-                times = speed.attention_times(heads // cfg.context_parallel, config.attention_head_dim, tokens, self.device, half)
-                attn, words = (
-                    speed.fastest(times),
-                    f" ({', '.join(f'{k} {v if isinstance(v, str) else round(v, 4)}' for k, v in times.items())})",
-                )
-            self.speed = {"attn": attn, "compiled": compiled, "checkpointing": cfg.checkpointing}
-            dist.say(f"{self.name}: attention {attn}{words}, compiled blocks {compiled}, checkpointing {cfg.checkpointing}")
+            half = compute_dtype(self.cfg, self.device)
+            self.speed = speed.chosen(self.cfg, dict(net.transformer.config), self.device, half, backward=True)
+            self.speed["checkpointing"] = self.cfg.checkpointing
         speed.prepare(net, **self.speed)
 
     def run(self, train, how, read=None) -> WanPhase:
