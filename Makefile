@@ -41,7 +41,7 @@ tutorials: $(WAN)        ## execute every notebook from scratch, store its outpu
 	$(RUN) tutorials/execute.py
 	$(RUN) tutorials/execute.py --check
 
-publish: $(STAMP)        ## copy measured numbers and pictures to results/ and set the README's tables from them
+publish: $(WAN)          ## copy measured numbers and pictures to results/ and set the README's tables from them
 	$(RUN) publish.py
 
 lint: $(STAMP)

@@ -1,6 +1,6 @@
-"""Copy the measured numbers and pictures from runs/ to results/ and set the README's tables from them: make publish.
+"""Copy the measured numbers and pictures from runs/ to results/ and set the tables of README.md and RESULTS.md from them: make publish.
 
-No number in the README's tables is typed by hand; tests/test_docs.py checks that its tables are the ones written here.
+No number in these tables is typed by hand; tests/test_docs.py checks that they are the ones written here.
 """
 
 from __future__ import annotations
@@ -34,16 +34,54 @@ COPIES = {  # results: runs
     "wan_shapes/scores.json": "wan-shapes/scores.json",
 }
 
+CLAIMS = {  # the paper's, in short; C5 and C9 to C12 as far as a rung has rows of them
+    "C0": "transition matching beats flow matching at few steps (not TMD's own)",
+    "C1": "TMD beats DMD2-v at like NFE, most at M = 1",
+    "C2": "quality rises with effective NFE; N and H are a fine dial",
+    "C3": "rollout in stage 2 is crucial",
+    "C4": "TM-MF beats TM as pretraining",
+    "C5": "gated and concat fusion end level",
+    "C6": "the inner target x_1 - x beats x",
+    "C7": "dropping the recurrence at inference hurts",
+    "C8": "the GAN helps, Conv3D heads most",
+    "C9": "KD warm-up helps at M = 1, hurts at M = 2",
+    "C10": "shifts of t_dmd and t_student help",
+}
 
-def tables() -> dict[str, str]:
-    """Every table of the README by the name of its marker, from results/ alone."""
-    load = lambda name: json.loads((RESULTS / name).read_text())
-    costs = lambda rows: bench.markdown(rows) + "\n" + bench.rollout_cost(rows) + "\n"
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text())
+
+
+def front() -> dict[str, str]:
+    """Every table of README.md by the name of its marker, from results/ alone."""
     return {
         "metrics": toy_2d.markdown(load("toy_2d/metrics.json")),
+        "video": toy_video.markdown(load("toy_video/metrics.json")),
+        "overview": overview(),
+    }
+
+
+def overview() -> str:
+    """What became of each of the paper's claims on each rung: how many of its rows hold, by the verdicts of claims.json."""
+    rows = {rung: load(f"{rung}/claims.json")["rows"] for rung in ("toy_2d", "toy_video")}
+
+    def became(rung, claim):
+        verdicts = [row["verdict"] for row in rows[rung] if row["claim"] == claim]
+        counts = {what: sum(v.startswith(what) for v in verdicts) for what in ("holds", "does not hold", "inconclusive", "not run")}
+        return ", ".join(f"{what} {n}" for what, n in counts.items() if n) or "-"
+
+    lines = ["| the paper's claim | points in the plane | moving shapes |", "|---|---|---|"]
+    lines += [f"| {claim}: {text} | {became('toy_2d', claim)} | {became('toy_video', claim)} |" for claim, text in CLAIMS.items()]
+    return "\n".join(lines) + "\n"
+
+
+def tables() -> dict[str, str]:
+    """Every table of RESULTS.md."""
+    costs = lambda rows: bench.markdown(rows) + "\n" + bench.rollout_cost(rows) + "\n"
+    return {
         "claims": claims.claims_table(toy_claims.RUNG, load("toy_2d/claims.json")),
         "bench": costs(load("toy_2d/bench.json")),
-        "video": toy_video.markdown(load("toy_video/metrics.json")),
         "video-claims": claims.claims_table(video_claims.rung("tiny"), load("toy_video/claims.json")),
         "video-students": "\n".join(video_claims.measured(load("toy_video/claims.json"))),
         "video-bench": costs(load("toy_video/bench.json")),
@@ -96,7 +134,7 @@ def fill(text: str, found: dict[str, str]) -> str:
     for name, table in found.items():
         text, n = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, t=table: m[1] + t + m[2], text, flags=re.S)
         if n != 1:
-            raise ValueError(f"the README has {n} places for the table {name!r}; it needs one <!-- {name} --> ... <!-- /{name} -->.")
+            raise ValueError(f"the page has {n} places for the table {name!r}; it needs one <!-- {name} --> ... <!-- /{name} -->.")
     return text
 
 
@@ -106,7 +144,7 @@ def main() -> None:
             (RESULTS / result).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(RUNS / run, RESULTS / result)
     weights()
-    for readme, found in ((Path("README.md"), tables()), (Path("wan_scale/README.md"), plans())):
+    for readme, found in ((Path("README.md"), front()), (Path("RESULTS.md"), tables()), (Path("wan_scale/README.md"), plans())):
         readme.write_text(fill(readme.read_text(), found))
     Path("wan_scale/BENCHMARKS.md").write_text(benchmarks())
 

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "RESULTS.md").read_text()
 WAN = (ROOT / "wan_scale" / "README.md").read_text()
 CODE = (ROOT / "tmd_minimal.py").read_text()
 
@@ -50,7 +51,7 @@ def test_equations_are_cited_on_the_line_that_implements_them():
 
 def test_every_choice_is_listed():
     """Every `# choice:` tag has a row in "Differences from the paper" whose key stands beside the tag, and every row has a tag."""
-    section = README[README.index("## Differences from the paper") : README.index("## Claims")]
+    section = README[README.index("## Differences from the paper") : README.index("## Traps")]
     rows = set(re.findall(r"^\| `([^`]+)` \|", section, re.M))
     used = set()
     for file in ("tmd_minimal.py", "ladder.py", "planar.py", "toy_2d.py", "toy_video.py"):
@@ -70,7 +71,8 @@ def test_every_command_of_the_readme_parses():
     import toy_video
 
     parsers = {"toy_2d.py": toy_2d.parser(), "toy_video.py": toy_video.parser()}
-    text = README + CODE + "".join((ROOT / name).read_text() for name in parsers)
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    text = README + RESULTS + contributing + CODE + "".join((ROOT / name).read_text() for name in parsers)
     lines = re.findall(r"^\s*(python toy_\w+\.py[^#\n]*|make [\w-]+)", text, re.M)
     assert len(lines) > 6
     makefile = (ROOT / "Makefile").read_text()
@@ -114,14 +116,14 @@ def test_plan_of_the_readme_is_the_plan():
 
 
 def test_tables_are_the_measured_ones(monkeypatch):
-    """The README's tables are what the commands write from the committed JSON files: no number is typed by hand."""
+    """The tables of README.md and RESULTS.md are what the commands write from the committed JSON files: no number is typed by hand."""
     import claims
     import publish
     import toy_claims
     import video_claims
 
     monkeypatch.chdir(ROOT)
-    assert publish.fill(README, publish.tables()) == README
+    assert publish.fill(README, publish.front()) == README and publish.fill(RESULTS, publish.tables()) == RESULTS
     for name, rung in (("toy_2d", toy_claims.RUNG), ("toy_video", video_claims.rung("tiny"))):
         result = json.loads((ROOT / f"results/{name}/claims.json").read_text())
         assert (ROOT / f"results/{name}/claims.md").read_text() == claims.markdown(rung, result)
@@ -137,11 +139,16 @@ def test_results_name_no_machine():
             assert not re.search(r'["` ]/\w+/', file.read_text()), file
 
 
-@pytest.mark.parametrize("name", ["README.md", "wan_scale/README.md"])
+@pytest.mark.parametrize("name", ["README.md", "RESULTS.md", "CONTRIBUTING.md", "CHANGELOG.md", "wan_scale/README.md"])
 def test_links_lead_somewhere(name):
-    """Every relative link and picture exists."""
-    for link in re.findall(r"\]\(([^)#]+)", (ROOT / name).read_text()):
-        assert link.startswith("http") or ((ROOT / name).parent / link).exists(), link
+    """Every relative link and picture exists, and where a link names a heading, that heading."""
+    text = (ROOT / name).read_text()
+    for link, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", text):
+        if not link.startswith("http"):
+            target = (ROOT / name).parent / link if link else ROOT / name
+            assert target.exists(), link
+            heads = re.findall(r"^#+ (.*)", target.read_text(), re.M) if anchor else []
+            assert not anchor or anchor in {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}, (link, anchor)
 
 
 def test_tmd_minimal_imports_torch_alone():
