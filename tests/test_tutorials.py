@@ -14,7 +14,7 @@ pytest.importorskip("diffusers")  # the last notebook needs it
 nbformat = pytest.importorskip("nbformat")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tutorials"))
-import execute
+import execute  # noqa: E402
 
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 every = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -37,7 +37,7 @@ def test_runs_from_scratch(path):
 
 @every
 def test_stored_outputs_are_of_this_code(path):
-    """What is stored was executed in the full setting, with these cells and these files, within what a reader waits; after a change: make tutorials."""
+    """What is stored was executed in the full setting, with these cells and files, within what a reader waits (else: make tutorials)."""
     assert not execute.stale(path)
     assert nbformat.read(path, 4).metadata["executed"]["seconds"] <= execute.LIMIT
     assert path.stat().st_size < 2e6
