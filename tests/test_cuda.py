@@ -6,9 +6,9 @@ import torch
 import tmd_minimal as tmd
 from planar import PlanarDiscriminator, PlanarNet
 
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
 def test_every_training_and_sampler_runs_on_a_gpu_and_resumes(tmp_path):
     """Teacher, both stages, KD and sampling on cuda: finite, on the device, and a finished checkpoint loads to the same bits."""
 
@@ -36,3 +36,59 @@ def test_every_training_and_sampler_runs_on_a_gpu_and_resumes(tmp_path):
     first = everything()
     assert first.is_cuda and torch.isfinite(first).all()
     assert torch.equal(first, everything())
+
+
+@pytest.fixture
+def wan():
+    """A small random Wan of head width 128, which every attention backend takes, in float32 on the card; a clip and a prompt."""
+    pytest.importorskip("diffusers")
+    from diffusers import WanTransformer3DModel
+
+    from wan_scale.model import WanNetwork
+    from wan_scale.plan import WAN
+
+    torch.manual_seed(0)
+    config = WAN["1.3b"] | {"num_layers": 4, "num_attention_heads": 2, "ffn_dim": 512}
+    with torch.device("cuda"):
+        net = WanTransformer3DModel(**config)
+    return WanNetwork(net), torch.randn(1, 16, 5, 16, 16, device="cuda"), torch.randn(1, 64, 4096, device="cuda")
+
+
+def sampled(student, x, c, M=2, N=3):
+    from wan_scale.config import WanStudentConfig
+
+    how = WanStudentConfig(M=M, N=N, H=2)
+    grids, draws = {"outer_grid": how.outer_grid, "inner_grid": how.inner_grid}, torch.Generator("cuda").manual_seed(0)
+    with torch.autocast("cuda", torch.bfloat16):
+        return tmd.sample(student, x, c, generator=draws, **grids)
+
+
+def test_graphed_head_is_the_head(wan):
+    """Algorithm 1 with the head as a CUDA graph gives the eager head's sample bit for bit, at two sizes, twice, with a new prompt."""
+    from wan_scale import speed
+
+    net, x, c = wan
+    student = tmd.TMDStudent(net, 2).cuda().requires_grad_(False)
+    graphed = speed.GraphedHead(student)
+    for clip, prompt in ((x, c), (x, c.flip(1)), (x[:, :, :3], c), (x, c)):
+        assert torch.equal(sampled(graphed, clip, prompt), sampled(student, clip, prompt))
+    assert graphed.recorded
+
+
+@pytest.mark.parametrize("attn", ["cudnn", "flash", "native"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fast_is_the_same_but_for_rounding(wan, attn, compiled):
+    """Every backend, eager and compiled, gives the native eager sample to bf16's rounding; and gradients that are finite."""
+    from wan_scale import speed
+
+    net, x, c = wan
+    student = tmd.TMDStudent(net, 2).cuda()
+    wanted = sampled(student, x, c)
+    speed.prepare(student.net, attn=attn, compiled=compiled, checkpointing="selective")
+    found = sampled(student, x, c)
+    assert (found - wanted).norm() < 0.05 * wanted.norm()
+    with torch.autocast("cuda", torch.bfloat16):
+        draws = tmd.stage1_draw(x, tmd.make_grid(2, 10.0), tmd.make_grid(2, 10.0), generator=torch.Generator("cuda").manual_seed(0))
+        loss = tmd.tm_mf_loss(student, x, c, **draws, c_neg=torch.zeros_like(c[0]), guidance=3.0)  # its difference in float32 as well
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
