@@ -109,7 +109,7 @@ def keep_attention(ctx, op, *args, **kw):
 def recomputed(call, mode: str, *args):
     """call(*args), whose inner activations are kept ("none"), or computed again in the backward pass but for attention, or all.
 
-    UNDER AUTOCAST ITS CACHE OF CASTS MUST BE OFF (train.compute): a cast that the forward pass found there would be missed when it is repeated.
+    AUTOCAST'S CACHE OF CASTS MUST BE OFF (train.compute): a cast that the forward pass found there would be one too many when repeated.
     """
     if mode == "none" or not torch.is_grad_enabled():
         return call(*args)
