@@ -87,6 +87,7 @@ def losses(folder, cards: int, clips: int | None = None) -> dict:
     for name, (loss, nets) in parts.items():
         for i in mine:
             (sum(loss(*draws_of(i)).values()) / len(mine)).backward()
+        dist.reshard(*nets.values())
         for who, net in nets.items():
             dist.average_gradients(net)
             found |= {f"{name}, {who}.{key}": dist.full(p.grad) for key, p in net.named_parameters() if p.grad is not None}

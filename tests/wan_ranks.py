@@ -1,17 +1,22 @@
-"""One phase of training with its whole state in hand; under torchrun, what test_wan_train.py compares with one process.
+"""One phase of training with its whole state in hand; under torchrun, what test_wan_train.py and test_wan_dist.py compare with one process.
 
-torchrun --nproc-per-node 2 tests/wan_ranks.py ROOT        # ROOT holds tiny/ and data/; writes ROOT/two/*.pt
+torchrun --nproc-per-node 2 tests/wan_ranks.py ROOT [two]        # ROOT holds tiny/ and data/; writes ROOT/two/*.pt
+torchrun --nproc-per-node 4 tests/wan_ranks.py ROOT copies       # two copies of the weights, cut over two ranks each
+torchrun --nproc-per-node 2 tests/wan_ranks.py ROOT pair         # gathers counted, host memory, the teacher in host memory
 """
 
 import shutil
 import sys
+from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from wan_scale import dist, sample, train
+from wan_scale import dist, sample, train, weights
 from wan_scale.config import preset
 
 SETTINGS = {"M": 2, "global_batch": 2, "micro_batch": 1, "stage1_updates": 2, "stage2_iterations": 6, "stage1_lr": 1e-3, "stage2_lr": 1e-3}
@@ -21,37 +26,65 @@ class Stop(Exception):
     pass
 
 
-def settings(root: Path, out: Path):
+def settings(root: Path, out: Path, **given):
     more = {"model": str(root / "tiny"), "data": str(root / "data"), "prompts": str(root / "prompts.txt"), "samples_per_prompt": 1}
-    return preset("tiny", out=str(out), checkpointing="full", save_every=100, **more, **SETTINGS)
+    more |= {"checkpointing": "full", "save_every": 100}
+    return preset("tiny", out=str(out), **{**more, **SETTINGS, **given})
 
 
-def run(phase: str, root: Path, out: Path, stop: int | None = None) -> dict:
-    """Train stage1 or stage2 (to a checkpoint at step `stop`, if given); every tensor of the phase, whole, and its step."""
-    cfg = settings(root, out)
-    kept, seen = {}, train.Training.on_step
+def run(phase: str, root: Path, out: Path, stop: int | None = None, **given) -> dict:
+    """Train stage1 or stage2 (to a checkpoint at step `stop`, if given); every tensor of the phase, whole, its step, and losses and
+    all-gathers of every update."""
+    cfg = settings(root, out, **given)
+    kept, seen, losses, counts = {}, train.Training.on_step, [], []
 
     def on_step(job, how, phase, terms):
         kept["phase"] = phase
+        losses.append(dict(terms))
+        counts.append(dict(count))
+        count.clear()
         if phase.step == stop:
             phase.save(job.folder / "checkpoints")
             raise Stop
 
     train.Training.on_step = on_step
     try:
-        train.stage1(cfg) if phase == "stage1" else train.stage2(cfg)
+        with gathers() as count:
+            train.stage1(cfg) if phase == "stage1" else train.stage2(cfg)
     except Stop:
         pass
     finally:
         train.Training.on_step = seen
     whole = {name: dist.full(p).clone() for name, p in kept["phase"].tensors().items()}
-    return {"step": kept["phase"].step, "world": dist.world(), "tensors": whole}
+    return {"step": kept["phase"].step, "world": dist.world(), "tensors": whole, "losses": losses, "gathers": counts}
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    root = Path(sys.argv[1])
-    dist.start("cpu")
+@contextmanager
+def gathers():
+    """Counter of all-gathers: "student 0", "student rest", ...; teacher and fake score together are "other"."""
+    count, unshard = Counter(), FSDPParamGroup.unshard
+
+    def counted(group, *args):
+        idle = group._all_gather_result is None
+        unshard(group, *args)
+        if idle and group._all_gather_result is not None:
+            name = group._module_fqn  # "net.transformer.blocks.3", "transformer.blocks.3", or "" for what is in no block
+            who = "student" if name.startswith("net.") or hasattr(group.modules[0], "H") else "other"
+            count[f"{who} {name.rpartition('blocks.')[2] or 'rest'}"] += 1
+
+    FSDPParamGroup.unshard = counted
+    try:
+        yield count
+    finally:
+        FSDPParamGroup.unshard = unshard
+
+
+def held(net) -> int:
+    """Bytes of memory behind the parameters of a net on this rank."""
+    return sum(dist.local(p).nbytes for p in net.parameters() if not p.is_meta)
+
+
+def two(root: Path) -> None:
     found = {phase: run(phase, root, root / "two") for phase in ("stage1", "stage2")}
     if dist.rank() == 0:
         shutil.copytree(root / "two" / "stage1", root / "moved" / "stage1")
@@ -59,4 +92,78 @@ if __name__ == "__main__":
     dist.barrier()
     run("stage2", root, root / "moved", stop=3)
     sample.sample(settings(root, root / "two"))
+
+
+def copies(root: Path) -> None:
+    """Both stages on 2 x 2 ranks; from a checkpoint of theirs in the middle of stage 2 on as one row of 4."""
+    out, four = root / "copies", {"global_batch": 4}
+    found = {phase: run(phase, root, out, shard_over=2, **four) for phase in ("stage1", "stage2")}
+    if dist.rank() == 0:
+        shutil.copytree(out / "stage1", root / "begun" / "stage1")
+    dist.barrier()
+    run("stage2", root, root / "begun", stop=3, shard_over=2, **four)
+    if dist.rank() == 0:
+        shutil.copytree(root / "begun", root / "begun-for-one")
+    dist.barrier()
+    found["row"] = run("stage2", root, root / "begun", **four)
+    if dist.rank() == 0:
+        torch.save(found, root / "copies.pt")
+
+
+def pair(root: Path) -> None:
+    """What two ranks gather, hold and lose; their stage 2 with the teacher on the card and in host memory."""
+    found, four = {}, {"N": 4, "global_batch": 4, "stage2_iterations": 5}
+    found["counts"] = {phase: run(phase, root, root / "counted", **four) for phase in ("stage1", "stage2")}
+    found["whole"] = dist.rank() == 0 or not dist.whole({"a": torch.ones(1)})
+    for precision in ("fp32", "bf16"):
+        bare = {"stage1_updates": 0, "stage2_iterations": 5, "precision": precision}
+        for where, offload in (("here", False), ("host", True)):
+            found[f"{precision} {where}"] = run("stage2", root, root / f"{precision}-{where}", offload_teacher=offload, **bare)
+    found["held"] = memory(root)
+    found["taps"] = partial_calls(root)
+    torch.save(found, root / f"pair-{dist.rank()}.pt")
+
+
+class Watched:
+    """An open safetensors file, or a tensor in it, that notes the bytes of every read."""
+
+    def __init__(self, inner, reads):
+        self.inner, self.reads = inner, reads
+
+    def get_slice(self, key):
+        return Watched(self.inner.get_slice(key), self.reads)
+
+    def __getitem__(self, rows):
+        self.reads.append(self.inner[rows].nbytes)
+        return self.inner[rows]
+
+
+def memory(root: Path) -> dict:
+    """Bytes on this rank of student and teacher before their sharding and when they are in place, and the most that was read at once."""
+    cfg, bytes_, real = settings(root, root / "held"), {}, weights.safe_open
+    job = train.Training(cfg, "stage2", cfg.shards)
+    for who, net in (("student", train.make_student(cfg, cfg.how())), ("teacher", train.network(cfg).requires_grad_(False))):
+        before, reads = held(net), []
+        weights.safe_open = lambda *args, reads=reads: Watched(real(*args), reads)
+        bytes_[who] = before, held(job.place(net)), max(reads)
+    weights.safe_open = real
+    return bytes_
+
+
+def partial_calls(root: Path) -> dict:
+    """All-gathers of taps that end at block 1 of 4, with gradient of the input, and what is still under way afterwards."""
+    cfg = settings(root, root / "held", taps="0,1")
+    net = train.Training(cfg, "stage2", cfg.shards).place(train.network(cfg).requires_grad_(False))
+    x, c = torch.ones(1, 16, 3, 8, 8, requires_grad=True), torch.ones(1, 20, 32)
+    with gathers() as count:
+        net.taps(x, torch.tensor([0.7], dtype=torch.float64), c, (0, 1))[1].sum().backward()
+    pending = [i for i, block in enumerate(net.blocks) if block._get_fsdp_state()._fsdp_param_group._all_gather_result is not None]
+    return {"gathers": dict(count), "pending": pending, "gradient": x.grad}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.start("cpu")
+    {"two": two, "copies": copies, "pair": pair}[sys.argv[2] if len(sys.argv) > 2 else "two"](Path(sys.argv[1]))
+    dist.barrier()
     dist.stop()

@@ -1,0 +1,111 @@
+"""Weights go straight from their safetensors files to where they will live: no process ever holds a network that it does not keep.
+
+net = skeleton(folder, torch.bfloat16)      # the stock transformer; its blocks have shapes and no memory
+net = dist.shard(net)                       # so that cutting them costs nothing
+fill(net, device, files(folder))            # and every rank reads its own rows
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from wan_scale import dist
+
+NAME = "diffusion_pytorch_model.safetensors"
+
+
+class Stored(NamedTuple):
+    """Where a tensor is."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+
+
+def files(path: str | Path, prefix: str = "") -> dict[str, Stored]:
+    """The tensors of a safetensors file, or of a diffusers folder of one or many, by their names with `prefix` before them.
+
+    Reads headers only; RuntimeError where a file is missing or damaged.
+    """
+    path, found = Path(path), {}
+    index = path / f"{NAME}.index.json"
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [NAME]
+    for file in [path / name for name in names] if path.is_dir() else [path]:
+        try:
+            with safe_open(file, "pt") as stored:
+                found |= {prefix + key: Stored(file, key, tuple(stored.get_slice(key).get_shape())) for key in stored.keys()}
+        except (OSError, SafetensorError) as e:
+            raise RuntimeError(f"{file} is missing or damaged; fetch or make it again.") from e
+    return found
+
+
+def check(module: nn.Module, stored: dict[str, Stored], ignore: tuple[str, ...] = ()) -> None:
+    """RuntimeError unless `stored` has every parameter of the module, in its shape, and no other (but with one of `ignore` in its name)."""
+    wanted = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    found = {name: s.shape for name, s in stored.items() if name in wanted or not any(part in name for part in ignore)}
+    wrong = [f"{name} is not there" for name in wanted if name not in found]
+    wrong += [f"{name} has no place" for name in found if name not in wanted]
+    wrong += [f"{name} is of shape {found[name]}" for name in wanted if name in found and found[name] != wanted[name]]
+    if wrong:
+        where, more = next((s.file.parent for s in stored.values()), "the file"), f", and {len(wrong) - 1} more" * (len(wrong) > 1)
+        raise RuntimeError(f"{where} does not hold the weights of this network ({wrong[0]}{more}); give the folder that belongs to it.")
+
+
+def cast(model, dtype: torch.dtype):
+    """Parameters to `dtype` but for what diffusers keeps in float32 (times, tables, norms); returns the model."""
+    for name, p in model.named_parameters():
+        if not any(part in model._keep_in_fp32_modules for part in name.split(".")):
+            p.data = p.data.to(dtype)
+    return model
+
+
+def skeleton(folder: str | Path, dtype: torch.dtype = torch.float32):
+    """A Wan2.1 folder's stock transformer in from_pretrained's dtypes: its blocks without memory, embeddings and output layer read."""
+    from accelerate import init_empty_weights
+    from diffusers import WanTransformer3DModel
+
+    config = WanTransformer3DModel.load_config(folder, subfolder="transformer")
+    with init_empty_weights():  # from_pretrained's own way: it draws the same numbers, so a student's new layers come out the same, too
+        net = cast(WanTransformer3DModel.from_config(config), dtype).eval()
+    stored = files(Path(folder) / "transformer")
+    check(net, stored, tuple(net._keys_to_ignore_on_load_unexpected))
+    return fill(net, "cpu", {name: s for name, s in stored.items() if not name.startswith("blocks.")})
+
+
+@torch.no_grad()
+def fill(module: nn.Module, device, stored: dict[str, Stored] | None = None):
+    """Read every parameter that is `stored` (by default as module.stored), of a sharded one this rank's rows alone; returns the module.
+
+    A parameter without memory gets it on `device`; the others stay where they are.
+    """
+    stored, opened = module.stored if stored is None else stored, {}
+    for path, owner in module.named_modules():
+        for name, p in list(owner.named_parameters(recurse=False)):
+            if (s := stored.get(f"{path}.{name}".lstrip("."))) is None:
+                continue
+            if p.is_meta:
+                p = nn.Parameter(torch.empty_like(p, device=device), requires_grad=p.requires_grad)
+                owner.register_parameter(name, p)
+            if s.file not in opened:
+                opened[s.file] = safe_open(s.file, "pt")
+            first, last = rows(p)
+            if first < last:
+                dist.local(p).copy_(opened[s.file].get_slice(s.key)[first:last])
+    return module
+
+
+def rows(p: torch.Tensor) -> tuple[int, int]:
+    """The first row that this rank holds of a parameter and the one after its last: FSDP2 cuts rows, over the mesh's last axis."""
+    if not isinstance(p, DTensor):
+        return 0, len(p)
+    axis = p.device_mesh.ndim - 1
+    each = -(-len(p) // p.device_mesh.size(axis))  # as torch.chunk: the last ranks may have fewer, or none
+    first = each * p.device_mesh.get_local_rank(axis)
+    return min(first, len(p)), min(first + each, len(p))
