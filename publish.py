@@ -17,6 +17,7 @@ import toy_2d
 import toy_claims
 import toy_video
 import video_claims
+from wan_scale import benchmarks as wan_bench
 from wan_scale import plan as wan
 
 RUNS, RESULTS = Path("runs"), Path("results")
@@ -95,7 +96,7 @@ def plans() -> dict[str, str]:
         "|---" * 9 + "|",
     ]
     for name, gpus in (("1.3b", 8), ("14b", 64)):
-        p = wan.plan(name, gpus=gpus, card_gb=80, disc_checkpointing=True, fp32_slowdown=8.0)
+        p = wan.plan(name, gpus=gpus, card_gb=80, checkpointing="auto", compiled=True, disc_checkpointing=True, fp32_slowdown=8.0)
         peak, fits = max(p["peak"].values()) / wan.GB, "yes" if p["fits"] else "no"
         times = " | ".join(wan.duration(3600 * p["hours"][stage]) for stage in ("stage1", "stage2"))
         costs = f"{sum(p['hours'].values()) * gpus:,.0f} | {p['clip hours']:,.0f} | {p['clip bytes'] / wan.GB:,.0f} GB"
@@ -114,10 +115,8 @@ def plans() -> dict[str, str]:
 
 def benchmarks() -> str:
     """wan_scale/BENCHMARKS.md from the JSON files of `run.py bench`."""
-    from wan_scale import bench  # needs diffusers
-
-    records = [json.loads(file.read_text()) for file in sorted(bench.RESULTS.glob("*.json"))]
-    return "# Measured on cards\n\nWritten by `make publish` from [`bench_results/`](bench_results).\n\n" + bench.markdown(records)
+    records = [json.loads(file.read_text()) for file in sorted(wan_bench.RESULTS.glob("*.json"))]
+    return "# Measured on cards\n\nWritten by `make publish` from [`bench_results/`](bench_results).\n\n" + wan_bench.markdown(records)
 
 
 def weights() -> None:

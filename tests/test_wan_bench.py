@@ -1,4 +1,4 @@
-"""The benchmark of wan_scale/: every case runs on the tiny size, and its tables say what was measured."""
+"""The benchmark of wan_scale/: every case runs on the tiny size, and its tables say what was measured and how far the plan was off."""
 
 import json
 
@@ -6,8 +6,12 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers")
-from wan_scale import bench, run
+import test_wan_plan
+
+from wan_scale import bench, benchmarks, plan, run
 from wan_scale.config import preset
+
+ON_A_CARD = {"forward, compiled", "sampling, graphed head"}
 
 
 @pytest.fixture(scope="module")
@@ -19,41 +23,147 @@ def record(tmp_path_factory):
     return found
 
 
+def rows(lines, name=""):
+    """Cells of the rows of a table whose first cell begins with `name`."""
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+    return [row for row in cells if row[0].startswith(name)]
+
+
 def test_every_case_is_measured(record):
-    """Forward, both stages by their real loops, sampling at every (M, N), stock calls and the VAE: seconds, none failed."""
+    """Rates, forward, both stages by their real loops, sampling at every (M, N), stock calls, the naive baseline and the VAE: seconds."""
     cases = record["cases"]
-    assert {"matmul", "forward", "stage 2", "stage 1", "sampling", "sampling, stock calls", "VAE decode"} == set(cases)
-    assert not [name for name, found in cases.items() if "failed" in found]
-    assert set(cases["stage 2"]["seconds"]) == {"student", "critic"}
+    assert {name for name, case in cases.items() if "failed" in case} == ON_A_CARD  # the preset runs on the CPU
+    assert {*plan.UNITS} - {"attention", "attention backward"} < {*cases["rates"]["seconds"]} == {*cases["rates"]["work"]}
+    assert {"native", "native, with backward"} <= {*cases["attention"]["seconds"]}
+    for name in ("stage 2", "stage 2, naive", "stage 2, recomputed whole"):
+        assert set(cases[name]["seconds"]) == {"student", "critic"}
     assert list(cases["sampling"]["seconds"]) == ["M1N1", "M1N2", "M1N4", "M2N2", "M4N1"]
-    assert all(
-        value > 0
-        for found in cases.values()
-        for value in (found["seconds"].values() if isinstance(found["seconds"], dict) else [found["seconds"]])
-    )
+    assert all(s > 0 for case in cases.values() if "failed" not in case for _, s, _ in benchmarks.measured(case))
+    assert cases["stage 2, naive"]["checkpointing"] == "full" and cases["stage 2"]["checkpointing"] == "none"
 
 
-def test_table(record):
-    """A row a number, with the plan's seconds at the card's own matmul rate beside it."""
-    table = bench.markdown([record])
-    rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 1 + 1 + 2 + 1 + 5 + 5 + 1
-    forward = next(row for row in rows if row[0].strip() == "forward")
-    rate = record["cases"]["matmul"]["tflops"] * 1e12
-    assert float(forward[2]) == pytest.approx(bench.plan.flops(record["config"], record["tokens"], H=2)["whole"]["total"] / rate, rel=1e-3)
-    assert "Not measured yet" in bench.markdown([])
+def test_tables_of_a_run(record):
+    """A row a number, its plan and its error beside it; the evaluations' effective NFE and the rates below."""
+    text = benchmarks.markdown([record])
+    table = rows(benchmarks.cases(record))[1:]
+    assert len(table) == len(ON_A_CARD) + 3 * 2 + 2 + 5 + 2 + 1 and all(len(row) == 8 for row in table)
+    (forward,) = rows(benchmarks.cases(record), "forward, stock call")
+    work = plan.step_work(record["config"], record["tokens"], "teacher", H=2)["teacher"]
+    assert float(forward[2]) == pytest.approx(plan.time_of(work, plan.rates(record)), rel=1e-3)
+    assert float(forward[3].rstrip("%")) / 100 == pytest.approx(float(forward[2]) / float(forward[1]) - 1, abs=0.02)
+    assert "| 1 | 2 | 1.50 |" in text and "within 15% for time" in text and "| weight gradients |" in text
+
+
+def test_adapters_are_measured():
+    """Where one card cannot train in full, stage 2 runs with LoRAs on a shared base: the same loop, adapters as the trained weights."""
+    one = bench.Bench(preset("tiny", lora=4), run.size_of("tiny"), repeats=1)
+    found = one.training("stage 2")
+    assert found["lora"] == 4 and min(found["seconds"].values()) > 0
+    big = bench.Bench(preset("14b", device="cpu", card_gb=141), run.size_of("14b"))  # nothing is made before a case runs
+    small = bench.Bench(preset("1.3b", device="cpu", card_gb=141), run.size_of("1.3b"))
+    assert (big.lora, small.lora, small.mode) == (64, 0, "selective")
 
 
 def test_a_case_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
-    """Out of memory in one case is a line of the record; the cases after it are measured."""
-    monkeypatch.setattr(bench.Bench, "training", lambda self, kind: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
-    monkeypatch.setattr(bench, "GRIDS", ((1, 1),))
-    found = bench.run(preset("tiny"), run.size_of("tiny"), "tiny", tmp_path, repeats=1)["cases"]
-    assert found["stage 2"]["failed"] == found["stage 1"]["failed"] == "out of memory" and found["sampling"]["seconds"]["M1N1"] > 0
+    """Out of memory or anything else in a case is a line of the record; the cases after it are measured."""
+
+    def broken(self, kind, **_):
+        raise torch.OutOfMemoryError("no room") if kind == "stage 2" else TypeError("a backend of another version\nand its trace")
+
+    monkeypatch.setattr(bench.Bench, "training", broken)
+    monkeypatch.setattr(bench, "GRIDS", ((1, 1), (1, 2)))
+    found = bench.run(preset("tiny"), run.size_of("tiny"), "tiny", tmp_path, repeats=1)
+    assert found["cases"]["stage 2"]["failed"] == "out of memory" and found["cases"]["sampling"]["seconds"]["M1N1"] > 0
+    assert found["cases"]["stage 1"]["failed"] == "a backend of another version" and "out of memory" in benchmarks.markdown([found])
+
+
+def test_time_is_up(tmp_path):
+    """No case starts after --bench-minutes, and each that did not says so in the file."""
+    found = bench.run(preset("tiny", bench_minutes=1e-9), run.size_of("tiny"), "tiny", tmp_path, repeats=1)["cases"]
+    left = {name for name, case in found.items() if case["failed"] == "left out: the time was up"}
+    assert left == {*found} - ON_A_CARD
+
+
+# ---- Tables of a made-up card: rates are known, so times are -----------------------------------------------------------
+
+
+def made(**cases):
+    """A record at 1.3B whose rates are test_wan_plan.made_record's; cases may be given without what all of them have."""
+    extra = {"tf32": False, "micro_batch": 1, "H": 5, "N": 2, "last_tap": 29, "clip": [81, 480, 832], "torch": "2", "precision": "bfloat16",
+             "command": "bench", "discriminator": plan.discriminator(plan.WAN["1.3b"], (21, 60, 104), 384)}  # fmt: skip
+    record = test_wan_plan.made_record(**extra)
+    record["cases"]["rates"]["seconds"]["matmul"], record["cases"]["rates"]["work"]["matmul"] = 1.0, 800e12
+    facts = {"attn": "cudnn", "compiled": True, "checkpointing": "selective", "lora": 0, "difference": True}
+    record["cases"] |= {name: case if "failed" in case else facts | case for name, case in cases.items()}
+    return record
+
+
+def test_prediction_errors():
+    """Times fabricated from the rates are predicted without error; slower ones and larger peaks are counted as misses, at the bars."""
+    n, D = 32760, 1536
+    whole = plan.flops(plan.WAN["1.3b"], n)["whole"]
+    forward = whole["linear"] / 700e12 + whole["attention"] / 600e12 + 30 * n * (42 * D + 4 * 8960) / 4e12
+    native = whole["linear"] / 700e12 + whole["attention"] / 300e12 + 30 * n * (354 * D + 4 * 8960) / 4e12
+    peak = (2 * 1_418_996_800 + n * (8 * D + 4 * 8960)) / plan.GB
+    record = made(**{
+        "forward, compiled": {"seconds": forward, "peak_gb": peak / 1.09},
+        "forward": {"seconds": forward / 1.16, "peak_gb": peak / 1.12},
+        "forward, stock call": {"seconds": native, "peak_gb": peak, "attn": "native", "compiled": False},
+        "stage 1": {"failed": "out of memory"},
+        "VAE decode": {"seconds": 1.5, "peak_gb": 9.0},
+    })  # fmt: skip
+    table = benchmarks.cases(record)
+    (compiled,), (stock,) = rows(table, "forward, compiled"), rows(table, "forward, stock")
+    assert compiled[3] == stock[3] == "+0%" and compiled[6] == "+9%" and stock[6] == "+0%" and rows(table, "forward")[1][3] == "+16%"
+    assert compiled[7].startswith("attention 7") and rows(table, "VAE")[0] == ["VAE decode", "1.5", "", "", "9.0", "", "", ""]
+    assert rows(table, "stage 1")[0][1] == "out of memory"
+    assert table[-1] == "The plan's errors are within 15% for time: 2 of 3 rows, within 10% for memory: 2 of 3 rows."
+
+
+@pytest.mark.parametrize(
+    "case, part, kind", [("stage 1", "", "stage1"), ("stage 2", "student", "student"), ("stage 2", "critic", "critic")]
+)
+def test_prediction_of_training(case, part, kind):
+    """Each training step's prediction is plan's own seconds and bytes of one clip at these rates, in the mode that it ran in."""
+    record = made(**{case: {"seconds": {part: 1.0}}})
+    spent, peak = benchmarks.predicted(record, case, part)
+    held = {"compiled": True, "checkpointing": "selective", "disc_checkpointing": True, "batch": 1, "gpus": 1}
+    p = plan.plan("1.3b", rates=plan.rates(record), **held)
+    assert sum(spent.values()) == pytest.approx(p["seconds"][kind]) and peak == pytest.approx(p["peak"][kind])
+    record["cases"][case]["difference"] = False
+    assert (sum(benchmarks.predicted(record, case, part)[0].values()) < sum(spent.values())) == (kind == "stage1")
+
+
+def test_bars():
+    """Each bar is met, or missed by so much, or not measured yet; a variant with more memory than the naive one counts if it is alone."""
+    stage2 = lambda s, gb, **kw: {"seconds": {"student": s, "critic": s}, "peak_gb": {"student": gb, "critic": 50.0}, **kw}
+    record = made(**{
+        "forward, compiled": {"seconds": 0.5},
+        "sampling": {"seconds": {"M1N1": 0.5, "M1N2": 0.66, "M1N4": 0.75}},
+        "stage 2": stage2(2.0, 72.0), "stage 2, recomputed whole": stage2(2.5, 60.0), "stage 2, naive": stage2(4.0, 60.0),
+        "stage 1": {"seconds": {"": 4.0}}, "stage 1, no finite difference": {"failed": "out of memory"},
+    })  # fmt: skip
+    table = [(row[1], row[3].split(",")[0], row[4]) for row in rows(benchmarks.bars([record]))[1:]]
+    assert table == [
+        ("forward, share of the card's bf16 matmul rate", "71%", "met"),
+        ("stage 2 iteration against the naive baseline, at equal memory", "1.60x (60.0 GB against 60.0 GB)", "met"),
+        ("stage 2 at batch 1, peak memory", "72.0 GB", "met"),
+        ("sample at M = 1, N = 2, transformer", "0.660 s", "missed by 10% of the bound"),
+        ("sample at M = 1, N = 2, transformer", "not measured yet", ""),
+        ("inner steps over (N-1) H / L, above it", "0%", "met"),
+        ("finite difference, added to a stage 1 step", "not measured yet", ""),
+    ]
+    del record["cases"]["stage 2, recomputed whole"]
+    alone = rows(benchmarks.bars([record]))[2]
+    assert alone[3].startswith("2.00x (72.0 GB against 60.0 GB, NOT AT EQUAL MEMORY)") and alone[4] == "met in time alone"
+    assert all(row[3] == "not measured yet" for row in rows(benchmarks.bars([]))[1:])
+    (nfe,) = [row for row in rows(benchmarks.evaluations(record)) if row[:2] == ["1", "4"]]
+    assert nfe[2:5] == ["1.50", "0.75", "1.50"]
 
 
 def test_published_benchmarks_are_the_files():
-    """BENCHMARKS.md is what publish writes from bench_results/."""
+    """BENCHMARKS.md is what publish writes from bench_results/; without a file it lists what waits."""
     import publish
 
     assert (bench.RESULTS.parent / "BENCHMARKS.md").read_text() == publish.benchmarks()
+    assert "Not measured yet" in benchmarks.markdown([]) and "| 14b |" in benchmarks.markdown([])

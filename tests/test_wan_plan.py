@@ -1,14 +1,19 @@
 """`plan`: its parameters, FLOPs and bytes against PyTorch's own counts on the real classes, and what it says about fitting."""
 
+import json
+import math
 import re
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import tmd_minimal as tmd
@@ -16,6 +21,7 @@ from wan_scale import plan as P
 
 diffusers = pytest.importorskip("diffusers")
 from wan_scale import model as M  # noqa: E402
+from wan_scale.phase import Feed, WanPhase  # noqa: E402
 
 TINY = dict(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=4, in_channels=16, out_channels=16, text_dim=32,
             freq_dim=32, patch_size=[1, 2, 2], cross_attn_norm=True)  # fmt: skip
@@ -23,14 +29,18 @@ CLIP = (9, 64, 96)  # frames, height, width
 TEXT = 24
 
 
-def count(run) -> float:
-    """FLOPs of run(), backward passes included; attention by its two matrix products."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+def count(run, backend=SDPBackend.MATH) -> float:
+    """FLOPs of run(), backward passes included; attention by its two matrix products, or fused, where its gradient counts 2.5 times."""
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    products = lambda q, k, *_, **__: 4 * math.prod(q) * k[-2]
+    back = lambda g, q, k, *_, **__: 10 * math.prod(q) * k[-2]
+    known = {fused: products, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: back}
+    with FlopCounterMode(display=False, custom_mapping=known) as counter, sdpa_kernel(backend):
         run()
     return counter.get_total_flops()
 
 
-def network(config=TINY, checkpointing=True):
+def network(config=TINY, checkpointing="full"):
     """The stock transformer in tmd's contract, blocks recomputed in the backward pass."""
     return M.WanNetwork(diffusers.WanTransformer3DModel(**config), checkpointing)
 
@@ -167,6 +177,57 @@ def test_step_arithmetic():
     assert "finite difference, fp32" not in step(flow_map_share=0.0) and "pass for c_neg" not in step(guidance=False)
 
 
+@pytest.mark.parametrize("mode", P.CHECKPOINTING)
+def test_what_is_computed_again(mode):
+    """A stage 1 and a KD update cost what the plan says in every mode: nothing again, all but attention, or all."""
+    how, n = tmd.StudentConfig(M=1, N=2, H=1), P.tokens(TINY, *CLIP)
+    student, one = tmd.TMDStudent(network(checkpointing=mode), 1), tmd.Stage1Config(updates=1, batch=1)
+    pairs = lambda g: (data(1, g)[0], *data(1, g))
+    run = {
+        "stage1": lambda: tmd.train_stage1(student, data, how, one, c_neg=torch.zeros(TEXT, TINY["text_dim"]), progress=False),
+        "kd": lambda: tmd.train_kd(student, pairs, how, updates=1, lr=1e-4, progress=False),
+    }
+    for kind, update in run.items():
+        said = P.step_flops(TINY, n, kind, text=TEXT, H=1, fp32_slowdown=1, checkpointing=mode)
+        assert count(update, SDPBackend.FLASH_ATTENTION) == pytest.approx(sum(said.values()), rel=0.02)
+
+
+class Moved(TorchDispatchMode):
+    """Bytes that elementwise operations read and write: all but matrix products, attention and views."""
+
+    LEFT_OUT = ("mm", "addmm", "bmm", "_scaled_dot_product", "empty", "detach", "_unsafe_view", "view", "expand", "t.", "new_empty")
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        read, written = ([t for t in tree_leaves(x) if isinstance(t, torch.Tensor)] for x in ((args, kwargs), out))
+        where = {t.untyped_storage().data_ptr() for t in read}
+        view = not func._schema.is_mutable and all(t.untyped_storage().data_ptr() in where for t in written)
+        if not view and not func.__name__.startswith(self.LEFT_OUT):
+            self.bytes += sum(t.nbytes for t in (*read, *written))
+        return out
+
+
+def test_moved_bytes():
+    """What a block's elementwise work reads and writes, forward and backward, is the plan's count to 3 %."""
+    found = {}
+    for n in (1024, 2048):  # the difference leaves out what weights cost
+        block = diffusers.WanTransformer3DModel(**WIDE).blocks[0]
+        h, text, six = torch.randn(1, n, 256, dtype=torch.bfloat16, requires_grad=True), torch.randn(1, 8, 256), torch.randn(1, 6, 256)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), Moved() as moved:
+            out = block(h, text, six, (torch.randn(1, n, 1, 64), torch.randn(1, n, 1, 64)))
+            forward = moved.bytes
+            out.sum().backward()
+        found[n] = forward, moved.bytes - forward
+    work = {g: P.step_work(WIDE, 1024, "kd", H=0, N=1, checkpointing=g)["backbone, trained"]["bytes"] for g in ("none", "full")}
+    forward, backward = (b - a for a, b in zip(*found.values()))
+    assert work["full"] - work["none"] == pytest.approx(2 * forward, rel=0.03)  # of two blocks
+    assert work["none"] == pytest.approx(2 * (forward + backward), rel=0.03)
+
+
 # ---- Memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +286,7 @@ def test_states_by_hand():
     assert one["student, weights"] + one["student, AdamW"] + one["gradients"] == 16 * student and one["student, average"] == 4 * student
     assert one["fake score, weights"] + one["fake score, AdamW"] == 12 * teacher and one["teacher, bf16"] == 2 * teacher
     hidden = 32760 * 1536 * 2  # bf16
-    assert one["block inputs"] == (25 + 2 * 5 * 2 + 30) * hidden  # backbone, head twice in fp32, the teacher on the way to its last tap
+    assert one["block inputs"] == (25 + 2 * 5 + 30) * hidden  # backbone, head twice, the teacher on the way to its last tap
     critic = P.memory(P.WAN["1.3b"], 32760, "critic", disc=67.9e6)
     assert critic["gradients"] == 4 * (teacher + 67.9e6)
     eight = P.memory(P.WAN["1.3b"], 32760, "student", gpus=8, disc=67.9e6, shard_teacher=False)
@@ -233,7 +294,7 @@ def test_states_by_hand():
     assert eight["discriminator, weights and AdamW"] == one["discriminator, weights and AdamW"] == 12 * 67.9e6
     block = 46_440_704
     two = P.memory(P.WAN["1.3b"], 32760, "stage1", gpus=2)["gathered for use"]
-    assert one["gathered for use"] == 2 * block and two == 2 * block + 4 * (2 + 2) * block + 4 * (student - 30 * block)
+    assert one["gathered for use"] == 2 * block and two == 2 * block + 4 * (2 + 2 + 5) * block + 4 * (student - 30 * block)
     assert not {"teacher, bf16", "fake score, weights", "discriminator, weights and AdamW"} & {*P.memory(P.WAN["1.3b"], 32760, "stage1")}
 
 
@@ -248,6 +309,188 @@ def test_memory_falls_with_gpus_and_rises_with_work(name):
     assert peak(N=2)["student"] < peak(N=4)["student"]
     assert peak()["stage1"] < peak(micro_batch=2)["stage1"] and P.plan(name)["seconds"] == P.plan(name, micro_batch=2)["seconds"]
     assert peak()["critic"] < peak(shard_teacher=False)["critic"] and peak(disc_checkpointing=True)["critic"] < peak()["critic"]
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of all tensors made within that are alive at once, at the most since `peak` was set."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.alive = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+            if storage._cdata not in given | self.alive:
+                self.alive.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def free(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("mode, micro", [("full", 1), ("selective", 2)])
+def test_peak_of_real_updates(mode, micro):
+    """What a stage 1, a student's and a critics' update of the real loops hold at their peak, weights and AdamW too, is the plan to 7 %."""
+    config, H, clip, tapped = {**WIDE, "num_attention_heads": 2, "ffn_dim": 768, "num_layers": 4}, 1, (9, 192, 192), (1, 3)
+    n, disc = P.tokens(config, *clip), P.discriminator(config, P.latent(*clip), 32, taps=2, hidden=16)
+    x, c, peaks = torch.randn(1, 16, *P.latent(*clip)), torch.randn(1, 8, 32), {}
+
+    def on_step(phase, terms):
+        peaks["stage1" if "tm_mf" in terms else "student" if "vsd" in terms else "critic"] = tracked.peak
+        tracked.peak = tracked.now
+
+    for stage in (1, 2):
+        student, fake = tmd.TMDStudent(network(config, mode), H), network(config, mode)
+        outside = 4 * size(student) + 4 * size(fake) * (stage == 2)  # made before the tracking
+        how, data = tmd.StudentConfig(M=2, N=2, H=H), lambda k, g: (x, c)
+        kw = {"c_neg": torch.zeros(8, 32), "on_step": on_step, "progress": False}
+        kw["make"] = partial(WanPhase, feed=Feed(None), accumulate=micro)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), Peak() as tracked:
+            if stage == 1:
+                tmd.train_stage1(student, data, how, tmd.Stage1Config(updates=2, batch=1), **kw)
+            else:
+                teacher = network(config, mode).requires_grad_(False)
+                for p in (p for block in teacher.blocks for p in block.parameters() if p.ndim == 2):
+                    p.data = p.data.bfloat16()
+                two = tmd.Stage2Config(iterations=4, batch=1, student_every=2)
+                critic = M.WanDiscriminator(32, 32, 2, 16, checkpointing=True)
+                tracked.peak = tracked.now
+                tmd.train_stage2(student, teacher, critic, data, how, two, taps=tapped, fake_score=fake, **kw)
+        for kind in ("stage1",) if stage == 1 else ("student", "critic"):
+            more = {"disc": disc["parameters"] if stage == 2 else 0, "disc_bytes": disc["live"]}
+            said = P.memory(config, n, kind, H=H, last_tap=3, checkpointing=mode, accumulated=micro > 1, **more)
+            assert sum(said.values()) == pytest.approx(peaks[kind] + outside, rel=0.07), kind
+
+
+# ---- Checkpointing, sharding, rates ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", P.WAN)
+def test_modes_trade_memory_for_time(name):
+    """Keeping more takes more memory and less time: none, selective, full, in this order, for every step."""
+    plans = [P.plan(name, gpus=1, checkpointing=mode) for mode in P.CHECKPOINTING]
+    for kind in ("stage1", "student", "critic"):
+        a, b, c = (p["peak"][kind] for p in plans)
+        assert a > b > c
+        a, b, c = (p["seconds"][kind] for p in plans)
+        assert a < b < c
+    small = {"gpus": 1, "disc_checkpointing": True}
+    for mode in P.CHECKPOINTING:
+        assert (
+            P.plan(name, **small, checkpointing=mode, compiled=True)["peak"]["student"]
+            < P.plan(name, **small, checkpointing=mode)["peak"]["student"]
+        )
+
+
+def card_of(need):
+    """GB of the card that just holds `need` bytes."""
+    return 1.0001 * need / (1 - P.RESERVE) / P.GB
+
+
+def test_chosen_checkpointing():
+    """The fastest mode that fits is taken, exactly at its own need, by plan and by choose_checkpointing; the report says so."""
+    need = {mode: max(P.plan("1.3b", gpus=1, checkpointing=mode)["peak"].values()) for mode in P.CHECKPOINTING}
+    for mode in P.CHECKPOINTING:
+        p = P.plan("1.3b", gpus=1, checkpointing="auto", card_gb=card_of(need[mode]))
+        assert p["checkpointing"] == mode and p["fits"]
+    held = {"H": 5, "N": 2, "disc": 67.9e6}
+    least = max(sum(P.memory(P.WAN["1.3b"], 32760, kind, checkpointing="selective", **held).values()) for kind in ("student", "critic"))
+    pick = lambda budget: P.choose_checkpointing(P.WAN["1.3b"], 32760, budget, ("student", "critic"), **held)
+    assert pick(least) == "selective" and pick(least - 1) == "full" == pick(0)
+    assert "Checkpointing: selective (chosen" in P.report("1.3b", gpus=1, checkpointing="auto")
+    assert "Checkpointing: full; the backward" in P.report("1.3b", gpus=1)
+    text = P.report("1.3b", gpus=1, card_gb=card_of(need["full"]), checkpointing="selective")
+    assert "IT DOES NOT FIT" in text and "with --checkpointing auto" in text
+
+
+def test_sharding_and_offloading():
+    """HSDP divides by the cards of one copy; an offloaded teacher leaves its blocks in use; both are offered where they help."""
+    peak = lambda **kw: P.plan("14b", gpus=16, **kw)["memory"]["student"]
+    assert (
+        peak(shard_over=8)["student, AdamW"] == 2 * peak()["student, AdamW"] == P.plan("14b", gpus=8)["memory"]["student"]["student, AdamW"]
+    )
+    assert peak(shard_over=16) == peak() and P.plan("14b", gpus=16, shard_over=8)["seconds"] == P.plan("14b", gpus=16)["seconds"]
+    here, away = (P.plan("1.3b", gpus=1, offload_teacher=away)["memory"]["critic"] for away in (False, True))
+    teacher = P.parameters(P.WAN["1.3b"])
+    assert "teacher, bf16" not in away and here["teacher, bf16"] == 2 * teacher["total"]
+    assert away["gathered for use"] - here["gathered for use"] == 2 * (teacher["total"] - 28 * teacher["block"])
+    room = lambda name, **kw: card_of(max(P.plan(name, **kw)["peak"].values()))
+    assert "with --shard-over 0" in P.report("14b", gpus=16, card_gb=room("14b", gpus=16), shard_over=4)
+    assert "with --offload-teacher" in P.report("1.3b", gpus=1, card_gb=room("1.3b", gpus=1, offload_teacher=True))
+
+
+def made_record(**changed):
+    """What `bench` would have written on a card of known rates."""
+    rate = {"linear": 700e12, "weight gradients": 500e12, "convolution": 100e12, "fp32 linear": 50e12, "fp32 attention": 20e12,
+            "bytes": 4e12, "fp32 linear, TF32": 350e12, "fp32 attention, TF32": 40e12}  # fmt: skip
+    flops = 4 * 32760**2 * 1536
+    forward, both = flops / 600e12, flops / 600e12 + 2.5 * flops / 450e12
+    cases = {
+        "attention": {
+            "seconds": {"cudnn": forward, "cudnn, with backward": both, "native": 2 * forward, "native, with backward": 3 * both}
+        },
+        "rates": {"seconds": {unit: 1e15 / r for unit, r in rate.items()}, "work": dict.fromkeys(rate, 1e15)},
+    }
+    return {
+        "size": "1.3b",
+        "card": "A card",
+        "date": "2026-11-23",
+        "tokens": 32760,
+        "config": P.WAN["1.3b"],
+        "attn": "cudnn",
+        "cases": cases,
+        **changed,
+    }
+
+
+def test_rates_of_a_record():
+    """plan.rates gives the card's rates back, of the backend and the float32 asked for, and a sentence where one is missing."""
+    rate = P.rates(made_record())
+    known = {
+        "linear": 700,
+        "weight gradients": 500,
+        "attention": 600,
+        "attention backward": 450,
+        "fp32 linear": 50,
+        "fp32 attention": 20,
+        "bytes": 4,
+    }
+    assert {unit: rate[unit] / 1e12 for unit in known} == pytest.approx(known) and set(P.UNITS) == {*known, "convolution"}
+    assert P.rates(made_record(), tf32=True)["fp32 linear"] == pytest.approx(350e12)
+    assert P.rates(made_record(), attn="native")["attention"] == pytest.approx(300e12)
+    with pytest.raises(ValueError, match=r"no measured rate of linear, .*; give a JSON that `bench` wrote, or --tflops.$"):
+        P.rates({"cases": {}})
+
+
+def test_plan_by_measured_rates():
+    """With measured rates every second of the plan is work over the rate of its unit, and the report names the card."""
+    rate, n = P.rates(made_record()), 32760
+    p = P.plan("1.3b", gpus=1, rates=rate, compiled=True, checkpointing="selective")
+    whole, D = P.flops(P.WAN["1.3b"], n)["whole"], 1536
+    forward = whole["linear"] / 700e12 + whole["attention"] / 600e12 + 30 * n * (42 * D + 4 * 8960) / 4e12
+    assert p["forward"] == pytest.approx(forward) and p["teacher sampling"] == pytest.approx(100 * forward)
+    head = P.flops(P.WAN["1.3b"], n)["head"]
+    difference = 2 * (head["linear"] / 50e12 + head["attention"] / 20e12 + n * (5 * (42 * D + 4 * 8960) + 116 * D) / 4e12)
+    assert p["terms"]["stage1"]["finite difference, fp32"] == pytest.approx(difference)
+    assert p["seconds"]["stage1"] == pytest.approx(64 * sum(p["terms"]["stage1"].values()))
+    text = P.report("1.3b", gpus=1, rates=rate)
+    assert "rates measured on A card with the shapes of 1.3b, 2026-11-23" in text and "not measured" not in text
+    assert max(map(len, text.splitlines())) <= 140
+
+
+def test_plan_command_by_measured_rates(tmp_path, capsys):
+    """--rates FILE plans with a bench JSON; a missing one is a sentence."""
+    from wan_scale import run
+
+    (tmp_path / "card.json").write_text(json.dumps(made_record()))
+    assert run.main(["plan", "--gpus", "1", "--rates", str(tmp_path / "card.json")]) == 0 and "A card" in capsys.readouterr().out
+    assert run.main(["plan", "--rates", str(tmp_path / "none.json")]) and "none.json is missing" in capsys.readouterr().err
 
 
 # ---- The plan and its words ------------------------------------------------------------------------------------------
@@ -342,7 +585,8 @@ BAD = [
     ({"height": 488}, "height is 488"), ({"width": 840}, "width is 840"), ({"height": 0}, "height is 0"), ({"H": 30}, "H = 30"),
     ({"H": -1}, "H = -1"), ({"M": 0}, "M is 0"), ({"N": 0}, "N is 0"), ({"card_gb": 0}, "card_gb"), ({"tflops": float("nan")}, "tflops"),
     ({"last_tap": 30}, "0 to 29"), ({"model": "13b"}, "'1.3b'"), ({"model": {"num_layers": 4}}, "no attention_head_dim"),
-    ({"model": {**TINY, "image_dim": 1280}}, "image-to-video"),
+    ({"model": {**TINY, "image_dim": 1280}}, "image-to-video"), ({"shard_over": 3}, "shard_over 3 does not divide the 8 GPUs"),
+    ({"checkpointing": "some"}, "'none', 'selective', 'full'"),
 ]  # fmt: skip
 
 

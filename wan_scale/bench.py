@@ -1,7 +1,7 @@
 """`bench`: what a forward, a training step and a sample cost on this card, at full size with random weights, beside the plan.
 
-The order is by value, and every line is written as it comes, so that a run that is cut short has measured something. Seconds are medians
-after a warm-up; a case that runs out of memory says so and the next one starts.
+The order is by value, every result is written as it comes, and no case starts after --bench-minutes, so that a run that is cut short has
+measured something. Seconds are medians after a warm-up, by CUDA events on a card; a case that fails says why and the next one starts.
 """
 
 from __future__ import annotations
@@ -11,57 +11,76 @@ import json
 import platform
 import statistics
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import tmd_minimal as tmd
-from wan_scale import dist, plan, train
+from wan_scale import dist, lora, plan, speed, train
+from wan_scale.benchmarks import RESULTS
 from wan_scale.config import Wan
 from wan_scale.data import write_json
 from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels
 from wan_scale.phase import Feed, WanPhase
 
-RESULTS = Path(__file__).parent / "bench_results"
 GRIDS = (1, 1), (1, 2), (1, 4), (2, 2), (4, 1)  # (M, N)
-BACKENDS = ("native", "_native_cudnn", "_native_flash")
 
 
 class Bench:
-    """One machine, one size: cases to run and the record they go to."""
+    """One machine, one size: cases to run."""
 
     def __init__(self, cfg: Wan, config: dict, repeats: int = 5):
         self.cfg, self.config, self.repeats = cfg, config, repeats
         self.device = dist.start(cfg.device)
         self.cuda = self.device.type == "cuda"
         self.dtype = train.compute_dtype(cfg, self.device)
-        frames, height, width = plan.latent(cfg.frames, cfg.height, cfg.width)
-        self.shape = (config["in_channels"], frames, height, width)
-        self.tokens = plan.tokens(config, cfg.frames, cfg.height, cfg.width)
+        self.shape = (config["in_channels"], *plan.latent(cfg.frames, cfg.height, cfg.width))
+        self.tokens, self.D = plan.tokens(config, cfg.frames, cfg.height, cfg.width), plan.known(config)["D"]
         self.card = torch.cuda.get_device_name() if self.cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+        self.attn = "native" if cfg.attn == "auto" else cfg.attn  # until the case "attention" has chosen
+        self.compiled = cfg.compile == "on" or (cfg.compile == "auto" and self.cuda)
+        budget = (torch.cuda.get_device_properties(0).total_memory if self.cuda else cfg.card_gb * plan.GB) * (1 - plan.RESERVE)
+        disc = plan.discriminator(config, self.shape[1:], cfg.disc_width, len(cfg.tap_blocks))
+        held = {"H": cfg.H, "N": cfg.N, "micro_batch": cfg.micro_batch, "disc": disc["parameters"], "disc_bytes": disc["live"]}
+        held |= {"accumulated": False, "compiled": self.compiled}
+        smallest = max(sum(plan.memory(config, self.tokens, kind, **held).values()) for kind in ("student", "critic"))
+        self.lora = cfg.lora or 64 * (smallest > budget)  # what one card cannot train in full is measured with adapters
+        chosen = plan.choose_checkpointing(config, self.tokens, budget, lora=self.lora, **held)
+        self.mode = chosen if cfg.checkpointing == "auto" else cfg.checkpointing
+        torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
 
-    def median(self, work, **facts) -> dict:
-        """Median seconds of work() after two warm-ups, and the peak memory."""
+    # ---- Clock and networks ----
+
+    def now(self):
+        """This moment of the device, which has done all that it was given."""
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        event.synchronize()
+        return event
+
+    def between(self, start, end) -> float:
+        return start.elapsed_time(end) / 1000 if self.cuda else end - start
+
+    def median(self, work, warm: int = 2, within: float = 15.0) -> dict:
+        """Median seconds of work() and the peak memory in GB; after `within` seconds what was measured is enough."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-        seconds = []
-        for _ in range(2 + self.repeats):
-            self.wait()
-            start = time.perf_counter()
+        seconds, begun = [], time.perf_counter()
+        while len(seconds) < warm + self.repeats and (len(seconds) <= warm or time.perf_counter() < begun + within):
+            start = self.now()
             work()
-            self.wait()
-            seconds.append(time.perf_counter() - start)
-        return {"seconds": statistics.median(seconds[2:]), **self.peak(), **facts}
-
-    def wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
+            seconds.append(self.between(start, self.now()))
+        return {"seconds": statistics.median(seconds[warm:]), **self.peak()}
 
     def peak(self) -> dict:
-        return {"peak_gb": torch.cuda.max_memory_allocated() / 2**30} if self.cuda else {}
+        return {"peak_gb": torch.cuda.max_memory_allocated() / plan.GB} if self.cuda else {}
 
     def transformer(self, dtype: torch.dtype):
         """The stock transformer with random weights, made where it will live; in bf16 what diffusers keeps in float32 is float32."""
@@ -75,176 +94,209 @@ class Bench:
                 p.data = p.data.to(dtype)
         return net
 
+    def frozen(self) -> WanNetwork:
+        return WanNetwork(self.transformer(self.dtype).requires_grad_(False))
+
     def batch(self, n: int = 1):
         g = torch.Generator().manual_seed(0)
         make = lambda *shape: torch.randn(shape, generator=g).to(self.device)
         return make(n, *self.shape), make(n, 512, self.config["text_dim"])
 
-    # ---- Cases ----
+    # ---- Cases: each returns seconds (a number, or by part) and facts ----
 
-    def matmul(self) -> dict:
-        """The card's own rate on the model's widest matmul: what all shares below are of."""
-        n, d, ffn = self.tokens, self.config["num_attention_heads"] * self.config["attention_head_dim"], self.config["ffn_dim"]
-        a, b = torch.randn(n, d, device=self.device, dtype=self.dtype), torch.randn(d, ffn, device=self.device, dtype=self.dtype)
-        found = self.median(lambda: a @ b)
-        return found | {"tflops": 2 * n * d * ffn / found["seconds"] / 1e12}
+    def attention(self) -> dict:
+        """Self-attention by backend, forward and with backward; the fastest of the latter is taken in all that follows."""
+        shape = self.config["num_attention_heads"], self.config["attention_head_dim"], self.tokens, self.device, self.dtype
+        forward, both = (speed.attention_times(*shape, backward=backward) for backward in (False, True))
+        if self.cfg.attn == "auto" and self.cuda:
+            self.attn = speed.fastest(both)
+        found = {**forward, **{f"{name}, with backward": s for name, s in both.items()}}
+        ran = {name: s for name, s in found.items() if not isinstance(s, str)}
+        return {"seconds": ran, "reasons": {name: s for name, s in found.items() if name not in ran}, "attn": self.attn}
 
-    def forward(self, backend: str = "native", compiled: bool = False) -> dict:
-        """One teacher forward without gradient."""
-        net = self.transformer(self.dtype).requires_grad_(False)
-        if backend != "native":
-            net.set_attention_backend(backend)
-        if compiled:
-            net.compile_repeated_blocks()
-        teacher, (x, c), t = WanNetwork(net), self.batch(), torch.full((1,), 0.7, device=self.device)
-        with torch.no_grad(), train.compute(self.cfg, self.device):
-            found = self.median(lambda: teacher(x, t, c))
-        return found | {"tflops": plan.flops(self.config, self.tokens, H=self.cfg.H)["whole"]["total"] / found["seconds"] / 1e12}
+    def rates(self) -> dict:
+        """What the card does of each of plan.UNITS a second, attention apart, at the sizes of one block; "matmul": of the largest kind."""
+        n, D, wide, heads = self.tokens, self.D, self.config["ffn_dim"], self.config["num_attention_heads"]
+        make = lambda *shape, dtype=self.dtype: torch.randn(*shape, device=self.device, dtype=dtype)
+        pairs = [(D, D)] * 6 + [(D, wide), (wide, D)]  # a block's linear layers
+        seconds, work = {}, {}
 
-    def sampling(self, naive: bool = False) -> dict:
-        """DiT part of a sample at every (M, N); naive: a stock diffusers call for every evaluation, as many whole ones as M N."""
-        net = self.transformer(self.dtype).requires_grad_(False)
-        x, c = self.batch()
-        found = {}
-        if not naive:
-            student = tmd.TMDStudent(WanNetwork(net), self.cfg.H).requires_grad_(False)
+        def measure(unit, amount, run):
+            with torch.no_grad():
+                seconds[unit], work[unit] = self.median(run, within=3.0)["seconds"], float(amount)
+
+        def layers(unit, dtype, gradients=False):
+            x, weight = ({shape: make(*shape, dtype=dtype) for shape in shapes} for shapes in ({(n, D), (n, wide)}, {*pairs}))
+            once = lambda a, b: x[n, a].T @ x[n, b] if gradients else x[n, a] @ weight[a, b]
+            measure(unit, sum(2 * n * a * b for a, b in pairs), lambda: [once(a, b) for a, b in pairs])
+
+        def exact(suffix, precision):
+            torch.set_float32_matmul_precision(precision)
+            layers(f"fp32 linear{suffix}", torch.float32)
+            q = make(1, heads, n, D // heads, dtype=torch.float32)
+            measure(f"fp32 attention{suffix}", 4 * n * n * D, lambda: F.scaled_dot_product_attention(q, q, q))
+
+        size = 8192 if self.cuda else 256
+        a, b = make(size, size), make(size, size)
+        measure("matmul", 2 * size**3, lambda: a @ b)
+        layers("linear", self.dtype)
+        layers("weight gradients", self.dtype, gradients=True)
+        source, target = make(n, wide), make(n, wide)
+        measure("bytes", 2 * source.nbytes, lambda: target.copy_(source))
+        now = torch.get_float32_matmul_precision()
+        exact("", "highest")
+        exact(", TF32", "high")
+        torch.set_float32_matmul_precision(now)
+        channels = self.D // 4
+        disc = WanDiscriminator(channels, self.cfg.disc_width, 1).to(self.device)
+        feature = make(1, channels, *self.shape[1:]).requires_grad_()
+        amount = 3 * plan.discriminator(self.config, self.shape[1:], self.cfg.disc_width, taps=1)["flops"]
+
+        def both_ways():
+            with torch.enable_grad(), train.compute(self.cfg, self.device):
+                disc([feature]).sum().backward()
+
+        measure("convolution", amount, both_ways)
+        return {"seconds": seconds, "work": work}
+
+    def forward(self, compiled: bool = False, stock: bool = False) -> dict:
+        """One teacher forward without gradient; stock: as diffusers is called, with its own attention."""
+        net, (x, c), t = self.frozen(), self.batch(), torch.full((1,), 0.7, device=self.device)
+        attn = "native" if stock else self.attn
+        half = x.to(self.dtype), 1000 * t, c.to(self.dtype)
+        work = (lambda: net.transformer(*half, return_dict=False)) if stock else (lambda: net(x, t, c))
+        if not stock:
+            speed.prepare(net, attn, compiled)
+        with torch.no_grad(), nullcontext() if stock else train.compute(self.cfg, self.device):
+            return self.median(work) | {"attn": attn, "compiled": compiled}
+
+    def sampling(self, graphed: bool = False) -> dict:
+        """The transformer's part of a sample at every (M, N), the head as it is or as a CUDA graph."""
+        student = tmd.TMDStudent(self.frozen(), self.cfg.H).to(self.device).requires_grad_(False)
+        speed.prepare(student.net, self.attn, self.compiled, frozen=True)
+        if graphed:
+            student = speed.GraphedHead(student)
+        (x, c), found = self.batch(), {}
         for M, N in GRIDS:
             how = replace(self.cfg, M=M, N=N).how()
             with torch.no_grad(), train.compute(self.cfg, self.device):
-                if naive:
-                    t = torch.full((1,), 700.0, device=self.device)
-                    half, text = x.to(self.dtype), c.to(self.dtype)
-                    once = lambda half=half, text=text, t=t: net(half, t, text, return_dict=False)
-                    work = lambda M=M, N=N, once=once: [once() for _ in range(M * N)]
-                else:
-                    work = partial(train.draw, student, how, x, c, seed=0)
-                found[f"M{M}N{N}"] = self.median(work)["seconds"]
-        return {"seconds": found, **self.peak()}
+                found[f"M{M}N{N}"] = self.median(partial(train.draw, student, how, x, c, seed=0), warm=1 + (not found), within=8.0)
+        part = lambda key: {name: value[key] for name, value in found.items() if key in value}
+        return {"seconds": part("seconds"), "peak_gb": part("peak_gb"), "attn": self.attn, "compiled": self.compiled}
 
     def vae(self) -> dict:
         """Decoding one clip with Wan's VAE of random weights."""
         from diffusers import AutoencoderKLWan
 
+        small = {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1} if self.config["num_layers"] < 10 else {}
         with self.device:
-            vae = AutoencoderKLWan(**({"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1} if self.small else {})).eval()
+            vae = AutoencoderKLWan(**small).eval()
         z = torch.randn(1, 16, *self.shape[1:], device=self.device)
         with torch.no_grad():
-            return self.median(lambda: vae.decode(z, return_dict=False))
+            return self.median(lambda: vae.decode(z, return_dict=False), warm=1)
 
-    @property
-    def small(self) -> bool:
-        return self.config["num_layers"] < 10
+    def training(self, kind: str, naive: bool = False, mode: str | None = None, difference: bool = True) -> dict:
+        """Seconds of an update with one micro-batch, by the real loop: stage 1, or stage 2's student and critics in turns.
 
-    def training(self, kind: str) -> dict:
-        """Seconds of an update with one micro-batch, by the real loop: stage 1, or stage 2's student and critics."""
-        x, c = self.batch(self.cfg.micro_batch)
-        data, c_neg, how = (lambda n, g: (x, c)), torch.zeros_like(c[0]), self.cfg.how()
-        seconds, before = {"student": [], "critic": [], "stage1": []}, [0.0]
-        student = tmd.TMDStudent(WanNetwork(self.transformer(torch.float32), self.cfg.checkpointing), self.cfg.H).to(self.device)
+        naive: native attention, blocks uncompiled and recomputed whole, AdamW one tensor at a time. difference: stage 1 with its own.
+        """
+        mode = "full" if naive else mode or self.mode
+        facts = {"attn": "native" if naive else self.attn, "compiled": self.compiled and not naive, "checkpointing": mode}
+        (x, c), cfg, how = self.batch(self.cfg.micro_batch), self.cfg, self.cfg.how()
+        data, c_neg, L = (lambda n, g: (x, c)), torch.zeros_like(c[0]), self.config["num_layers"]
+        whole = lambda: WanNetwork(self.transformer(torch.float32))
+        if self.lora:
+            base = WanNetwork(self.transformer(self.dtype))
+            lora.adapt(base, self.lora, cfg.lora_scale, {"student": L - cfg.H} | ({"fake": L} if kind == "stage 2" else {}))
+            base.to(self.device)
+        net = lora.graft(whole(), base, cfg.H) if self.lora else whole()
+        student = tmd.TMDStudent(net, cfg.H).to(self.device)
+        del net  # the student has a copy
+        speed.prepare(student.net, **facts)
+        seconds, peaks, last = {}, {}, [self.now()]
 
         def on_step(phase, terms):
-            spent, before[0] = phase.seconds - before[0], phase.seconds
-            seconds["stage1" if kind == "stage1" else "student" if "vsd" in terms else "critic"].append(spent)
+            part, end = "" if kind == "stage 1" else "student" if "vsd" in terms else "critic", self.now()
+            seconds.setdefault(part, []).append(self.between(last[0], end))
+            peaks.setdefault(part, []).append(self.peak().get("peak_gb"))
+            if self.cuda:
+                torch.cuda.reset_peak_memory_stats()
+            last[0] = self.now()
 
-        make = partial(WanPhase, feed=Feed(None))
+        def make(*args, **kw):
+            phase = WanPhase(*args, feed=Feed(None), average_on="cpu" if self.lora else None, **kw)
+            for optimizer in phase.optimizers.values() if naive else ():
+                for group in optimizer.param_groups:
+                    group["fused"] = group["foreach"] = False
+            return phase
+
+        shared = {"c_neg": c_neg, "make": make, "on_step": on_step, "progress": False}
+        with train.compute(cfg, self.device):
+            if kind == "stage 1":
+                one = replace(cfg.stage1(), updates=4, **({} if difference else {"flow_map_share": 0.0}))
+                tmd.train_stage1(student, data, how, one, **shared)
+            else:
+                teacher, fake = (lora.Role(base), lora.Role(base, "fake")) if self.lora else (self.frozen(), whole())
+                speed.prepare(teacher, **facts), speed.prepare(fake, **facts)
+                disc = WanDiscriminator(feature_channels(teacher), cfg.disc_width, len(cfg.tap_blocks), checkpointing=True).to(self.device)
+                two = replace(cfg.stage2(), iterations=6, student_every=2)  # each kind's first is the warm-up
+                tmd.train_stage2(student, teacher, disc, data, how, two, taps=cfg.tap_blocks, fake_score=fake, **shared)
+        found = {"seconds": {part: statistics.median(s[1:]) for part, s in seconds.items()}}
         if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        with train.compute(self.cfg, self.device):
-            if kind == "stage1":
-                one = replace(self.cfg.stage1(), updates=2 + self.repeats)
-                tmd.train_stage1(student, data, how, one, c_neg=c_neg, make=make, on_step=on_step, progress=False)
-                return {"seconds": statistics.median(seconds["stage1"][2:]), **self.peak()}
-            teacher = WanNetwork(self.transformer(self.dtype).requires_grad_(False))
-            fake = WanNetwork(self.transformer(torch.float32), self.cfg.checkpointing)
-            disc = WanDiscriminator(
-                feature_channels(teacher), self.cfg.disc_width, len(self.cfg.tap_blocks), checkpointing=self.cfg.checkpointing
-            )
-            two = replace(self.cfg.stage2(), iterations=15)
-            tmd.train_stage2(student, teacher, disc.to(self.device), data, how, two, taps=self.cfg.tap_blocks, c_neg=c_neg, fake_score=fake,
-                             make=make, on_step=on_step, progress=False)  # fmt: skip
-        return {"seconds": {k: statistics.median(v[1:]) for k, v in seconds.items() if v}, **self.peak()}
+            found["peak_gb"] = {part: max(gb[1:]) for part, gb in peaks.items()}
+        return found | facts | {"lora": self.lora, "difference": difference}
 
     def cases(self) -> dict:
-        """Name: work, in order of value."""
-        more = {}
-        if self.cuda:
-            more = {f"forward, attention {b}": partial(self.forward, b) for b in BACKENDS[1:]}
-            more["forward, blocks compiled"] = partial(self.forward, compiled=True)
-        found = {"matmul": self.matmul, "forward": self.forward, "stage 2": partial(self.training, "stage2")}
-        found |= {"stage 1": partial(self.training, "stage1"), "sampling": self.sampling, **more}
-        return found | {"sampling, stock calls": partial(self.sampling, naive=True), "VAE decode": self.vae}
+        """Name: (work, whether only a GPU can), in order of value."""
+        stage1, stage2 = partial(self.training, "stage 1"), partial(self.training, "stage 2")
+        again = {"stage 2, recomputed whole": (partial(stage2, mode="full"), False)} if self.mode != "full" else {}
+        return {
+            "attention": (self.attention, False),
+            "rates": (self.rates, False),
+            "forward, compiled": (partial(self.forward, compiled=True), self.cfg.compile != "on"),
+            "sampling, graphed head": (partial(self.sampling, graphed=True), True),
+            "stage 2": (stage2, False),
+            "stage 2, naive": (partial(stage2, naive=True), False),
+            "stage 1": (stage1, False),
+            "stage 1, no finite difference": (partial(stage1, difference=False), False),
+            **again,  # in the naive baseline's memory
+            "sampling": (self.sampling, False),
+            "forward": (self.forward, False),
+            "forward, stock call": (partial(self.forward, stock=True), False),
+            "VAE decode": (self.vae, False),
+        }
 
 
 def run(cfg: Wan, config: dict, name: str, out: Path | None = None, repeats: int = 5) -> dict:
     """Every case of a size on this machine; OUT/<name>-<card>-<date>.json grows as they come. Returns the record."""
+    begun = time.perf_counter()
     bench = Bench(cfg, config, repeats)
-    record = {
-        "size": name,
-        "card": bench.card,
-        "date": date.today().isoformat(),
-        "command": f"python wan_scale/run.py bench --preset {name}",
-    }
-    record |= {"torch": torch.__version__, "precision": str(bench.dtype).removeprefix("torch."), "tokens": bench.tokens}
-    record |= {"config": {key: config[key] for key in plan.WAN["1.3b"]}, "H": cfg.H, "N": cfg.N, "cases": {}}
+    record = {"size": name, "card": bench.card, "date": date.today().isoformat(), "torch": torch.__version__}
+    record["command"] = f"python wan_scale/run.py bench --preset {name} --bench-minutes {cfg.bench_minutes:g}"
+    record |= {"precision": str(bench.dtype).removeprefix("torch."), "tf32": cfg.tf32, "micro_batch": cfg.micro_batch}
+    record |= {"tokens": bench.tokens, "clip": [cfg.frames, cfg.height, cfg.width], "H": cfg.H, "N": cfg.N, "last_tap": cfg.tap_blocks[-1]}
+    record["discriminator"] = plan.discriminator(config, bench.shape[1:], cfg.disc_width, len(cfg.tap_blocks))
+    record |= {"config": {key: config[key] for key in plan.WAN["1.3b"]}, "cases": {}}
     label = "".join(ch if ch.isalnum() else "-" for ch in bench.card).strip("-").lower()
     path = (out or RESULTS) / f"{name}-{label}-{record['date']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    for case, work in bench.cases().items():
+    for case, (work, needs_gpu) in bench.cases().items():
         start = time.perf_counter()
         try:
+            if needs_gpu and not bench.cuda:
+                raise RuntimeError("needs a GPU")
+            if start > begun + 60 * cfg.bench_minutes:
+                raise RuntimeError("left out: the time was up")
             found = work()
         except torch.OutOfMemoryError:
             found = {"failed": "out of memory"}
-        except (RuntimeError, ValueError, ImportError) as e:  # a backend that this card or build lacks must not end the run
-            found = {"failed": f"{type(e).__name__}: {str(e).splitlines()[0][:200]}"}
+        except Exception as e:  # whatever a card or a build lacks must not end the run
+            found = {"failed": (str(e).splitlines() or [type(e).__name__])[0][:200]}
         gc.collect()
         if bench.cuda:
             torch.cuda.empty_cache()
         record["cases"][case] = {**found, "measured_in": time.perf_counter() - start}
+        record["attn"] = bench.attn
         write_json(path, record)
-        dist.say(f"{case}: {json.dumps({k: v for k, v in found.items() if k != 'measured_in'})}")
+        dist.say(f"{case}: {json.dumps({k: v for k, v in found.items() if k not in ('measured_in', 'work')})}")
     return record
-
-
-def markdown(records: list[dict]) -> str:
-    """Tables of records: seconds, memory, share of the card's matmul rate, and what the plan says."""
-    if not records:
-        return "Not measured yet: no card was at hand. `make bench-gpu` measures and writes this file.\n"
-    text = []
-    for r in records:
-        rate = r["cases"]["matmul"].get("tflops")
-        text += [
-            f"**{r['size']}**, {r['tokens']:,} tokens, {r['card']}, {r['date']}, torch {r['torch']}, {r['precision']}; `{r['command']}`",
-            "",
-        ]
-        text += ["| case | seconds | plan, at the matmul rate | peak GB | of the matmul rate |", "|---|---|---|---|---|"]
-        for case, found in r["cases"].items():
-            if "failed" in found:
-                text.append(f"| {case} | {found['failed']} | | | |")
-                continue
-            seconds = found["seconds"] if isinstance(found["seconds"], dict) else {"": found["seconds"]}
-            for part, s in seconds.items():
-                share = f"{found['tflops'] / rate:.0%}" if "tflops" in found and rate else ""
-                guess = planned(r, case, part, rate)
-                peak = f"{found['peak_gb']:.1f}" if "peak_gb" in found else ""
-                text.append(f"| {case} {part} | {s:.4g} | {'' if guess is None else f'{guess:.4g}'} | {peak} | {share} |")
-        text.append("")
-    return "\n".join(text)
-
-
-def planned(record: dict, case: str, part: str, rate: float | None) -> float | None:
-    """The plan's seconds of a case at the measured matmul rate, or None where it has none."""
-    config, n, H = record["config"], record["tokens"], record["H"]
-    kinds = {("stage 1", ""): "stage1", ("stage 2", "student"): "student", ("stage 2", "critic"): "critic"}
-    if not rate:
-        return None
-    if case.startswith("forward"):
-        flops = plan.flops(config, n, H=H)["whole"]["total"]
-    elif case == "sampling" and part:
-        M, N = (int(v) for v in part[1:].split("N"))
-        flops = sum(plan.step_flops(config, n, "sample", M=M, N=N, H=H).values())
-    elif (case, part) in kinds:
-        flops = sum(plan.step_flops(config, n, kinds[case, part], N=record["N"], H=H).values())
-    else:
-        return None
-    return flops / (rate * 1e12)

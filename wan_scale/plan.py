@@ -3,7 +3,8 @@
     print(report("1.3b", gpus=8, card_gb=80))                        # or report(json.load(open("transformer/config.json")), ...)
 
 Arithmetic on a transformer's config alone, so it needs neither weights nor torch. FLOPs count 2 a multiply-add, as (linear, attention).
-What a step calls is what tmd_minimal's losses call, with every block recomputed in the backward pass; a GB is 2^30 bytes.
+What a step calls is what tmd_minimal's losses call; a GB is 2^30 bytes. Work is counted by unit (UNITS), for a card does each at a rate of
+its own: one rate for all where none was measured, else those that `bench` measured (rates).
 """
 
 from __future__ import annotations
@@ -25,6 +26,14 @@ GRIDS = (1, 1), (1, 2), (1, 4), (2, 2), (2, 4)  # (M, N) of the sampling table
 SCALES = (1, 2, 4, 8, 16)  # the discriminator's, as in model.py
 RESERVE = 0.08  # of a card: CUDA's context, NCCL's buffers, what the allocator wastes
 GB = 2**30
+CHECKPOINTING = ("none", "selective", "full")  # what of a block is computed again: nothing, all but attention, all; the fastest first
+# What a card does at rates of its own: FLOPs of linear layers (forward and gradients of inputs), of gradients of their weights, of
+# attention and of its gradient, of the discriminator, of float32 passes; bytes that elementwise work reads and writes.
+UNITS = ("linear", "weight gradients", "attention", "attention backward", "convolution", "fp32 linear", "fp32 attention", "bytes")
+# Bytes that elementwise work moves, counted on the stock block under bf16 autocast, in the forward and the backward pass: for a number of
+# the hidden state in a block, uncompiled and compiled, and in the head's fusion and output layer; for a number of the feed-forward layer.
+MOVED = {False: (354, 737), True: (42, 117)}
+MOVED_OUTSIDE, MOVED_WIDE = (116, 215), (4, 8)
 
 
 # ---- Sizes -----------------------------------------------------------------------------------------------------------
@@ -139,93 +148,162 @@ def flops(config: dict, n_tokens: int, text: int = 512, H: int = 5) -> dict[str,
     return {name: {"linear": a, "attention": b, "total": a + b} for name, (a, b) in parts.items()}
 
 
-def step_flops(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5, M: int = 1, last_tap: int | None = None,
-               guidance: bool = True, gan: bool = True, disc_flops: float = 0.0, flow_map_share: float = 0.25,
-               fp32_slowdown: float = 2.0, attention_backward: float = 2.5, text: int = 512,
-               lora: int = 0) -> dict[str, float]:  # fmt: skip
-    """FLOPs of one micro-batch of one clip, by what is evaluated (the values add up to the step).
+def step_work(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5, M: int = 1, last_tap: int | None = None,
+              guidance: bool = True, gan: bool = True, disc_flops: float = 0.0, flow_map_share: float = 0.25,
+              attention_backward: float = 2.5, text: int = 512, lora: int = 0, checkpointing: str = "full",
+              compiled: bool = False) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Work of one micro-batch of one clip, by what is evaluated and by unit: {term: {unit: FLOPs, or bytes}}.
 
     kind: "stage1" | "student" and "critic" (stage 2) | "kd" | "sample" (tmd.sample, M transitions) | "teacher" (one forward). H = 0, N = 1
-    is DMD2-v. fp32 passes count `fp32_slowdown` times, so that all can be divided by one bf16 rate. attention_backward: how many forwards
-    of it its gradient costs; fused kernels recompute the scores (2.5), plain ones do not (2). Under adapters (lora) the weights of a block
+    is DMD2-v. checkpointing: what of a block its backward pass computes again (CHECKPOINTING). attention_backward: how many forwards of it
+    its gradient costs; fused kernels recompute the scores (2.5), plain ones do not (2). Under adapters (lora) the weights of a block
     take no gradient; the adapters' own products, about 2 % of a block's linear ones at rank 64, are left out.
     """
-    part, L = flops(config, n_tokens, text, H), known(config)["num_layers"]
+    known_mode(checkpointing)
+    k, part = known(config), flops(config, n_tokens, text, H)
+    L, n, (forward, backward), (wide, wide_backward) = k["num_layers"], n_tokens, MOVED[compiled], MOVED_WIDE
     last_tap = L - 1 if last_tap is None else last_tap
     if not 0 <= last_tap < L:
         raise ValueError(f"the last feature block is {last_tap}; give one of blocks 0 to {L - 1}.")
-    block = part["block"]["linear"], part["block"]["attention"]
+    linear, attention = part["block"]["linear"], part["block"]["attention"]
+    moved, moved_back = n * (forward * k["D"] + wide * k["ffn_dim"]), n * (backward * k["D"] + wide_backward * k["ffn_dim"])
 
-    def cost(blocks: int, rest: float, gradient: str = "none") -> float:
+    def cost(blocks: int, rest: float, gradient: str = "none", outside: int = 0, times: float = 1) -> dict[str, float]:
         """Forward, and for a gradient the recomputed forward of the blocks, the gradient of inputs and, for "all", of weights."""
-        again, backward = {"none": (0, 0), "inputs": (1, 1), "all": (1, 2)}[gradient]
-        attention = (1 + again * (1 + attention_backward)) * block[1]  # it has no weights: "inputs" saves nothing
-        return blocks * ((1 + again + backward) * block[0] + attention) + (1 + backward) * rest
+        inputs, weights = {"none": (0, 0), "inputs": (1, 0), "all": (1, 1)}[gradient]
+        again, attend = inputs * (checkpointing != "none"), inputs * (checkpointing == "full")
+        found = {
+            "linear": blocks * (1 + again + inputs) * linear + (1 + inputs) * rest,
+            "weight gradients": weights * (blocks * linear + rest),
+            "attention": blocks * (1 + attend) * attention,
+            "attention backward": inputs * blocks * attention_backward * attention,  # it has no weights: "inputs" saves nothing
+            "bytes": blocks * ((1 + again) * moved + inputs * moved_back) + outside * n * k["D"],
+        }
+        return {unit: times * amount for unit, amount in found.items()}
 
-    backbone = lambda gradient="none": cost(L - H, part["backbone rest"]["total"], gradient)
-    head = lambda gradient="none": cost(H, part["head rest"]["total"], gradient)
-    teacher = lambda gradient="none": cost(L, part["embeddings"]["total"] + part["output"]["total"], gradient)
-    features = lambda gradient="none": cost(last_tap + 1, part["embeddings"]["total"], gradient)
+    ends = part["embeddings"]["total"] + part["output"]["total"]
+    fused = lambda gradient: (H > 0) * (MOVED_OUTSIDE[0] + (gradient != "none") * MOVED_OUTSIDE[1])
+    backbone = lambda gradient="none", times=1: cost(L - H, part["backbone rest"]["total"], gradient, times=times)
+    head = lambda gradient="none", times=1: cost(H, part["head rest"]["total"], gradient, fused(gradient), times)
+    teacher = lambda gradient="none", times=1: cost(L, ends, gradient, times=times)
+    features = lambda gradient="none", times=1: cost(last_tap + 1, part["embeddings"]["total"], gradient, times=times)
+    both = lambda a, b: {unit: a[unit] + b[unit] for unit in a}
+    exact = lambda work: {"fp32 linear": work["linear"], "fp32 attention": work["attention"], "bytes": work["bytes"]}
+    convolution = lambda times: {"convolution": times * disc_flops}
 
     trained = "inputs" if lora else "all"
     if kind == "teacher":
         found = {"teacher": teacher()}
     elif kind == "sample":
-        found = {"backbone": M * backbone(), "head": M * N * head()}
+        found = {"backbone": backbone(times=M), "head": head(times=M * N)}
     elif kind == "kd":
-        found = {"backbone, trained": backbone(trained), "head, trained": N * head("all")}
+        found = {"backbone, trained": backbone(trained), "head, trained": head("all", N)}
     elif kind == "stage1":
         found = {
             "backbone, trained": backbone(trained),
             "head, trained": head("all"),
-            "pass for c_neg": guidance * (backbone() + head()),
-            "finite difference, fp32": (flow_map_share > 0) * 2 * head() * fp32_slowdown,  # whatever r and s are
+            "pass for c_neg": both(backbone(times=guidance), head(times=guidance)),
+            "finite difference, fp32": exact(head(times=2 * (flow_map_share > 0))),  # whatever r and s are
         }
     elif kind == "student":
         found = {
             "backbone, trained": backbone(trained),
-            f"head x {N}, trained": N * head("all"),
+            f"head x {N}, trained": head("all", N),
             "fake score": teacher(),
-            "teacher, guided": (1 + guidance) * teacher(),
-            "teacher's features, with input gradient": gan * features("inputs"),
-            "discriminator, with input gradient": gan * 2 * disc_flops,
+            "teacher, guided": teacher(times=1 + guidance),
+            "teacher's features, with input gradient": features("inputs", gan),
+            "discriminator, with input gradient": convolution(2 * gan),
         }
     elif kind == "critic":
         found = {
             "backbone": backbone(),
-            f"head x {N}": N * head(),
+            f"head x {N}": head(times=N),
             "fake score, trained": teacher(trained),
-            "teacher's features, real and fake": gan * 2 * features(),
-            "discriminator, trained": gan * 6 * disc_flops,
+            "teacher's features, real and fake": features(times=2 * gan),
+            "discriminator, trained": convolution(6 * gan),
         }
     else:
         raise ValueError(f"kind is {kind!r}; choose one of 'stage1', 'student', 'critic', 'kd', 'sample', 'teacher'.")
-    return {name: float(value) for name, value in found.items() if value}
+    return {term: {unit: float(v) for unit, v in work.items() if v} for term, work in found.items() if any(work.values())}
+
+
+def step_flops(config: dict, n_tokens: int, kind: str, *, fp32_slowdown: float = 2.0, **how) -> dict[str, float]:
+    """FLOPs of step_work by term, fp32 ones counted `fp32_slowdown` times, so that all can be divided by one bf16 rate."""
+    one = rates_of(1e-12, fp32_slowdown)
+    return {term: time_of(work, one) for term, work in step_work(config, n_tokens, kind, **how).items()}
+
+
+def known_mode(checkpointing: str) -> None:
+    if checkpointing not in CHECKPOINTING:
+        raise ValueError(f"checkpointing is {checkpointing!r}; choose one of {', '.join(map(repr, CHECKPOINTING))}.")
+
+
+# ---- Rates: from work to seconds -------------------------------------------------------------------------------------
+
+
+def rates_of(tflops: float, fp32_slowdown: float) -> dict[str, float]:
+    """One bf16 rate for everything, elementwise work for nothing: units of work a second, where no card was measured."""
+    rate = {unit: tflops * 1e12 for unit in UNITS} | {"bytes": math.inf}
+    return rate | {unit: tflops * 1e12 / fp32_slowdown for unit in ("fp32 linear", "fp32 attention")}
+
+
+def rates(record: dict, tf32: bool = False, attn: str | None = None) -> dict:
+    """Units of work a second as `bench` measured them, attention on backend `attn` or the one it took; and {"on": where}.
+
+    RAISES ValueError where the record lacks one.
+    """
+    cases, attn = record.get("cases", {}), attn or record.get("attn")
+    seconds, work = ({**cases.get(case, {}).get(key, {})} for case, key in (("rates", "seconds"), ("rates", "work")))
+    attention = cases.get("attention", {}).get("seconds", {})
+    if attn in attention and f"{attn}, with backward" in attention:
+        flops = 4 * record["tokens"] ** 2 * known(record["config"])["D"]
+        seconds |= {"attention": attention[attn], "attention backward": attention[f"{attn}, with backward"] - attention[attn]}
+        seconds["attention backward"] = max(seconds["attention backward"], attention[attn])  # it computes more: less would be noise
+        work |= {"attention": flops, "attention backward": 2.5 * flops}
+    if missing := [unit for unit in UNITS if unit not in seconds]:
+        raise ValueError(f"this file has no measured rate of {', '.join(missing)}; give a JSON that `bench` wrote, or --tflops.")
+    name = lambda unit: f"{unit}, TF32" if tf32 and unit.startswith("fp32") else unit
+    found = {unit: work[name(unit)] / seconds[name(unit)] for unit in UNITS}
+    return found | {"on": f"{record['card']} with the shapes of {record['size']}, {record['date']}"}
+
+
+def time_of(work: dict[str, float], rate: dict) -> float:
+    """Seconds that a card of these rates takes for work {unit: amount}, one unit after the other."""
+    return sum(amount / rate[unit] for unit, amount in work.items())
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------
 
 
 def memory(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2, H: int = 5, last_tap: int | None = None,
-           disc: float = 0.0, disc_bytes: float = 0.0, shard_teacher: bool = True, micro_batch: int = 1,
-           lora: int = 0, context_parallel: int = 1) -> dict[str, float]:  # fmt: skip
-    """Bytes on each card at the peak of a step of `kind` ("stage1", "student", "critic"), by term.
+           disc: float = 0.0, disc_bytes: float = 0.0, shard_teacher: bool = True, micro_batch: int = 1, lora: int = 0,
+           context_parallel: int = 1, checkpointing: str = "full", compiled: bool = False, shard_over: int = 0,
+           offload_teacher: bool = False, accumulated: bool = True) -> dict[str, float]:  # fmt: skip
+    """Bytes on each card at the peak of a step of `kind` ("stage1", "student", "critic", or "teacher" and "sample", all in bf16), by term.
 
-    Trained nets: fp32 weights, gradients and AdamW's moments, sharded over `gpus` (FSDP2); the discriminator is whole on every card, so is
-    the teacher (bf16) unless `shard_teacher`. Gradients exist only of the net being updated. disc: its parameters; disc_bytes: what one of
-    its forwards keeps of a clip. Cards that share a clip hold 1 / context_parallel of its hidden states, and its features whole.
+    Trained nets: fp32 weights, gradients and AdamW's moments, sharded over `gpus` (FSDP2), or over `shard_over` of them, the others
+    repeating it; the discriminator is whole on every card, so is the teacher (bf16) unless `shard_teacher`; with `offload_teacher` the host
+    has it. Gradients exist only of the net being updated; where they are not `accumulated` over micro-batches, they come as the graph goes.
+    disc: its parameters; disc_bytes: what one of its forwards keeps of a clip.
+    Cards that share a clip hold 1 / context_parallel of its hidden states, and its features whole.
     With lora, the adapters' rank, every card holds the base and all that is trained, the host the average.
-    ACTIVATIONS ARE AN ESTIMATE: what PyTorch saves uncompiled, in bf16 autocast without its cache of casts.
+    ACTIVATIONS ARE AN ESTIMATE: what PyTorch saves on CPU, in bf16 autocast without its cache of casts.
     """
     if gpus < 1:
         raise ValueError(f"gpus is {gpus}; it must be at least 1.")
-    if kind not in ("stage1", "student", "critic"):
-        raise ValueError(f"kind is {kind!r}; choose one of 'stage1', 'student', 'critic'.")
+    if kind not in ("stage1", "student", "critic", "teacher", "sample"):
+        raise ValueError(f"kind is {kind!r}; choose one of 'stage1', 'student', 'critic', 'teacher', 'sample'.")
+    known_mode(checkpointing)
     k, teacher = known(config), parameters(config)
     L, n = k["num_layers"], micro_batch * n_tokens // context_parallel
     wide, disc_bytes = n * k["D"], micro_batch * disc_bytes  # wide: numbers in one hidden state
     last_tap = L - 1 if last_tap is None else last_tap
     student, fake, stage2 = student_parameters(config, H)["total"], teacher["total"], kind != "stage1"
+    passing = wide * max(20, 6 + 4 * k["ffn_dim"] / k["D"])  # what a block makes on its way, not to be kept
+    if kind in ("teacher", "sample"):  # the weights, the state, in sampling the main feature, one block
+        numbers = student if kind == "sample" else teacher["total"]
+        return {"weights, bf16": 2.0 * numbers, "block at work": passing + (2 + 2 * (kind == "sample")) * wide}
+    gpus = shard_over or gpus
     if lora:
         thin, gpus = lora_parameters(config, H, lora), 1
         student, fake = thin["own"] + thin["student"], thin["fake"]
@@ -238,29 +316,42 @@ def memory(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2,
         "fake score, weights": stage2 * fp32 * fake / gpus,
         "fake score, AdamW": stage2 * 2 * fp32 * fake / gpus,
         "discriminator, weights and AdamW": stage2 * 3 * fp32 * disc,
-        "teacher, bf16": (stage2 and not lora) * bf16 * teacher["total"] / (gpus if shard_teacher else 1),
+        "teacher, bf16": (stage2 and not lora and not offload_teacher) * bf16 * teacher["total"] / (gpus if shard_teacher else 1),
         "gradients": fp32 * (fake / gpus + disc if kind == "critic" else student / gpus),
     }
-    # Two blocks and their gradients are whole at a time (the next is fetched early), the root's weights all the while.
-    trained = min(4, L) * fp32 * teacher["block"] + (1 + stage2) * fp32 * (student - teacher["blocks"])
-    frozen = stage2 * shard_teacher * bf16 * (min(2, L) * teacher["block"] + teacher["total"] - teacher["blocks"])
-    found["gathered for use"] = (trained + frozen) * (gpus > 1) + bf16 * teacher["block"]  # and autocast's copy of a block
-    # A checkpointed block keeps its input: bf16 in the backbone, fp32 in the head, whose fusion is computed in fp32. Fusion and output
-    # layer are not checkpointed: about 28 and 10 bytes a number. The block that runs backwards is whole: 4.3 GB at 1.3B, 12.4 at 14B.
-    live = n * (68.5 * k["D"] + 4 * k["ffn_dim"])
+    # Of the net that runs two blocks and, if trained, their gradients are whole (the next is fetched early); of the student all the while
+    # its head and what is outside blocks.
+    kept = (gpus > 1) * fp32 * (H * teacher["block"] + (1 + stage2) * (student - teacher["blocks"]))
+    trained = (gpus > 1) * min(4, L) * fp32 * teacher["block"]
+    frozen = (offload_teacher or (shard_teacher and gpus > 1)) * (min(2, L) * teacher["block"] + teacher["total"] - teacher["blocks"])
+    found["gathered for use"] = kept + max(trained, stage2 * bf16 * frozen) + bf16 * teacher["block"]
+    # (The last is autocast's copy of a block.) A checkpointed block keeps its input, and of attention the output and a number a head.
+    # Fusion and output layer are not checkpointed: about 28 and 10 bytes a number. The block that runs backwards is whole: 4.3 GB at 1.3B,
+    # 12.4 at 14B; compiled less, for AdaLN, norms and RoPE then keep little.
+    live = n * ((36.3 if compiled else 68.5) * k["D"] + 4 * k["ffn_dim"])
     if lora:  # what is between A and B is kept, and for A the input of a layer becomes fp32 for a moment
         live += n * (16 * lora + 4 * k["ffn_dim"])
+    attended = 2 * (bf16 * wide + fp32 * n * k["num_attention_heads"])  # of self- and of cross-attention
     rolled = 1 if kind == "stage1" else N  # head evaluations in the graph
-    outside = (rolled * 38 if H else 10) * wide
-    graph = ((L - H) * bf16 + rolled * H * fp32) * wide
-    if kind == "critic":  # both losses' graphs exist when the first is run backwards
-        found |= {"block inputs": L * bf16 * wide, "outside blocks": 10 * wide, "block and discriminator at work": live + 2 * disc_bytes}
-    elif kind == "student":  # the discriminator's backward pass is over before a block's begins
-        taps = (last_tap + 1) * bf16 * wide * (disc > 0)
-        found |= {"block inputs": graph + taps, "outside blocks": outside, "block and discriminator at work": max(live, disc_bytes)}
-    else:
-        found |= {"block inputs": graph, "outside blocks": outside, "block and discriminator at work": live}
+    taps = (last_tap + 1) * (kind == "student" and disc > 0)
+    blocks = L if kind == "critic" else L - H + rolled * H + taps
+    work = {"none": 0.0, "selective": live - attended, "full": live}[checkpointing]
+    found |= {"whole blocks": blocks * live} if checkpointing == "none" else {"block inputs": blocks * bf16 * wide}
+    found["attention outputs"] = blocks * attended * (checkpointing == "selective")
+    found["outside blocks"] = (10 if kind == "critic" or not H else rolled * 38) * wide
+    # The critics' losses both have their graphs when the first is run backwards; in the student's step the discriminator's is over before.
+    found["block and discriminator at work"] = {"critic": work + 2 * disc_bytes, "student": max(work, disc_bytes)}.get(kind, work)
+    found["block in passing"] = passing
+    if not accumulated:
+        graph = sum(found[term] for term in ("whole blocks", "block inputs", "attention outputs", "outside blocks") if term in found)
+        found["gradients"] = max(found["gradients"] - graph, 0.0)
     return {name: float(value) for name, value in found.items() if value}
+
+
+def choose_checkpointing(config: dict, n_tokens: int, budget: float, kinds=("stage1", "student", "critic"), **held) -> str:
+    """The first (the fastest) of CHECKPOINTING with which every step of `kinds` fits `budget` bytes, or "full"; `held` goes to memory."""
+    need = lambda mode: max(sum(memory(config, n_tokens, kind, checkpointing=mode, **held).values()) for kind in kinds)
+    return next((mode for mode in CHECKPOINTING[:-1] if need(mode) <= budget), CHECKPOINTING[-1])
 
 
 # ---- The plan of a run -----------------------------------------------------------------------------------------------
@@ -270,11 +361,13 @@ def plan(model: str | dict = "1.3b", *, gpus: int = 8, card_gb: float = 141, tfl
          frames: int = 81, height: int = 480, width: int = 832, batch: int = 64, micro_batch: int = 1, stage1: int | None = None,
          stage2: int | None = None, student_every: int = 5, last_tap: int | None = None, disc_width: int | None = None,
          disc_checkpointing: bool = False, shard_teacher: bool = True, flow_map_share: float = 0.25, fp32_slowdown: float = 2.0,
-         clips: int = 500_000, text: int = 512, lora: int = 0, context_parallel: int = 1) -> dict:  # fmt: skip
+         clips: int = 500_000, text: int = 512, lora: int = 0, context_parallel: int = 1, checkpointing: str = "full",
+         compiled: bool = False, shard_over: int = 0, offload_teacher: bool = False, rates: dict | None = None) -> dict:  # fmt: skip
     """Every number of the report. model: "1.3b", "14b" or a transformer's config; batch is the global one, micro_batch a card's.
 
     stage1, stage2 are updates and iterations, by default the paper's; H = 0 plans DMD2-v; lora is the rank of adapters on a shared
-    base. RAISES ValueError on settings that cannot run.
+    base; checkpointing may be "auto"; rates are those of a measured card, used in place of tflops. RAISES ValueError on settings that
+    cannot run.
     """
     settings = dict(gpus=gpus, card_gb=card_gb, tflops=tflops, M=M, N=N, H=H, frames=frames, height=height, width=width, batch=batch,
                     micro_batch=micro_batch, student_every=student_every, lora=lora, context_parallel=context_parallel)  # fmt: skip
@@ -285,6 +378,8 @@ def plan(model: str | dict = "1.3b", *, gpus: int = 8, card_gb: float = 141, tfl
     for field, value in {**settings, "clips": clips, "fp32_slowdown": fp32_slowdown}.items():
         if not (value > 0 or field == "H" or (field == "lora" and value == 0)) or value == math.inf:
             raise ValueError(f"{field} is {value}; it must be positive.")
+    if shard_over and (shard_over < 0 or gpus % shard_over):
+        raise ValueError(f"shard_over {shard_over} does not divide the {gpus} GPUs; change one of them, or 0 for all.")
     K, n = context_parallel, tokens(config, frames, height, width)
     for what, size in (("GPUs", gpus), ("heads", k["num_attention_heads"]), ("tokens of a clip", n)):
         if size % K:
@@ -302,23 +397,31 @@ def plan(model: str | dict = "1.3b", *, gpus: int = 8, card_gb: float = 141, tfl
     paper = {"stage1": run["stage1"], "kd": run["kd"], "stage2": run["stage2"][M > 1]}
     iterations = paper | {name: given for name, given in (("stage1", stage1), ("stage2", stage2)) if given is not None}
 
-    size, second = latent(frames, height, width), tflops * 1e12
+    size, rate = latent(frames, height, width), rates or rates_of(tflops, fp32_slowdown)
     disc = discriminator(config, size, disc_width)
     shared = {"N": N, "H": H, "last_tap": last_tap, "lora": lora}
     kept = {"disc": disc["parameters"], "disc_bytes": disc["live" if disc_checkpointing else "kept"], "shard_teacher": shard_teacher}
-    working = {"disc_flops": disc["flops"], "flow_map_share": flow_map_share, "fp32_slowdown": fp32_slowdown, "text": text}
-    steps = {kind: step_flops(config, n, kind, **shared, **working) for kind in (*kinds, "kd")}
-    held = {"gpus": gpus, "micro_batch": micro_batch, "context_parallel": K}
-    memories = {kind: memory(config, n, kind, **held, **shared, **kept) for kind in kinds}
-    peak, limit = {kind: sum(terms.values()) for kind, terms in memories.items()}, card_gb * GB * (1 - RESERVE)
+    held = {"gpus": gpus, "micro_batch": micro_batch, "context_parallel": K, "compiled": compiled, "shard_over": shard_over}
+    held |= {"offload_teacher": offload_teacher, "accumulated": batch > gpus // K * micro_batch, **shared, **kept}
+    limit, chosen = card_gb * GB * (1 - RESERVE), checkpointing == "auto"
+    if chosen:
+        checkpointing = choose_checkpointing(config, n, limit, kinds, **held)
+    memories = {kind: memory(config, n, kind, checkpointing=checkpointing, **held) for kind in kinds}
+    peak = {kind: sum(terms.values()) for kind, terms in memories.items()}
 
+    working = {"disc_flops": disc["flops"], "flow_map_share": flow_map_share, "text": text, "checkpointing": checkpointing}
+    works = {kind: step_work(config, n, kind, compiled=compiled, **shared, **working) for kind in (*kinds, "kd")}
+    steps = {kind: step_flops(config, n, kind, fp32_slowdown=fp32_slowdown, **shared, **working) for kind in works}
+    terms = {kind: {term: time_of(work, rate) for term, work in step.items()} for kind, step in works.items()}  # seconds of a clip
     whole = lambda term: term.startswith("discriminator")  # every card of a group does all of it
-    card = {kind: sum(cost if whole(term) else cost / K for term, cost in step.items()) for kind, step in steps.items()}  # FLOPs of a clip
-    seconds = {kind: batch // (gpus // K) * each / second for kind, each in card.items()}
+    card = {kind: sum(t if whole(term) else t / K for term, t in step.items()) for kind, step in terms.items()}
+    seconds = {kind: batch // (gpus // K) * each for kind, each in card.items()}
     seconds["stage2"] = (seconds["student"] + (student_every - 1) * seconds["critic"]) / student_every
     grids = GRIDS if H else sorted({(M, 1) for M, _ in GRIDS})
-    sampling = {(m, j): sum(step_flops(config, n, "sample", M=m, N=j, H=H, text=text).values()) / second for m, j in grids}
-    teacher_sampling = 100 * flops(config, n, text, H)["whole"]["total"] / second  # 50 steps with guidance
+    call = lambda kind, **how: step_work(config, n, kind, H=H, compiled=compiled, text=text, **how).values()
+    sampling = {(m, j): sum(time_of(work, rate) for work in call("sample", M=m, N=j)) for m, j in grids}
+    forward = sum(time_of(work, rate) for work in call("teacher"))
+    teacher_sampling = 100 * forward  # 50 steps with guidance
     student, fake = student_parameters(config, H)["total"], parameters(config)["total"]
     thin = lora_parameters(config, H, lora)
     if lora:
@@ -337,6 +440,10 @@ def plan(model: str | dict = "1.3b", *, gpus: int = 8, card_gb: float = 141, tfl
         "memory": memories,
         "peak": peak,
         "limit": limit,
+        "checkpointing": checkpointing,
+        "chosen": chosen,
+        "terms": terms,
+        "forward": forward,
         "fits": max(peak.values()) <= limit,
         "iterations": iterations,
         "seconds": seconds,
@@ -368,6 +475,12 @@ def advice(model: str | dict = "1.3b", *, gpus: int = 8, batch: int = 64, frames
     ways += [f"keep {gpus} and shorten the clips to {shorter} frames"] if shorter else []
     if not ways and (shorter := longest(most)):
         ways = [f"take {most} GPUs and shorten the clips to {shorter} frames"]
+    for words, change in (
+        ("compute more again with --checkpointing auto", {"checkpointing": "auto"}),
+        ("keep the teacher in host memory with --offload-teacher", {"offload_teacher": True}),
+        ("cut the weights over all GPUs with --shard-over 0", {"shard_over": 0}),
+    ):
+        ways += [words] * fits(gpus, frames, **change)
     if cut := next((k for k in (2, 4, 8) if k > K and fits(gpus, frames, context_parallel=k)), None):
         ways += [f"cut each clip over {cut} GPUs with --context-parallel {cut}"]
     if not settings.get("lora") and fits(gpus, frames, lora=64):
@@ -405,13 +518,20 @@ def report(model: str | dict = "1.3b", **settings) -> str:
     thin = thin if s["lora"] else []
     K = s["context_parallel"]
     cut = f" {K} that share a clip" if K > 1 else ""
+    source = f"Estimates from FLOP counts at {s['tflops']:g} TFLOP/s (bf16) a GPU, not measured."
+    if rate := settings.get("rates"):
+        speeds = ", ".join(f"{unit} {rate[unit] / 1e12:,.3g}" for unit in UNITS)
+        source = f"Times from rates measured on {rate['on']}, in T/s:\n{speeds}."
+    again = {"none": "nothing", "selective": "all but attention", "full": "all"}[p["checkpointing"]]
     verdict = lambda kind: "fits" if p["peak"][kind] <= p["limit"] else "TOO MUCH"
 
     lines = [
         f"Plan for {p['name']}: {'TMD' if H else 'DMD2-v'} with M = {M}, N = {N}, H = {H} of {L} blocks; clips of {clip}",
         f"({p['tokens']:,} tokens), a global batch of {s['batch']} on {cards}, {s['micro_batch']} at a time on each{cut}.",
-        f"Estimates from FLOP counts at {s['tflops']:g} TFLOP/s (bf16) a GPU, not measured. Communication, optimizer steps, reading, VAE",
-        "and text encoder are left out of the times; activations are estimated. 1 GB = 2^30 bytes.",
+        source,
+        "Communication, optimizer steps, reading, VAE and text encoder are left out of the times, activations estimated. A GB: 2^30 bytes.",
+        f"Checkpointing: {p['checkpointing']}{' (chosen: the fastest that fits)' * (p['chosen'] and p['fits'])}; the backward pass computes"
+        f" {again} of a block again.",
         "",
         "Parameters",
         f"  teacher        {million(p['parameters']['total']):>12}   {L} blocks of {million(p['parameters']['block'])}",
@@ -430,8 +550,8 @@ def report(model: str | dict = "1.3b", **settings) -> str:
         "It fits." if p["fits"] else f"IT DOES NOT FIT. {advice(model, **settings)}",
         "",
         row("One clip's step, in forwards of the teacher", titles.get),
-        *table(p["steps"], columns, lambda cost: f"{cost / whole['total']:.2f}"),
-        row("total", lambda kind: f"{sum(p['steps'][kind].values()) / whole['total']:.2f}"),
+        *table(p["terms"], columns, lambda t: f"{t / p['forward']:.2f}"),
+        row("total", lambda kind: f"{sum(p['terms'][kind].values()) / p['forward']:.2f}"),
         row("seconds for the whole batch", lambda kind: f"{p['seconds'][kind]:,.3g}"),
         "",
         "Training",

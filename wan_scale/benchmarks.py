@@ -1,0 +1,204 @@
+"""From the JSON files of `bench` to BENCHMARKS.md: the bars, every measured number beside the plan's, what a flow head really costs.
+
+    print(markdown([json.load(open("wan_scale/bench_results/1.3b-nvidia-h200-2026-11-23.json"))]))
+
+The plan predicts from the record's own micro-benchmarks (plan.rates), so its error is that of its arithmetic, not of a data sheet.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tmd_minimal as tmd
+from wan_scale import plan
+
+RESULTS = Path(__file__).parent / "bench_results"
+TIME, MEMORY = 0.15, 0.10  # errors of the plan that are within the bars
+WAITS = """Not measured yet: no card was at hand. `make bench-gpu` measures both sizes in nine minutes and writes this file. What waits:
+
+- attention backends side by side, blocks compiled and not, a stock diffusers call
+- a stage 1 step with and without the finite difference; stage 2's student and critics, beside the naive baseline
+- sampling at five (M, N), the head as it is and as a CUDA graph: what an effective NFE costs on the clock; the VAE
+- 14B on one card: forward, sampling and, with adapters, stage 2
+- the errors of `plan`, in time and memory, for every row it predicts
+"""
+
+
+def ran(record: dict, prefix: str) -> dict[str, dict]:
+    """The cases whose names begin so and that were measured."""
+    return {name: case for name, case in record["cases"].items() if name.startswith(prefix) and "failed" not in case}
+
+
+def update(case: dict) -> float:
+    """Seconds of an iteration of stage 2 by the recipe: one of the student's in five."""
+    return (case["seconds"]["student"] + 4 * case["seconds"]["critic"]) / 5
+
+
+# ---- The bars: a number of a record, or KeyError / ValueError where it was not measured ------------------------------
+
+
+def rate_share(record: dict) -> float:
+    """Share of the card's own bf16 matmul rate that the fastest forward reaches."""
+    rates = record["cases"]["rates"]
+    work = plan.flops(record["config"], record["tokens"], H=record["H"])["whole"]["total"]
+    fastest = min(case["seconds"] for case in ran(record, "forward").values())
+    return work / fastest / (rates["work"]["matmul"] / rates["seconds"]["matmul"])
+
+
+def against_naive(record: dict) -> tuple[float, str]:
+    """The naive baseline's seconds an iteration over those of the fastest variant within its memory (or, said so, of any); both peaks."""
+    found = ran(record, "stage 2")
+    naive = found.pop("stage 2, naive")
+    peak, room = (lambda case: max(case["peak_gb"].values())), max(naive["peak_gb"].values())
+    fast = min(found.values(), key=lambda case: (peak(case) > 1.02 * room, update(case)))
+    more = ", NOT AT EQUAL MEMORY" * (peak(fast) > 1.02 * room)
+    return update(naive) / update(fast), f" ({peak(fast):.1f} GB against {room:.1f} GB{more})"
+
+
+def rollout(record: dict) -> float:
+    """Cost of the inner steps 2 to 4 over (N-1) H / L forwards, less 1, signed; the forward is the sample at M = N = 1."""
+    steps = min(ran(record, "sampling").values(), key=lambda case: case["seconds"]["M1N2"])["seconds"]
+    return (steps["M1N4"] / steps["M1N1"] - 1) / (3 * record["H"] / record["config"]["num_layers"]) - 1
+
+
+percent, ratio, gb, sec = "{:.0%}".format, "{:.2f}x".format, "{:.1f} GB".format, "{:.3f} s".format
+quickest = lambda record: min(case["seconds"]["M1N2"] for case in ran(record, "sampling").values())
+memory = lambda record: max(record["cases"]["stage 2"]["peak_gb"].values())
+difference = lambda record: record["cases"]["stage 1"]["seconds"][""] / record["cases"]["stage 1, no finite difference"]["seconds"][""] - 1
+BARS = (  # size, what, bound, whether it is the least (else the most), the number of a record, how it is written
+    ("1.3b", "forward, share of the card's bf16 matmul rate", 0.65, True, rate_share, percent),
+    ("1.3b", "stage 2 iteration against the naive baseline, at equal memory", 1.3, True, against_naive, ratio),
+    ("1.3b", "stage 2 at batch 1, peak memory", 75.0, False, memory, gb),
+    ("1.3b", "sample at M = 1, N = 2, transformer", 0.60, False, quickest, sec),
+    ("14b", "sample at M = 1, N = 2, transformer", 3.4, False, quickest, sec),
+    ("1.3b", "inner steps over (N-1) H / L, above it", 0.05, False, rollout, percent),
+    ("1.3b", "finite difference, added to a stage 1 step", 0.35, False, difference, percent),
+)
+
+
+def bars(records: list[dict]) -> list[str]:
+    """A row a bar and record of its size: bound, measured, whether it is met or by how much of the bound it is missed."""
+    rows = ["| size | bar | bound | measured | |", "|---|---|---|---|---|"]
+    for size, what, bound, least, number, words in BARS:
+        limit = f"{'at least' if least else 'at most'} {words(bound)}"
+        for record in [r for r in records if r["size"] == size] or [None]:
+            try:
+                value, note = found if isinstance(found := number(record), tuple) else (found, "")
+            except (KeyError, ValueError, TypeError):  # a case of it failed, or there is no record
+                rows.append(f"| {size} | {what} | {limit} | not measured yet | |")
+                continue
+            met = value >= bound if least else value <= bound
+            verdict = "met" + " in time alone" * ("NOT" in note) if met else f"missed by {abs(value / bound - 1):.0%} of the bound"
+            rows.append(f"| {size} | {what} | {limit} | {words(value)}{note}, {record['card']}, {record['date']} | {verdict} |")
+    return rows
+
+
+# ---- The plan beside the measurements --------------------------------------------------------------------------------
+
+
+def predicted(record: dict, name: str, part: str = "") -> tuple[dict, float] | None:
+    """(seconds by unit of plan.UNITS, bytes at the peak) of a case's part by the record's own rates, or None where the plan has none."""
+    case, config, n = record["cases"][name], record["config"], record["tokens"]
+    kinds = {"forward": "teacher", "sampling": "sample", "stage 1": "stage1", "stage 2": part}
+    kind = next((kind for start, kind in kinds.items() if name.startswith(start)), None)
+    if not kind or "failed" in case:
+        return None
+    training = name.startswith("stage")
+    how = {"H": record["H"], "compiled": case["compiled"]}
+    M, N = (1, record["N"]) if kind != "sample" else (int(v) for v in part[1:].split("N"))
+    how |= {"N": N, "last_tap": record["last_tap"], "checkpointing": case.get("checkpointing", "full"), "lora": case.get("lora", 0)}
+    shown = {"disc_flops": record["discriminator"]["flops"], "flow_map_share": 0.25 * case.get("difference", True)}
+    work = plan.step_work(config, n, kind, M=M, **how, **shown)
+    rate, clips = plan.rates(record, record["tf32"], case["attn"]), record["micro_batch"] if training else 1
+    spent = dict.fromkeys(plan.UNITS, 0.0)
+    for units in work.values():
+        for unit, amount in units.items():
+            spent[unit] += clips * amount / rate[unit]
+    disc = {"disc": record["discriminator"]["parameters"], "disc_bytes": record["discriminator"]["live"]} if part else {}
+    peak = plan.memory(config, n, kind, micro_batch=clips, accumulated=False, **how, **disc)
+    return spent, sum(peak.values())
+
+
+def measured(case: dict) -> list[tuple[str, float, float | None]]:
+    """(part, seconds, peak GB or None) of a case."""
+    parts = case["seconds"] if isinstance(case["seconds"], dict) else {"": case["seconds"]}
+    peak = case.get("peak_gb", {})
+    return [(part, s, peak.get(part) if isinstance(peak, dict) else peak) for part, s in parts.items()]
+
+
+def cases(record: dict) -> list[str]:
+    """A row a number: measured, the plan's, its error, and where the time goes by the plan; then how many rows are within the bars."""
+    rows = ["| case | seconds | plan | error | peak GB | plan | error | where the time goes, by the plan |", "|---" * 8 + "|"]
+    hit = {"time": [0, 0], "memory": [0, 0]}
+
+    def error(what, found, guess, bound):
+        hit[what][0] += abs(guess / found - 1) <= bound
+        hit[what][1] += 1
+        return f"{guess:.4g} | {guess / found - 1:+.0%}"
+
+    for name, case in record["cases"].items():
+        if "failed" in case:
+            rows.append(f"| {name} | {case['failed']} | | | | | | |")
+        for part, s, peak in measured(case) if "failed" not in case and name not in ("attention", "rates") else ():
+            try:
+                guess = predicted(record, name, part)
+            except ValueError:  # no rates
+                guess = None
+            time, space, where = " | ", " | ", ""
+            if guess:
+                spent, total = guess[0], sum(guess[0].values())
+                time = error("time", s, total, TIME)
+                if peak and "graphed" not in name:  # a graph holds its own memory
+                    space = error("memory", peak, guess[1] / plan.GB, MEMORY)
+                where = ", ".join(f"{unit} {t / total:.0%}" for unit, t in sorted(spent.items(), key=lambda u: -u[1]) if t > 0.02 * total)
+            rows.append(f"| {name} {part} | {s:.4g} | {time} | {f'{peak:.1f}' if peak else ''} | {space} | {where} |".replace("  |", " |"))
+    counts = [f"within {bound:.0%} for {what}: {k} of {n} rows" for (what, (k, n)), bound in zip(hit.items(), (TIME, MEMORY)) if n]
+    return [*rows, "", f"The plan's errors are {', '.join(counts)}." if counts else "The plan predicts none of these rows."]
+
+
+def evaluations(record: dict) -> list[str]:
+    """Effective NFE against the clock: seconds of a sample in seconds of the fastest forward, and as many whole stock calls as M N."""
+    samples, forwards = ran(record, "sampling"), [case["seconds"] for case in ran(record, "forward").values()]
+    if not samples or not forwards:
+        return []
+    rows = ["| M | N | effective NFE | seconds | in forwards | M N stock calls, seconds |", "|---|---|---|---|---|---|"]
+    fastest = min(samples.values(), key=lambda case: case["seconds"]["M1N2"])["seconds"]
+    stock = ran(record, "forward, stock call").get("forward, stock call")
+    for part, s in fastest.items():
+        M, N = (int(v) for v in part[1:].split("N"))
+        nfe = tmd.effective_nfe(M, N, record["H"], record["config"]["num_layers"])
+        calls = f"{M * N * stock['seconds']:.4g}" if stock else ""
+        rows.append(f"| {M} | {N} | {nfe:.2f} | {s:.4g} | {s / min(forwards):.2f} | {calls} |")
+    return [*rows, ""]
+
+
+def kernels(record: dict) -> list[str]:
+    """Attention by backend, and the rates that the plan is calibrated with."""
+    found = []
+    if attention := ran(record, "attention").get("attention"):
+        rows = [f"| {name} | {s:.4g} s |" for name, s in attention["seconds"].items()]
+        rows += [f"| {name} | {why} |" for name, why in attention["reasons"].items()]
+        found += ["| attention backend, one block | |", "|---|---|", *rows, "", f"Taken: {attention['attn']}.", ""]
+    if rates := ran(record, "rates").get("rates"):
+        each = {unit: rates["work"][unit] / s / 1e12 for unit, s in rates["seconds"].items()}
+        found += ["| rate | TFLOP/s, TB/s |", "|---|---|", *(f"| {unit} | {value:,.4g} |" for unit, value in each.items()), ""]
+    return found
+
+
+def markdown(records: list[dict]) -> str:
+    """The bars over all records, then the tables of each."""
+    text = [*([] if records else [WAITS]), *bars(records), ""]
+    for r in records:
+        frames, height, width = r["clip"]
+        text += [
+            f"## {r['size']} on {r['card']}",
+            "",
+            f"{r['date']}, torch {r['torch']}, {r['precision']}; {frames} frames of {height}x{width}, {r['tokens']:,} tokens.",
+            f"`{r['command']}`",
+            "",
+            *cases(r),
+            "",
+            *evaluations(r),
+            *kernels(r),
+        ]
+    return "\n".join(text).rstrip() + "\n"
