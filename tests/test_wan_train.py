@@ -14,7 +14,7 @@ import tmd_minimal as tmd
 pytest.importorskip("diffusers")
 import wan_ranks
 
-from wan_scale import data, logs, train
+from wan_scale import data, logs, plan, train
 from wan_scale.config import PRESETS, Wan, preset
 from wan_scale.model import WanDiscriminator
 from wan_scale.phase import Average, Feed, WanPhase, complete, mixed
@@ -318,6 +318,19 @@ def test_checkpointed_discriminator_has_the_same_gradients(g):
         found.append([x.grad, *(p.grad for p in net.parameters())])
     for a, b in zip(*found):
         torch.testing.assert_close(a, b)
+
+
+def test_auto_checkpointing_is_what_plan_proposes(world, tmp_path, capsys):
+    """The mode that `plan` prints for this memory is the mode that the nets of a phase run in, and the screen says so."""
+    for gb in (8.0, 0.001):
+        cfg = settings(world, tmp_path, checkpointing="auto", card_gb=gb, compile="off")
+        job = train.Training(cfg, "stage1", world / "data")
+        student = job.place(train.make_student(cfg, cfg.how()))
+        config = dict(student.net.transformer.config)
+        wanted = plan.plan(config, **cfg.planned())["checkpointing"]
+        assert student.net.checkpointing == wanted == {8.0: "none", 0.001: "full"}[gb]
+        assert f"checkpointing {wanted}, chosen by `plan`" in capsys.readouterr().out
+        assert f"Checkpointing: {wanted}" in plan.report(config, **cfg.planned())
 
 
 def test_log_and_previews(world, tmp_path):

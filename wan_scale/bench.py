@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import tmd_minimal as tmd
-from wan_scale import dist, lora, plan, speed, train
+from wan_scale import dist, lora, plan, speed, train, weights
 from wan_scale.benchmarks import RESULTS
 from wan_scale.config import Wan
 from wan_scale.data import write_json
@@ -89,10 +89,7 @@ class Bench:
         torch.manual_seed(0)
         with self.device:
             net = WanTransformer3DModel(**self.config)
-        for name, p in net.named_parameters():
-            if not any(part in WanTransformer3DModel._keep_in_fp32_modules for part in name.split(".")):
-                p.data = p.data.to(dtype)
-        return net
+        return weights.cast(net, dtype)
 
     def frozen(self) -> WanNetwork:
         return WanNetwork(self.transformer(self.dtype).requires_grad_(False))

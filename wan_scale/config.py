@@ -172,6 +172,19 @@ class Wan:
         return tmd.Stage2Config(iterations=iterations, batch=self.micro_batch, lr=self.stage2_lr, guidance=self.stage2_guidance,
                                 dmd_shift=self.dmd_shift, gan_weight=self.gan_weight)  # fmt: skip
 
+    def planned(self, **changed) -> dict:
+        """The arguments of plan.plan (but the transformer's config and rates) that are these settings, some of them `changed`."""
+        same = (
+            "M N H frames height width micro_batch lora gpus card_gb tflops context_parallel shard_over offload_teacher "
+            "checkpointing disc_width"
+        ).split()
+        found = {name: getattr(self, name) for name in same}
+        found |= {"batch": self.global_batch, "clips": self.clips or 500_000, "compiled": self.compile != "off"}
+        found |= {"stage1": self.stage1_updates, "stage2": self.stage2().iterations, "last_tap": self.tap_blocks[-1]}
+        # choice: float32 without TF32 taken to run at an eighth of the bf16 rate, with it at half (data sheets, not measured)
+        found |= {"disc_checkpointing": self.checkpointing != "none", "fp32_slowdown": 2.0 if self.tf32 else 8.0}
+        return found | changed
+
     def of_the_training(self, phase: str = "") -> dict:
         """The settings that decide the weights of a phase, under the names of their options: what its checkpoints are compared by."""
         others = {key for name, keys in OF_THE_PHASE.items() if phase and phase not in name.split() for key in keys.split()}

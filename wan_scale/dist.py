@@ -156,6 +156,14 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
+def agreed(value):
+    """The first rank's value, on every rank; all must call."""
+    held = [value]
+    if world() > 1:
+        dist.broadcast_object_list(held, group=waiting_room())
+    return held[0]
+
+
 def stop() -> None:
     for made in (context_group, waiting_room, mesh):
         made.cache_clear()

@@ -145,19 +145,10 @@ def plan(cfg: Wan, name: str) -> None:
     if given and not given.exists():
         raise RuntimeError(f"{given} is missing; give a Wan2.1 folder in the Hugging Face layout, or leave --model away.")
     model = json.loads(given.read_text()) if given else size_of(name)
-    stages = {"stage1": cfg.stage1_updates, "stage2": cfg.stage2().iterations}
-    clip = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width, "batch": cfg.global_batch}
-    taps = {"last_tap": cfg.tap_blocks[-1], "disc_width": cfg.disc_width}
-    clip["clips"] = cfg.clips or 500_000
-    card = {"gpus": cfg.gpus, "card_gb": cfg.card_gb, "tflops": cfg.tflops, "micro_batch": cfg.micro_batch, "lora": cfg.lora}
-    card |= {"context_parallel": cfg.context_parallel, "shard_over": cfg.shard_over, "offload_teacher": cfg.offload_teacher}
-    card |= {"checkpointing": cfg.checkpointing, "compiled": cfg.compile != "off"}
     if cfg.rates and not Path(cfg.rates).is_file():
         raise RuntimeError(f"{cfg.rates} is missing; give a JSON of bench_results/ with --rates, or leave it away.")
-    card["rates"] = plan.rates(json.loads(Path(cfg.rates).read_text()), cfg.tf32) if cfg.rates else None
-    # choice: float32 without TF32 taken to run at an eighth of the bf16 rate, with it at half (data sheets, not measured)
-    more = {"disc_checkpointing": cfg.checkpointing != "none", "fp32_slowdown": 2.0 if cfg.tf32 else 8.0}
-    print(plan.report(model, M=cfg.M, N=cfg.N, H=cfg.H, **card, **clip, **stages, **taps, **more))
+    rates = plan.rates(json.loads(Path(cfg.rates).read_text()), cfg.tf32) if cfg.rates else None
+    print(plan.report(model, rates=rates, **cfg.planned()))
 
 
 def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:

@@ -178,7 +178,7 @@ def chosen(cfg, config: dict, device, dtype, backward: bool) -> dict:
         tokens = plan.tokens(config, cfg.frames, cfg.height, cfg.width)
         heads = config["num_attention_heads"] // cfg.context_parallel
         times = attention_times(heads, config["attention_head_dim"], tokens, device, dtype, backward)
-        attn = fastest(times)
+        attn = dist.agreed(fastest(times))
         words = ", of " + ", ".join(f"{k}: {v}" if isinstance(v, str) else f"{k} {1000 * v:.1f} ms" for k, v in times.items())
     dist.say(f"attention {attn}{words}; blocks {'compiled' if compiled else 'not compiled'}")
     return {"attn": attn, "compiled": compiled}

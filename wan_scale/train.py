@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 import tmd_minimal as tmd
-from wan_scale import dist, logs, lora, speed, ulysses, weights
+from wan_scale import dist, logs, lora, plan, speed, ulysses, weights
 from wan_scale.config import Wan, WanStudentConfig
 from wan_scale.data import check_folder
 from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels, load_transformer
@@ -164,8 +164,21 @@ class Training:
         if self.speed is None:
             half = compute_dtype(self.cfg, self.device)
             self.speed = speed.chosen(self.cfg, dict(net.transformer.config), self.device, half, backward=True)
-            self.speed["checkpointing"] = self.cfg.checkpointing
+            self.speed["checkpointing"] = self.checkpointing(dict(net.transformer.config), self.speed["compiled"])
         speed.prepare(net, **self.speed)
+
+    def checkpointing(self, config: dict, compiled: bool) -> str:
+        """As the settings say, or "auto": what `plan` proposes for these cards."""
+        cfg = self.cfg
+        if cfg.checkpointing != "auto":
+            return cfg.checkpointing
+        on_card = self.device.type == "cuda"
+        size = torch.cuda.get_device_properties(self.device).total_memory / plan.GB if on_card else cfg.card_gb
+        H = 0 if self.name in ("kd", "dmd2v") else cfg.H
+        these = cfg.planned(gpus=dist.world(), card_gb=size, H=H, N=cfg.N if H else 1, compiled=compiled)
+        mode = dist.agreed(plan.plan(config, **these)["checkpointing"])
+        dist.say(f"checkpointing {mode}, chosen by `plan` for {dist.world()} x {size:.3g} GB")
+        return mode
 
     def run(self, train, how, read=None) -> WanPhase:
         """train(feed, ...) is a loop of tmd_minimal, run in this machine's precision; `read` is the reader's batch or pairs."""
@@ -311,7 +324,7 @@ def teacher(cfg: Wan) -> dict:
     rate = {"updates": cfg.teacher_updates, "batch": cfg.micro_batch, "lr": cfg.teacher_lr}
     train = lambda feed, **kw: tmd.train_teacher(net, feed, **rate, c_neg=job.c_neg, **kw)
     phase = job.run(train, how=None)
-    whole = {name: dist.full(p).cpu() for name, p in phase.ema.named.items()}
+    whole = dist.whole(phase.ema.named)
     facts = {"phase": "teacher", "updates": phase.step, "recipe": cfg.of_the_training("teacher")}
     if dist.rank() == 0:
         plain, place = load_transformer(cfg.model), Path(cfg.model) / "transformer"
