@@ -600,7 +600,7 @@ def tm_mf_loss(student, x, c=None, *, t, x_1, y_1, s, r, dropped=None, c_neg=Non
     predict = transition(student, x_t, t, c_in, target)  # backbone, once
     u = inner_velocity(predict(y_s, s, r), y_s, s, y_1, field)  # Eq. (14)
     goal = v
-    if derivative != "none":
+    if bool((r < s).any()):  # else the derivative is multiplied by zero
         # choice: the derivative runs along the guided v, the velocity of the flow whose map is being learnt
         dh_ds = total_derivative(lambda y_s, s: predict(y_s, s, r), y_s, s, v, derivative, fd_step)
         # the 1/s of the consistent field by the quotient rule: a difference of step 0.005 across it is wrong by its own size below s = 0.02
@@ -850,9 +850,8 @@ def train_stage1(student, data, how: StudentConfig, cfg: Stage1Config, *, c_neg=
     def iterate(phase):
         x, c = data(cfg.batch, phase.generator)
         draws = stage1_draw(x, how.outer_grid, how.inner_grid, cfg.s_shift, cfg.flow_map_share, cfg.cond_drop, phase.generator)
-        derivative = cfg.derivative if cfg.flow_map_share else "none"  # not by the draws: ranks must call a sharded head equally often
         loss = tm_mf_loss(student, x, c, **draws, c_neg=c_neg, guidance=cfg.guidance, target=how.target, field=how.field,
-                          derivative=derivative, fd_step=cfg.fd_step, adaptive_c=cfg.adaptive_c)  # fmt: skip
+                          derivative=cfg.derivative, fd_step=cfg.fd_step, adaptive_c=cfg.adaptive_c)  # fmt: skip
         return phase.update("student", {"tm_mf": loss})
 
     return phase.run(iterate, cfg.updates, **run), phase

@@ -285,15 +285,22 @@ def test_backward_is_outside_autocast():
     torch.testing.assert_close(seen[0], wanted, rtol=1e-6, atol=1e-7)
 
 
-def test_plain_tm_differentiates_nothing(monkeypatch):
-    """With no flow-map share no derivative is taken; with any share it is in every update, so that ranks call a sharded head alike."""
+def test_no_derivative_where_no_sample_needs_it(monkeypatch):
+    """The derivative is taken in the updates with r < s in their batch, in no others; it would be multiplied by zero there."""
     calls = []
-    derivative = tmd.total_derivative
-    monkeypatch.setattr(tmd, "total_derivative", lambda *a, **k: (calls.append(1), derivative(*a, **k))[1])
+    derivative, draw, needed = tmd.total_derivative, tmd.stage1_draw, []
+
+    def drawn(*a):
+        found = draw(*a)
+        needed.append(bool((found["r"] < found["s"]).any()))
+        return found
+
+    monkeypatch.setattr(tmd, "total_derivative", lambda *a, **k: (calls.append(len(needed)), derivative(*a, **k))[1])
+    monkeypatch.setattr(tmd, "stage1_draw", drawn)
     how = tmd.StudentConfig(M=2, N=2, H=1)
-    for share, wanted in ((0.0, 0), (1e-9, 3)):
-        calls.clear()
+    for share, least, most in ((0.0, 0, 0), (0.25, 1, 7), (1.0, 8, 8)):
+        calls.clear(), needed.clear()
         student = tmd.TMDStudent(PlanarNet(2, 8, 3, 0), 1)
-        cfg = tmd.Stage1Config(updates=3, batch=4, guidance=1.0, flow_map_share=share)
+        cfg = tmd.Stage1Config(updates=8, batch=2, guidance=1.0, flow_map_share=share)
         tmd.train_stage1(student, lambda n, g: (data(n, g)[0], None), how, cfg, progress=False)
-        assert len(calls) == wanted
+        assert calls == [i + 1 for i, need in enumerate(needed) if need] and least <= len(calls) <= most

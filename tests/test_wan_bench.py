@@ -128,7 +128,7 @@ def test_prediction_of_training(case, part, kind):
     record = made(**{case: {"seconds": {part: 1.0}}})
     spent, peak = benchmarks.predicted(record, case, part)
     held = {"compiled": True, "checkpointing": "selective", "disc_checkpointing": True, "batch": 1, "gpus": 1}
-    p = plan.plan("1.3b", rates=plan.rates(record), **held)
+    p = plan.plan("1.3b", rates=plan.rates(record), flow_map_share=1.0, **held)
     assert sum(spent.values()) == pytest.approx(p["seconds"][kind]) and peak == pytest.approx(p["peak"][kind])
     record["cases"][case]["difference"] = False
     assert (sum(benchmarks.predicted(record, case, part)[0].values()) < sum(spent.values())) == (kind == "stage1")
@@ -153,6 +153,8 @@ def test_bars():
         ("inner steps over (N-1) H / L, above it", "0%", "met"),
         ("finite difference, added to a stage 1 step", "not measured yet", ""),
     ]
+    record["cases"]["stage 1, no finite difference"] = {"seconds": {"": 2.5}}
+    assert rows(benchmarks.bars([record]))[7][3].startswith("15% (to a step that needs it 60%)")
     del record["cases"]["stage 2, recomputed whole"]
     alone = rows(benchmarks.bars([record]))[2]
     assert alone[3].startswith("2.00x (72.0 GB against 60.0 GB, NOT AT EQUAL MEMORY)") and alone[4] == "met in time alone"

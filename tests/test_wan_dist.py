@@ -219,7 +219,7 @@ def test_copies_that_do_not_divide():
 def test_head_is_gathered_once_a_micro_batch(pair):
     """N = 4, two micro-batches: the head's blocks and the root are gathered twice an update, not four times and more, forward and backward
     together; a block of the backbone once a call and once a backward pass."""
-    for phase, backbone in (("stage1", [6, 6]), ("stage2", [2, 2, 2, 2, 4])):  # stage 1 calls it twice; the fifth is the student's
+    for phase, backbone in (("stage1", [6, 6, 6]), ("stage2", [2, 2, 2, 2, 4])):  # stage 1 calls it twice; the fifth is the student's
         for rank in pair:
             found = rank["counts"][phase]["gathers"]
             assert [update["student 0"] for update in found] == [update["student 1"] for update in found] == backbone

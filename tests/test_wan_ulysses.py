@@ -224,10 +224,13 @@ def test_plan():
     a, b = one["memory"]["student"], four["memory"]["student"]
     assert b["block inputs"] == a["block inputs"] / 4 and b["outside blocks"] == a["outside blocks"] / 4
     assert {key: b[key] for key in b if "block" not in key} == {key: a[key] for key in a if "block" not in key}
-    assert four["seconds"]["stage1"] == pytest.approx(one["seconds"]["stage1"])
+    rest = lambda p: {term: t for term, t in p["terms"]["stage1"].items() if "difference" not in term}
+    assert rest(four) == pytest.approx(rest(one))
+    assert four["seconds"]["stage1"] < one["seconds"]["stage1"]  # fewer clips at once, so rarer one that needs the derivative
     extra = 3 * 64 / 16 * one["steps"]["student"]["discriminator, with input gradient"] / 400e12
     assert four["seconds"]["student"] == pytest.approx(one["seconds"]["student"] + extra)
-    assert plan.plan("14b", gpus=512, context_parallel=8)["seconds"]["stage1"] == pytest.approx(one["seconds"]["stage1"] / 32)
+    few, many = (plan.plan("14b", gpus=gpus, context_parallel=8) for gpus in (256, 512))
+    assert many["seconds"]["stage1"] == pytest.approx(few["seconds"]["stage1"] / 2, rel=1e-3)
     text = plan.report("14b", gpus=8, card_gb=141)
     found = int(re.search(r"cut each clip over (\d) GPUs with --context-parallel", text)[1])
     assert plan.plan("14b", gpus=8, card_gb=141, context_parallel=found)["fits"] and "on each 2 that share" in plan.report(

@@ -5,7 +5,8 @@
     python tutorials/execute.py --quick           # every cell of all in a small setting, outputs thrown away (make test does it)
     python tutorials/execute.py --check           # are the stored outputs those of these notebooks and of this code?
 
-What a stored notebook was executed with is in its metadata: digests of its own cells and of every file of the repository that it imports.
+What a stored notebook was executed with is in its metadata: digests of its own cells, of every file of the repository that it imports,
+and of the measured results that it reads.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import ast
 import hashlib
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -24,6 +26,7 @@ from nbclient.exceptions import CellExecutionError
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
+READS = {"claims(": {"claims.json"}, "published(": {"weights.pt", "metrics.json"}}  # calls that read results, by name of the file
 LIMIT = 120  # seconds that a reader should have to wait at most, on two free cores
 
 
@@ -44,21 +47,26 @@ def imported(text: str) -> set[Path]:
 
 
 def digest(notebook) -> dict[str, str]:
-    """What the outputs depend on: the cells, and the files that they import, directly or not."""
-    found, todo = set(), imported(code(notebook))
+    """What the outputs depend on: the cells, the files that they import, directly or not, and the results that they read."""
+    text = code(notebook)
+    names = set(re.findall(r"[\w-]+\.json", text)).union(*(files for call, files in READS.items() if call in text))
+    results = {file for file in (ROOT / "results").rglob("*.*") if file.name in names}
+    found, todo = set(), imported(text)
     while todo:
         file = todo.pop()
         found.add(file)
         todo |= imported(file.read_text()) - found
     short = lambda text: hashlib.sha256(text.encode()).hexdigest()[:16]
     cells = short("\n".join(f"{cell.cell_type}\n{cell.source}" for cell in notebook.cells))
-    return {"cells": cells, **{str(file.relative_to(ROOT)): short(file.read_text()) for file in sorted(found)}}
+    read = {str(file.relative_to(ROOT)): file for file in sorted(found | results)}
+    return {"cells": cells, **{name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for name, file in read.items()}}
 
 
 def execute(path: Path, quick: bool) -> float:
     """Run a notebook from scratch, in place unless quick; returns the seconds. RuntimeError names the cell that failed."""
     notebook = nbformat.read(path, 4)
-    client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}})
+    how = {"timeout": 900, "kernel_name": "python3", "coalesce_streams": True, "resources": {"metadata": {"path": str(FOLDER)}}}
+    client = NotebookClient(notebook, **how)
     os.environ.update({"TMD_TUTORIALS": "quick" if quick else "full", "OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"})
     start = time.perf_counter()
     try:

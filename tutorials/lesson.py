@@ -38,7 +38,8 @@ def source(thing, start: str = "", end: str = "") -> Markdown:
 
     RAISES ValueError where those words are not there, so that a lesson cannot talk about lines that are gone.
     """
-    lines, first = inspect.getsourcelines(inspect.unwrap(thing))
+    thing = inspect.unwrap(thing)  # what is beneath torch.no_grad
+    lines, first = inspect.getsourcelines(thing)
     for words in filter(None, (start, end)):
         if not any(words in line for line in lines):
             raise ValueError(f"{thing.__name__} has no line with {words!r} any more; mend this lesson.")

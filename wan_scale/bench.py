@@ -195,7 +195,8 @@ class Bench:
     def training(self, kind: str, naive: bool = False, mode: str | None = None, difference: bool = True) -> dict:
         """Seconds of an update with one micro-batch, by the real loop: stage 1, or stage 2's student and critics in turns.
 
-        naive: native attention, blocks uncompiled and recomputed whole, AdamW one tensor at a time. difference: stage 1 with its own.
+        naive: native attention, blocks uncompiled and recomputed whole, AdamW one tensor at a time. difference: stage 1's is needed
+        in every micro-batch, or in none.
         """
         mode = "full" if naive else mode or self.mode
         facts = {"attn": "native" if naive else self.attn, "compiled": self.compiled and not naive, "checkpointing": mode}
@@ -230,7 +231,7 @@ class Bench:
         shared = {"c_neg": c_neg, "make": make, "on_step": on_step, "progress": False}
         with train.compute(cfg, self.device):
             if kind == "stage 1":
-                one = replace(cfg.stage1(), updates=4, **({} if difference else {"flow_map_share": 0.0}))
+                one = replace(cfg.stage1(), updates=4, flow_map_share=float(difference))
                 tmd.train_stage1(student, data, how, one, **shared)
             else:
                 teacher, fake = (lora.Role(base), lora.Role(base, "fake")) if self.lora else (self.frozen(), whole())

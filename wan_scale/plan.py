@@ -149,13 +149,14 @@ def flops(config: dict, n_tokens: int, text: int = 512, H: int = 5) -> dict[str,
 
 
 def step_work(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5, M: int = 1, last_tap: int | None = None,
-              guidance: bool = True, gan: bool = True, disc_flops: float = 0.0, flow_map_share: float = 0.25,
+              guidance: bool = True, gan: bool = True, disc_flops: float = 0.0, flow_map_share: float = 0.25, together: int = 1,
               attention_backward: float = 2.5, text: int = 512, lora: int = 0, checkpointing: str = "full",
               compiled: bool = False) -> dict[str, dict[str, float]]:  # fmt: skip
     """Work of one micro-batch of one clip, by what is evaluated and by unit: {term: {unit: FLOPs, or bytes}}.
 
     kind: "stage1" | "student" and "critic" (stage 2) | "kd" | "sample" (tmd.sample, M transitions) | "teacher" (one forward). H = 0, N = 1
-    is DMD2-v. checkpointing: what of a block its backward pass computes again (CHECKPOINTING). attention_backward: how many forwards of it
+    is DMD2-v. together: clips of all cards at once; if one of them needs stage 1's derivative (r < s), all wait for it.
+    checkpointing: what of a block its backward pass computes again (CHECKPOINTING). attention_backward: how many forwards of it
     its gradient costs; fused kernels recompute the scores (2.5), plain ones do not (2). Under adapters (lora) the weights of a block
     take no gradient; the adapters' own products, about 2 % of a block's linear ones at rank 64, are left out.
     """
@@ -203,7 +204,7 @@ def step_work(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5,
             "backbone, trained": backbone(trained),
             "head, trained": head("all"),
             "pass for c_neg": both(backbone(times=guidance), head(times=guidance)),
-            "finite difference, fp32": exact(head(times=2 * (flow_map_share > 0))),  # whatever r and s are
+            "finite difference, fp32": exact(head(times=2 * (1 - (1 - flow_map_share) ** together))),
         }
     elif kind == "student":
         found = {
@@ -410,6 +411,7 @@ def plan(model: str | dict = "1.3b", *, gpus: int = 8, card_gb: float = 141, tfl
     peak = {kind: sum(terms.values()) for kind, terms in memories.items()}
 
     working = {"disc_flops": disc["flops"], "flow_map_share": flow_map_share, "text": text, "checkpointing": checkpointing}
+    working["together"] = gpus // K * micro_batch
     works = {kind: step_work(config, n, kind, compiled=compiled, **shared, **working) for kind in (*kinds, "kd")}
     steps = {kind: step_flops(config, n, kind, fp32_slowdown=fp32_slowdown, **shared, **working) for kind in works}
     terms = {kind: {term: time_of(work, rate) for term, work in step.items()} for kind, step in works.items()}  # seconds of a clip
