@@ -132,6 +132,18 @@ def test_tables_are_the_measured_ones(monkeypatch):
                 assert row["verdict"] == claims.verdict(row["A"], row["B"], rung.scores)
 
 
+def test_claims_of_a_part_of_the_jobs_are_not_published(tmp_path):
+    """Fewer rows measured than are published: kept. As many or more: copied. Pictures of other runs: copied."""
+    import publish
+
+    run, result = tmp_path / "runs/claims-tiny/claims.md", tmp_path / "results/claims.md"
+    for folder, verdicts in ((run.parent, ["holds", "not run"]), (result.parent, ["holds", "inconclusive"])):
+        folder.mkdir(parents=True)
+        (folder / "claims.json").write_text(json.dumps({"rows": [{"verdict": verdict} for verdict in verdicts]}))
+    assert publish.poorer(run, result) and not publish.poorer(result, run)
+    assert not publish.poorer(tmp_path / "runs/tiny/curves.png", result)
+
+
 def test_results_name_no_machine():
     """No published file holds an absolute path."""
     for file in (ROOT / "results").rglob("*.*"):
