@@ -44,7 +44,7 @@ class TMDWanModel(ModelMixin, ConfigMixin):
         return len(self.student.net.blocks)
 
     def fast(self, attn: str = "native", compiled: bool = False, graphed: bool = True) -> None:
-        """For sampling alone, its weights where they will stay: see speed.py. Compiled, the first clip of a size takes a minute more."""
+        """For sampling alone, its weights where they will stay: see speed.py. Compiled, the first clip of a size waits for the compiler."""
         speed.prepare(self.student.net, attn=attn, compiled=compiled, checkpointing="none", frozen=True)
         self.sampler = speed.GraphedHead(self.student) if graphed and self.how.H else None
 
