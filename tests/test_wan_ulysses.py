@@ -18,9 +18,10 @@ import torch
 import tmd_minimal as tmd
 
 pytest.importorskip("diffusers")
+from counting import Counting
 from safetensors.torch import load_file
 
-from wan_scale import data, dist, plan, train, ulysses
+from wan_scale import data, dist, plan, speed, train, ulysses
 from wan_scale.config import WanStudentConfig, preset
 from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels, load_transformer
 from wan_scale.phase import mixed
@@ -122,6 +123,19 @@ def trainings(root, cards: int) -> dict:
     return found | load_file(cfg.folder("stage1", "previews", "step-00000001.safetensors"))
 
 
+def compiled(root, cards: int) -> dict:
+    """Velocity and gradient of the clip with compiled blocks and selective recomputation; why the compiler cut a block, if it did."""
+    x, c, _, _ = draws_of(0)
+    net, t = ulysses.share(WanNetwork(load_transformer(root / "tiny"), "selective"), cards), torch.tensor([0.7], dtype=torch.float64)
+    with Counting() as seen:
+        found = []
+        for on in (False, True):
+            speed.prepare(net, compiled=on, checkpointing="selective")
+            v = net(x.requires_grad_(), t, c)
+            found += [v.detach(), torch.autograd.grad(v.square().sum(), x)[0]]
+        return {"found": found, "forward": seen.forward, "backward": seen.backward, "breaks": seen.breaks}
+
+
 def refusals(root, cards: int) -> dict:
     """The sentences that settings which do not divide are refused with."""
     net = WanNetwork(load_transformer(root / "tiny"))
@@ -134,7 +148,7 @@ def refusals(root, cards: int) -> dict:
 
 
 CASES = {"outputs": lambda root, K: outputs(root / "tiny", K), "losses": lambda root, K: losses(root / "tiny", K), "trainings": trainings,
-         "refusals": refusals}  # fmt: skip
+         "refusals": refusals, "compiled": compiled}  # fmt: skip
 
 
 def rank(number: int, world: int, port: int, root, work) -> None:
@@ -160,7 +174,7 @@ def root(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # else Python 3.11 does not find the module, and each rank imports all
         forkserver.ensure_running()
-    two = ("outputs", 2), ("losses", 2), ("refusals", 2)
+    two = ("outputs", 2), ("losses", 2), ("refusals", 2), ("compiled", 2)
     four = ("outputs", 4), ("losses", 4), ("outputs", 2), ("losses", 2), ("trainings", 2)
     for world, work in ((2, two), (4, four)):
         with socket.socket() as free:
@@ -216,6 +230,17 @@ def test_what_does_not_divide(root):
         assert known in words and words.endswith(".")
     with pytest.raises(ValueError, match="context_parallel 2 does not divide 1 processes; start a multiple of 2"):
         dist.context_group(2)
+
+
+def test_compiled_blocks(root):
+    """A block with its exchanges is one graph, cut nowhere, keeps its attentions, and computes what the eager one does."""
+    for number in range(2):
+        case = torch.load(root / f"compiled-2-2-{number}.pt")
+        assert case["forward"] == [2] and case["backward"] == [0] and not case["breaks"]
+        (v, gradient), (compiled_v, compiled_gradient) = case["found"][:2], case["found"][2:]
+        torch.testing.assert_close(compiled_v, v, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(compiled_gradient, gradient, rtol=1e-4, atol=1e-5)
+        assert gradient.abs().sum() > 0
 
 
 def test_plan():

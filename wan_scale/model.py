@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,8 @@ class WanNetwork(tmd.Network):
     "none", "selective" (all but attention) or "full".
 
     Hidden states are (B, n, D) tokens, of ulysses.share(net, K) the n / K of this rank; ctx is (text tokens, rotary table, (T', H', W')),
-    made once a sample. Where the network is `frozen` (speed.prepare), text embedding, keys and values of a prompt are made once.
+    made once a sample. Where the network is `frozen` (speed.prepare), each block's keys and values of a prompt stand for its text tokens,
+    and are made once.
     """
 
     def __init__(self, transformer, checkpointing: str = "none"):
@@ -46,7 +48,7 @@ class WanNetwork(tmd.Network):
             raise ValueError("this is an image-to-video checkpoint; give a text-to-video one (Wan2.1-T2V-1.3B or -14B).")
         tmd.choose("checkpointing", checkpointing, speed.CHECKPOINTING)
         self.transformer, self.checkpointing, self.tables, self.cards = transformer, checkpointing, {}, 1
-        self.frozen, self.prompt = False, (None, None, {})
+        self.frozen, self.prompt = False, (None, None)
 
     # Properties, not registered again: each weight has one name.
     patch = property(lambda self: self.transformer.patch_embedding)
@@ -74,7 +76,9 @@ class WanNetwork(tmd.Network):
             words = self.prompt[1]
         else:
             words = text(c.to(dtype)).to(dtype)  # in the weights' dtype, also where autocast is switched off
-            self.prompt = (c, words, {}) if self.frozen else self.prompt
+            if self.frozen:
+                words = [speed.keys_and_values(block.attn2, words) for block in self.blocks]
+                self.prompt = c, words
         return words, self.tables[grid, x.device], grid
 
     def modulate(self, temb, ctx):
@@ -87,18 +91,10 @@ class WanNetwork(tmd.Network):
         six, _, (text, rope, _) = e
         if torch.is_autocast_enabled(h.device.type):
             h = h.to(torch.get_autocast_dtype(h.device.type))  # the head's stream, too, which comes from a float32 gate
-        for block in self.blocks[start:stop]:
-            h = speed.recomputed(block, self.checkpointing, h, self.keys_and_values(block, text), six, rope)
+        texts = text[start:stop] if isinstance(text, list) else repeat(text)
+        for block, text in zip(self.blocks[start:stop], texts):
+            h = speed.recomputed(block, self.checkpointing, h, text, six, rope)
         return h
-
-    def keys_and_values(self, block, text):
-        """The text, or where it is kept the block's keys and values of it."""
-        if not self.frozen or text is not self.prompt[1]:
-            return text
-        made = self.prompt[2]
-        if block not in made:
-            made[block] = speed.keys_and_values(block.attn2, text)
-        return made[block]
 
     def output(self, h, e):
         net, (_, temb, (_, _, grid)) = self.transformer, e

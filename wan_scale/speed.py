@@ -12,7 +12,6 @@ import statistics
 import time
 from functools import partial
 from itertools import chain
-from types import SimpleNamespace
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
@@ -41,20 +40,58 @@ class Attention:
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         if isinstance(encoder_hidden_states, tuple):
-            attn, encoder_hidden_states = remembering(attn, *encoder_hidden_states), hidden_states
+            attn, encoder_hidden_states = Remembering(attn, *encoder_hidden_states), hidden_states
+        else:
+            attn = Seen(attn)
         half = hidden_states.dtype != torch.float32 or torch.is_autocast_enabled(hidden_states.device.type)
         return (self.half if half else self.exact)(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
 
 
+class Seen:
+    """An attention layer as the stock processor sees it; a class, for the compiler cannot look into a SimpleNamespace."""
+
+    add_k_proj, fused_projections = None, False
+
+    def __init__(self, attn):
+        self.attn, self.heads, self.to_out = attn, attn.heads, attn.to_out
+
+    def to_q(self, x):
+        return self.attn.to_q(x)
+
+    def to_k(self, x):
+        return self.attn.to_k(x)
+
+    def to_v(self, x):
+        return self.attn.to_v(x)
+
+    def norm_q(self, q):
+        return self.attn.norm_q(q).to(q.dtype)  # autocast's norms are float32 on a GPU, which flex does not take beside a bf16 v
+
+    def norm_k(self, k):
+        return self.attn.norm_k(k).to(k.dtype)
+
+
+class Remembering(Seen):
+    """Cross-attention whose keys and values were made before."""
+
+    def __init__(self, attn, k, v):
+        super().__init__(attn)
+        self.k, self.v = k, v
+
+    def to_k(self, x):
+        return self.k
+
+    def to_v(self, x):
+        return self.v
+
+    def norm_k(self, k):
+        return k
+
+
 def keys_and_values(attn, text):
     """What cross-attention makes of the text alone."""
+    attn = Seen(attn)
     return attn.norm_k(attn.to_k(text)), attn.to_v(text)
-
-
-def remembering(attn, k, v):
-    """Cross-attention as the stock processor sees it, its keys and values made before."""
-    return SimpleNamespace(heads=attn.heads, to_q=attn.to_q, norm_q=attn.norm_q, to_k=lambda _: k, norm_k=lambda k: k, to_v=lambda _: v,
-                           to_out=attn.to_out, add_k_proj=None, fused_projections=False)  # fmt: skip
 
 
 def attention_times(heads: int, head_dim: int, tokens: int, device, dtype=torch.bfloat16, backward: bool = True) -> dict:
@@ -114,7 +151,7 @@ def recomputed(call, mode: str, *args):
     if mode == "none" or not torch.is_grad_enabled():
         return call(*args)
     more = {"context_fn": partial(create_selective_checkpoint_contexts, keep_attention)} if mode == "selective" else {}
-    return checkpoint(call, *args, use_reentrant=False, **more)
+    return checkpoint(call, *args, use_reentrant=False, preserve_rng_state=False, **more)  # blocks draw nothing
 
 
 # ---- Compilation -----------------------------------------------------------------------------------------------------
@@ -200,27 +237,36 @@ class GraphedHead:
     def head(self, y_s, s, r, m):
         inputs, shape = torch.utils._pytree.tree_flatten((y_s, s, r, m))
         given = [v for v in inputs if isinstance(v, torch.Tensor)]
-        if not y_s.is_cuda or torch.is_grad_enabled():
+        if not self.records(y_s) or torch.is_grad_enabled():
             return self.student.head(y_s, s, r, m)
         key = tuple((v.shape, v.dtype) for v in given)
         if key not in self.recorded:
-            self.recorded = {key: self.record(inputs, shape)}  # one shape at a time: a graph holds its activations
+            self.recorded.clear()  # one shape at a time: a graph holds its activations
+            self.recorded[key] = self.record(inputs, shape)
         graph, places, output = self.recorded[key]
         for place, value in zip(places, given):
             place.copy_(value)
         graph.replay()
         return output.clone()
 
+    @staticmethod
+    def records(y_s) -> bool:
+        return y_s.is_cuda
+
     def record(self, inputs, shape):
+        """(graph, the tensors it reads, the one it writes). NO CACHE OF CASTS: a cast of the warm-up would not be part of the graph."""
         fixed = [v.clone() if isinstance(v, torch.Tensor) else v for v in inputs]
         work = lambda: self.student.head(*torch.utils._pytree.tree_unflatten(fixed, shape))
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # as PyTorch asks: warmed up on another stream
-            for _ in range(3):
-                work()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = work()
+        cached, side, graph = torch.is_autocast_cache_enabled(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # as PyTorch asks: warmed up on another stream
+                for _ in range(3):
+                    work()
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph):
+                output = work()
+        finally:
+            torch.set_autocast_cache_enabled(cached)
         return graph, [v for v in fixed if isinstance(v, torch.Tensor)], output

@@ -18,13 +18,12 @@ No gradient reaches t or c: on one rank theirs would be those of its tokens.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 import torch.distributed as collective
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from wan_scale import dist
+from wan_scale.speed import Seen
 
 
 def share(net, cards: int):
@@ -46,21 +45,27 @@ class UlyssesProcessor:
         self.cards, self.stock = cards, stock
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        K = self.cards
-        own_heads = lambda z: exchange(z, 2, 1, K)  # after the norms, which go over all heads; before rope, which needs all places
-        own_tokens = lambda z: exchange(z, 1, 2, K)
-        seen = SimpleNamespace(
-            heads=attn.heads // K,
-            to_q=attn.to_q,
-            to_k=attn.to_k,
-            to_v=lambda x: own_heads(attn.to_v(x)),
-            norm_q=lambda q: own_heads(attn.norm_q(q)),
-            norm_k=lambda k: own_heads(attn.norm_k(k)),
-            to_out=(lambda h: attn.to_out[0](own_tokens(h)), attn.to_out[1]),
-            add_k_proj=None,
-            fused_projections=False,
-        )
-        return self.stock(seen, hidden_states, None, attention_mask, rotary_emb)
+        return self.stock(Shared(attn, self.cards), hidden_states, None, attention_mask, rotary_emb)
+
+
+class Shared(Seen):
+    """Self-attention of local tokens, its heads and all tokens traded after the norms (which go over all heads) and before rope."""
+
+    def __init__(self, attn, cards: int):
+        super().__init__(attn)
+        self.cards, self.heads, self.to_out = cards, attn.heads // cards, (self.joined_out, attn.to_out[1])
+
+    def to_v(self, x):
+        return exchange(super().to_v(x), 2, 1, self.cards)
+
+    def norm_q(self, q):
+        return exchange(super().norm_q(q), 2, 1, self.cards)
+
+    def norm_k(self, k):
+        return exchange(super().norm_k(k), 2, 1, self.cards)
+
+    def joined_out(self, h):
+        return self.attn.to_out[0](exchange(h, 1, 2, self.cards))
 
 
 def split(x, cards: int):
@@ -75,10 +80,35 @@ def gather(h, cards: int):
     return Gather.apply(h, cards) if cards > 1 else h
 
 
-@torch.compiler.disable  # a compiled block is cut here: a tracer would go into the making of groups
-def exchange(x, cut: int, join: int, cards: int):
-    """Tokens (B, n/K, D) for heads (B, n, D/K) with cut 2, join 1; the way back with cut 1, join 2."""
-    return Exchange.apply(x, cut, join, cards)
+@torch.library.custom_op("tmd::exchange", mutates_args=())  # one operation, so that a compiled block does not look inside
+def exchange(x: torch.Tensor, cut: int, join: int, cards: int) -> torch.Tensor:
+    """Tokens (B, n/K, D) for heads (B, n, D/K) with cut 2, join 1; the way back with cut 1, join 2.
+
+    Piece j of axis `cut` goes to rank j of the group; what comes from the ranks is joined along axis `join`.
+    """
+    pieces = x.unflatten(cut, (cards, -1)).movedim(cut, 0).contiguous()
+    received = torch.empty_like(pieces)
+    collective.all_to_all_single(received, pieces, group=dist.context_group(cards))
+    return received.movedim(0, join).flatten(join, join + 1).contiguous()
+
+
+@exchange.register_fake
+def _(x, cut, join, cards):
+    shape = list(x.shape)
+    shape[cut], shape[join] = shape[cut] // cards, shape[join] * cards
+    return x.new_empty(shape)
+
+
+def remember(ctx, inputs, output):
+    ctx.axes = inputs[1:]
+
+
+def back(ctx, gradient):
+    cut, join, cards = ctx.axes
+    return exchange(gradient, join, cut, cards), None, None, None
+
+
+exchange.register_autograd(back, setup_context=remember)
 
 
 def own(x, cards: int):
@@ -90,14 +120,6 @@ def joined(h, cards: int):
     parts = [torch.empty_like(h) for _ in range(cards)]
     collective.all_gather(parts, h, group=dist.context_group(cards))
     return torch.cat(parts, 1)
-
-
-def exchanged(x, cut: int, join: int, cards: int):
-    """Piece j of axis `cut` goes to rank j of the group; what comes from the ranks is joined along axis `join`. x (B, n, D)."""
-    pieces = x.unflatten(cut, (cards, -1)).movedim(cut, 0).contiguous()
-    received = torch.empty_like(pieces)
-    collective.all_to_all_single(received, pieces, group=dist.context_group(cards))
-    return received.movedim(0, join).flatten(join, join + 1)
 
 
 class Split(torch.autograd.Function):
@@ -120,15 +142,3 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return ctx.cards * own(gradient, ctx.cards), None
-
-
-class Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, cut, join, cards):
-        ctx.axes = cut, join, cards
-        return exchanged(x, cut, join, cards)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        cut, join, cards = ctx.axes
-        return exchanged(gradient, join, cut, cards), None, None, None
