@@ -34,8 +34,8 @@ bench: $(STAMP)          ## steps per second of every stage against their matmul
 	$(RUN) toy_video.py --bench
 
 bench-gpu: $(WAN)        ## seconds and memory of wan_scale/ at full size on a card, into wan_scale/bench_results/ (nine minutes)
-	$(RUN) wan_scale/run.py bench --preset 1.3b --bench-minutes 4.5
-	$(RUN) wan_scale/run.py bench --preset 14b --bench-minutes 2
+	$(RUN) wan_scale/run.py bench --preset 1.3b --bench-minutes 4
+	$(RUN) wan_scale/run.py bench --preset 14b --bench-minutes 4
 	$(RUN) publish.py
 
 tutorials: $(WAN)        ## execute every notebook from scratch, store its outputs, check them (some ten minutes)

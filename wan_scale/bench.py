@@ -12,7 +12,7 @@ import platform
 import statistics
 import time
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -23,29 +23,29 @@ import torch.nn.functional as F
 import tmd_minimal as tmd
 from wan_scale import dist, lora, plan, speed, train, weights
 from wan_scale.benchmarks import RESULTS
-from wan_scale.config import Wan
+from wan_scale.config import Wan, preset
 from wan_scale.data import write_json
 from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels
 from wan_scale.phase import Feed, WanPhase
 
-GRIDS = (1, 1), (1, 2), (1, 4), (2, 2), (4, 1)  # (M, N)
+GRIDS = (1, 2), (1, 1), (1, 4), (2, 2), (4, 1)  # (M, N), by value
 
 
 class Bench:
     """One machine, one size: cases to run."""
 
     def __init__(self, cfg: Wan, config: dict, repeats: int = 5):
-        self.cfg, self.config, self.repeats = cfg, config, repeats
+        self.cfg, self.config, self.repeats, self.begun, self.record = cfg, config, repeats, time.perf_counter(), {}
         self.device = dist.start(cfg.device)
         self.cuda = self.device.type == "cuda"
         self.dtype = train.compute_dtype(cfg, self.device)
         self.shape = (config["in_channels"], *plan.latent(cfg.frames, cfg.height, cfg.width))
         self.tokens, self.D = plan.tokens(config, cfg.frames, cfg.height, cfg.width), plan.known(config)["D"]
         self.card = torch.cuda.get_device_name() if self.cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
-        self.attn = "native" if cfg.attn == "auto" else cfg.attn  # until the case "attention" has chosen
+        self.attn = self.attn_forward = "native" if cfg.attn == "auto" else cfg.attn  # until the case "attention" has chosen
         self.compiled = cfg.compile == "on" or (cfg.compile == "auto" and self.cuda)
         budget = (torch.cuda.get_device_properties(0).total_memory if self.cuda else cfg.card_gb * plan.GB) * (1 - plan.RESERVE)
-        disc = plan.discriminator(config, self.shape[1:], cfg.disc_width, len(cfg.tap_blocks))
+        self.disc = disc = plan.discriminator(config, self.shape[1:], cfg.disc_width, len(cfg.tap_blocks))
         held = {"H": cfg.H, "N": cfg.N, "micro_batch": cfg.micro_batch, "disc": disc["parameters"], "disc_bytes": disc["live"]}
         held |= {"accumulated": False, "compiled": self.compiled}
         smallest = max(sum(plan.memory(config, self.tokens, kind, **held).values()) for kind in ("student", "critic"))
@@ -56,28 +56,30 @@ class Bench:
 
     # ---- Clock and networks ----
 
-    def now(self):
-        """This moment of the device, which has done all that it was given."""
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        event.synchronize()
-        return event
+    def left(self) -> float:
+        """Seconds of --bench-minutes that are left."""
+        return self.begun + 60 * self.cfg.bench_minutes - time.perf_counter()
 
-    def between(self, start, end) -> float:
-        return start.elapsed_time(end) / 1000 if self.cuda else end - start
+    def expected(self, kind: str, attn: str, **how) -> float:
+        """Seconds of such a step by `plan` and the rates measured here; 0 as long as there are none."""
+        try:
+            rate = plan.rates(self.record, self.cfg.tf32, attn)
+        except (ValueError, KeyError):
+            return 0.0
+        how = {"H": self.cfg.H, "N": self.cfg.N, "last_tap": self.cfg.tap_blocks[-1], "disc_flops": self.disc["flops"], **how}
+        return sum(plan.time_of(work, rate) for work in plan.step_work(self.config, self.tokens, kind, **how).values())
+
+    def affordable(self, seconds: float = 0) -> None:
+        """RuntimeError where that is more than what is left."""
+        if seconds > self.left():
+            raise RuntimeError("left out: " + f"{seconds:.0f} s by plan, " * bool(seconds) + f"{max(self.left(), 0):.0f} s were left")
 
     def median(self, work, warm: int = 2, within: float = 15.0) -> dict:
-        """Median seconds of work() and the peak memory in GB; after `within` seconds what was measured is enough."""
+        """Median seconds of work() after a warm-up, of how many, and the peak memory in GB."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-        seconds, begun = [], time.perf_counter()
-        while len(seconds) < warm + self.repeats and (len(seconds) <= warm or time.perf_counter() < begun + within):
-            start = self.now()
-            work()
-            seconds.append(self.between(start, self.now()))
-        return {"seconds": statistics.median(seconds[warm:]), **self.peak()}
+        seconds, n = speed.median_seconds(work, self.device, self.repeats, warm, within)
+        return {"seconds": seconds, "n": n, **self.peak()}
 
     def peak(self) -> dict:
         return {"peak_gb": torch.cuda.max_memory_allocated() / plan.GB} if self.cuda else {}
@@ -102,14 +104,15 @@ class Bench:
     # ---- Cases: each returns seconds (a number, or by part) and facts ----
 
     def attention(self) -> dict:
-        """Self-attention by backend, forward and with backward; the fastest of the latter is taken in all that follows."""
+        """Self-attention by backend: forwards and samples then take what is fastest without backward, training what is with it."""
         shape = self.config["num_attention_heads"], self.config["attention_head_dim"], self.tokens, self.device, self.dtype
-        forward, both = (speed.attention_times(*shape, backward=backward) for backward in (False, True))
+        forward, both = (speed.attention_times(*shape, backward=backward, compiled=self.compiled) for backward in (False, True))
         if self.cfg.attn == "auto" and self.cuda:
-            self.attn = speed.fastest(both)
+            self.attn, self.attn_forward = speed.fastest(both), speed.fastest(forward)
         found = {**forward, **{f"{name}, with backward": s for name, s in both.items()}}
         ran = {name: s for name, s in found.items() if not isinstance(s, str)}
-        return {"seconds": ran, "reasons": {name: s for name, s in found.items() if name not in ran}, "attn": self.attn}
+        reasons = {name: s for name, s in found.items() if name not in ran}
+        return {"seconds": ran, "reasons": reasons, "attn": self.attn, "attn_forward": self.attn_forward}
 
     def rates(self) -> dict:
         """What the card does of each of plan.UNITS a second, attention apart, at the sizes of one block; "matmul": of the largest kind."""
@@ -159,7 +162,7 @@ class Bench:
     def forward(self, compiled: bool = False, stock: bool = False) -> dict:
         """One teacher forward without gradient; stock: as diffusers is called, with its own attention."""
         net, (x, c), t = self.frozen(), self.batch(), torch.full((1,), 0.7, device=self.device)
-        attn = "native" if stock else self.attn
+        attn = "native" if stock else self.attn_forward
         half = x.to(self.dtype), 1000 * t, c.to(self.dtype)
         work = (lambda: net.transformer(*half, return_dict=False)) if stock else (lambda: net(x, t, c))
         if not stock:
@@ -167,19 +170,26 @@ class Bench:
         with torch.no_grad(), nullcontext() if stock else train.compute(self.cfg, self.device):
             return self.median(work) | {"attn": attn, "compiled": compiled}
 
-    def sampling(self, graphed: bool = False) -> dict:
-        """The transformer's part of a sample at every (M, N), the head as it is or as a CUDA graph."""
+    def sampling(self, graphed: bool = False, grids=None) -> dict:
+        """The transformer's part of a sample at every (M, N), the prompt known, the head as it is or as a CUDA graph."""
         student = tmd.TMDStudent(self.frozen(), self.cfg.H).to(self.device).requires_grad_(False)
-        speed.prepare(student.net, self.attn, self.compiled, frozen=True)
+        speed.prepare(student.net, self.attn_forward, self.compiled, frozen=True)
         if graphed:
             student = speed.GraphedHead(student)
-        (x, c), found = self.batch(), {}
-        for M, N in GRIDS:
-            how = replace(self.cfg, M=M, N=N).how()
-            with torch.no_grad(), train.compute(self.cfg, self.device):
-                found[f"M{M}N{N}"] = self.median(partial(train.draw, student, how, x, c, seed=0), warm=1 + (not found), within=8.0)
-        part = lambda key: {name: value[key] for name, value in found.items() if key in value}
-        return {"seconds": part("seconds"), "peak_gb": part("peak_gb"), "attn": self.attn, "compiled": self.compiled}
+        (x, c), found, reasons = self.batch(), {}, {}
+        for M, N in grids or GRIDS:
+            part, how = f"M{M}N{N}", replace(self.cfg, M=M, N=N).how()
+            try:
+                self.affordable(4 * self.expected("sample", self.attn_forward, M=M, N=N, compiled=self.compiled))
+                with torch.no_grad(), train.compute(self.cfg, self.device):
+                    found[part] = self.median(partial(train.draw, student, how, x, c, seed=0), warm=1 + (not found), within=8.0)
+            except RuntimeError as e:  # what was measured stays; out of memory is one of these
+                reasons[part] = reason(e)
+        if not found:
+            raise RuntimeError("; ".join(f"{part}: {why}" for part, why in reasons.items()))
+        of = lambda key: {name: value[key] for name, value in found.items() if key in value}
+        facts = {"attn": self.attn_forward, "compiled": self.compiled, "reasons": reasons}
+        return {"seconds": of("seconds"), "n": of("n"), "peak_gb": of("peak_gb")} | facts
 
     def vae(self) -> dict:
         """Decoding one clip with Wan's VAE of random weights."""
@@ -192,14 +202,21 @@ class Bench:
         with torch.no_grad():
             return self.median(lambda: vae.decode(z, return_dict=False), warm=1)
 
-    def training(self, kind: str, naive: bool = False, mode: str | None = None, difference: bool = True) -> dict:
+    def training(self, kind: str, naive: bool = False, mode: str | None = None, difference: bool = True, compiled: bool | None = None,
+                 tf32: bool | None = None) -> dict:  # fmt: skip
         """Seconds of an update with one micro-batch, by the real loop: stage 1, or stage 2's student and critics in turns.
 
-        naive: native attention, blocks uncompiled and recomputed whole, AdamW one tensor at a time. difference: stage 1's is needed
-        in every micro-batch, or in none.
+        naive: native attention, blocks uncompiled and recomputed whole, AdamW not fused. difference: stage 1's is needed in every
+        micro-batch, or in none.
         """
         mode = "full" if naive else mode or self.mode
-        facts = {"attn": "native" if naive else self.attn, "compiled": self.compiled and not naive, "checkpointing": mode}
+        tf32, compiled = self.cfg.tf32 if tf32 is None else tf32, self.compiled if compiled is None else compiled
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        facts = {"attn": "native" if naive else self.attn, "compiled": compiled and not naive, "checkpointing": mode}
+        step = lambda kind: self.cfg.micro_batch * self.expected(kind, **facts, lora=self.lora, flow_map_share=float(difference))
+        of_each = {"stage 1": step("stage1"), "stage 2": step("student") + step("critic")}[kind]
+        rounds = 4 if 4 * of_each < self.left() / 2 else 2  # the first of each is the warm-up
+        self.affordable(rounds * of_each)
         (x, c), cfg, how = self.batch(self.cfg.micro_batch), self.cfg, self.cfg.how()
         data, c_neg, L = (lambda n, g: (x, c)), torch.zeros_like(c[0]), self.config["num_layers"]
         whole = lambda: WanNetwork(self.transformer(torch.float32))
@@ -211,85 +228,95 @@ class Bench:
         student = tmd.TMDStudent(net, cfg.H).to(self.device)
         del net  # the student has a copy
         speed.prepare(student.net, **facts)
-        seconds, peaks, last = {}, {}, [self.now()]
+        seconds, peaks, last = {}, {}, [speed.moment(self.device)]
 
         def on_step(phase, terms):
-            part, end = "" if kind == "stage 1" else "student" if "vsd" in terms else "critic", self.now()
-            seconds.setdefault(part, []).append(self.between(last[0], end))
+            part, end = "" if kind == "stage 1" else "student" if "vsd" in terms else "critic", speed.moment(self.device)
+            seconds.setdefault(part, []).append(speed.between(last[0], end))
             peaks.setdefault(part, []).append(self.peak().get("peak_gb"))
             if self.cuda:
                 torch.cuda.reset_peak_memory_stats()
-            last[0] = self.now()
+            last[0] = speed.moment(self.device)
 
         def make(*args, **kw):
             phase = WanPhase(*args, feed=Feed(None), average_on="cpu" if self.lora else None, **kw)
             for optimizer in phase.optimizers.values() if naive else ():
                 for group in optimizer.param_groups:
-                    group["fused"] = group["foreach"] = False
+                    group["fused"] = False  # torch's own choice: many tensors at a time
             return phase
 
         shared = {"c_neg": c_neg, "make": make, "on_step": on_step, "progress": False}
         with train.compute(cfg, self.device):
             if kind == "stage 1":
-                one = replace(cfg.stage1(), updates=4, flow_map_share=float(difference))
+                one = replace(cfg.stage1(), updates=rounds, flow_map_share=float(difference))
                 tmd.train_stage1(student, data, how, one, **shared)
             else:
                 teacher, fake = (lora.Role(base), lora.Role(base, "fake")) if self.lora else (self.frozen(), whole())
                 speed.prepare(teacher, **facts), speed.prepare(fake, **facts)
                 disc = WanDiscriminator(feature_channels(teacher), cfg.disc_width, len(cfg.tap_blocks), checkpointing=True).to(self.device)
-                two = replace(cfg.stage2(), iterations=6, student_every=2)  # each kind's first is the warm-up
+                two = replace(cfg.stage2(), iterations=2 * rounds, student_every=2)
                 tmd.train_stage2(student, teacher, disc, data, how, two, taps=cfg.tap_blocks, fake_score=fake, **shared)
-        found = {"seconds": {part: statistics.median(s[1:]) for part, s in seconds.items()}}
+        found = {"seconds": {part: statistics.median(s[1:]) for part, s in seconds.items()}, "n": rounds - 1}
         if self.cuda:
             found["peak_gb"] = {part: max(gb[1:]) for part, gb in peaks.items()}
-        return found | facts | {"lora": self.lora, "difference": difference}
+        return found | facts | {"lora": self.lora, "difference": difference, "tf32": tf32}
 
     def cases(self) -> dict:
         """Name: (work, whether only a GPU can), in order of value."""
         stage1, stage2 = partial(self.training, "stage 1"), partial(self.training, "stage 2")
         again = {"stage 2, recomputed whole": (partial(stage2, mode="full"), False)} if self.mode != "full" else {}
+        graphed = {"sampling, graphed head": (partial(self.sampling, graphed=True), True)}
+        first = {"sampling, graphed head": (partial(self.sampling, graphed=True, grids=GRIDS[:3]), True)} if self.lora else graphed
         return {
             "attention": (self.attention, False),
             "rates": (self.rates, False),
             "forward, compiled": (partial(self.forward, compiled=True), self.cfg.compile != "on"),
-            "sampling, graphed head": (partial(self.sampling, graphed=True), True),
+            **first,
             "stage 2": (stage2, False),
             "stage 2, naive": (partial(stage2, naive=True), False),
+            **again,  # in the naive baseline's memory
             "stage 1": (stage1, False),
             "stage 1, no finite difference": (partial(stage1, difference=False), False),
-            **again,  # in the naive baseline's memory
             "sampling": (self.sampling, False),
             "forward": (self.forward, False),
             "forward, stock call": (partial(self.forward, stock=True), False),
             "VAE decode": (self.vae, False),
+            "stage 1, TF32": (partial(stage1, tf32=True), True),
+            "stage 2, not compiled": (partial(stage2, compiled=False), True),
         }
+
+
+def reason(e: Exception) -> str:
+    """Why a case failed, in a line."""
+    return "out of memory" if isinstance(e, torch.OutOfMemoryError) else (str(e).splitlines() or [type(e).__name__])[0][:200]
 
 
 def run(cfg: Wan, config: dict, name: str, out: Path | None = None, repeats: int = 5) -> dict:
     """Every case of a size on this machine; OUT/<name>-<card>-<date>.json grows as they come. Returns the record."""
-    begun = time.perf_counter()
     bench = Bench(cfg, config, repeats)
     record = {"size": name, "card": bench.card, "date": date.today().isoformat(), "torch": torch.__version__}
-    record["command"] = f"python wan_scale/run.py bench --preset {name} --bench-minutes {cfg.bench_minutes:g}"
+    usual, folders = asdict(preset(name)), ("out", "model", "data", "prompts", "videos")  # which it does not look at
+    given = {key.replace("_", "-"): value for key, value in asdict(cfg).items() if value != usual[key] and key not in folders}
+    given = [key if value is True else f"{key} {value}" for key, value in given.items()]
+    record["command"] = " --".join([f"python wan_scale/run.py bench --preset {name}", *given])
     record |= {"precision": str(bench.dtype).removeprefix("torch."), "tf32": cfg.tf32, "micro_batch": cfg.micro_batch}
     record |= {"tokens": bench.tokens, "clip": [cfg.frames, cfg.height, cfg.width], "H": cfg.H, "N": cfg.N, "last_tap": cfg.tap_blocks[-1]}
     record["discriminator"] = plan.discriminator(config, bench.shape[1:], cfg.disc_width, len(cfg.tap_blocks))
     record |= {"config": {key: config[key] for key in plan.WAN["1.3b"]}, "cases": {}}
-    label = "".join(ch if ch.isalnum() else "-" for ch in bench.card).strip("-").lower()
-    path = (out or RESULTS) / f"{name}-{label}-{record['date']}.json"
+    bench.record = record
+    variant = [words for words in given if not words.startswith("bench-minutes")]
+    plain = lambda text: "".join(ch if ch.isalnum() else "-" for ch in text).strip("-").lower()
+    path = (out or RESULTS) / f"{'-'.join([name, plain(bench.card), record['date'], *map(plain, variant)])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     for case, (work, needs_gpu) in bench.cases().items():
         start = time.perf_counter()
         try:
             if needs_gpu and not bench.cuda:
                 raise RuntimeError("needs a GPU")
-            if start > begun + 60 * cfg.bench_minutes:
-                raise RuntimeError("left out: the time was up")
+            bench.affordable()
             found = work()
-        except torch.OutOfMemoryError:
-            found = {"failed": "out of memory"}
         except Exception as e:  # whatever a card or a build lacks must not end the run
-            found = {"failed": (str(e).splitlines() or [type(e).__name__])[0][:200]}
+            found = {"failed": reason(e)}
         gc.collect()
         if bench.cuda:
             torch.cuda.empty_cache()

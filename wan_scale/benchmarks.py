@@ -7,6 +7,7 @@ The plan predicts from the record's own micro-benchmarks (plan.rates), so its er
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import tmd_minimal as tmd
@@ -57,7 +58,8 @@ def against_naive(record: dict) -> tuple[float, str]:
 
 def rollout(record: dict) -> float:
     """Cost of the inner steps 2 to 4 over (N-1) H / L forwards, less 1, signed; the forward is the sample at M = N = 1."""
-    steps = min(ran(record, "sampling").values(), key=lambda case: case["seconds"]["M1N2"])["seconds"]
+    all_three = [s for case in ran(record, "sampling").values() if {"M1N1", "M1N2", "M1N4"} <= {*(s := case["seconds"])}]
+    steps = min(all_three, key=lambda s: s["M1N2"])
     return (steps["M1N4"] / steps["M1N1"] - 1) / (3 * record["H"] / record["config"]["num_layers"]) - 1
 
 
@@ -69,7 +71,7 @@ def difference(record: dict) -> tuple[float, str]:
 
 
 percent, ratio, gb, sec = "{:.0%}".format, "{:.2f}x".format, "{:.1f} GB".format, "{:.3f} s".format
-quickest = lambda record: min(case["seconds"]["M1N2"] for case in ran(record, "sampling").values())
+quickest = lambda record: min(s["M1N2"] for case in ran(record, "sampling").values() if "M1N2" in (s := case["seconds"]))
 memory = lambda record: max(record["cases"]["stage 2"]["peak_gb"].values())
 BARS = (  # size, what, bound, whether it is the least (else the most), the number of a record, how it is written
     ("1.3b", "forward, share of the card's bf16 matmul rate", 0.65, True, rate_share, percent),
@@ -78,7 +80,7 @@ BARS = (  # size, what, bound, whether it is the least (else the most), the numb
     ("1.3b", "sample at M = 1, N = 2, transformer", 0.60, False, quickest, sec),
     ("14b", "sample at M = 1, N = 2, transformer", 3.4, False, quickest, sec),
     ("1.3b", "inner steps over (N-1) H / L, above it", 0.05, False, rollout, percent),
-    ("1.3b", "finite difference, added to a stage 1 step", 0.35, False, difference, percent),
+    ("1.3b", "finite difference, added to a stage 1 step, average of one card", 0.35, False, difference, percent),
 )
 
 
@@ -115,7 +117,8 @@ def predicted(record: dict, name: str, part: str = "") -> tuple[dict, float] | N
     how |= {"N": N, "last_tap": record["last_tap"], "checkpointing": case.get("checkpointing", "full"), "lora": case.get("lora", 0)}
     shown = {"disc_flops": record["discriminator"]["flops"], "flow_map_share": float(case.get("difference", True))}
     work = plan.step_work(config, n, kind, M=M, **how, **shown)
-    rate, clips = plan.rates(record, record["tf32"], case["attn"]), record["micro_batch"] if training else 1
+    tf32, clips = case.get("tf32", record["tf32"]), record["micro_batch"] if training else 1
+    rate = plan.rates(record, tf32, case["attn"])
     spent = dict.fromkeys(plan.UNITS, 0.0)
     for units in work.values():
         for unit, amount in units.items():
@@ -158,6 +161,8 @@ def cases(record: dict) -> list[str]:
                     space = error("memory", peak, guess[1] / plan.GB, MEMORY)
                 where = ", ".join(f"{unit} {t / total:.0%}" for unit, t in sorted(spent.items(), key=lambda u: -u[1]) if t > 0.02 * total)
             rows.append(f"| {name} {part} | {s:.4g} | {time} | {f'{peak:.1f}' if peak else ''} | {space} | {where} |".replace("  |", " |"))
+        if name != "attention":
+            rows += [f"| {name} {part} | {why} | | | | | | |" for part, why in case.get("reasons", {}).items()]
     counts = [f"within {bound:.0%} for {what}: {k} of {n} rows" for (what, (k, n)), bound in zip(hit.items(), (TIME, MEMORY)) if n]
     return [*rows, "", f"The plan's errors are {', '.join(counts)}." if counts else "The plan predicts none of these rows."]
 
@@ -168,9 +173,9 @@ def evaluations(record: dict) -> list[str]:
     if not samples or not forwards:
         return []
     rows = ["| M | N | effective NFE | seconds | in forwards | M N stock calls, seconds |", "|---|---|---|---|---|---|"]
-    fastest = min(samples.values(), key=lambda case: case["seconds"]["M1N2"])["seconds"]
+    fastest = min(samples.values(), key=lambda case: case["seconds"].get("M1N2", math.inf))["seconds"]
     stock = ran(record, "forward, stock call").get("forward, stock call")
-    for part, s in fastest.items():
+    for part, s in sorted(fastest.items()):
         M, N = (int(v) for v in part[1:].split("N"))
         nfe = tmd.effective_nfe(M, N, record["H"], record["config"]["num_layers"])
         calls = f"{M * N * stock['seconds']:.4g}" if stock else ""
@@ -184,7 +189,8 @@ def kernels(record: dict) -> list[str]:
     if attention := ran(record, "attention").get("attention"):
         rows = [f"| {name} | {s:.4g} s |" for name, s in attention["seconds"].items()]
         rows += [f"| {name} | {why} |" for name, why in attention["reasons"].items()]
-        found += ["| attention backend, one block | |", "|---|---|", *rows, "", f"Taken: {attention['attn']}.", ""]
+        taken = f"Taken: {attention['attn']} in training, {attention['attn_forward']} in sampling."
+        found += ["| attention backend, one block | |", "|---|---|", *rows, "", taken, ""]
     if rates := ran(record, "rates").get("rates"):
         each = {unit: rates["work"][unit] / s / 1e12 for unit, s in rates["seconds"].items()}
         found += ["| rate | TFLOP/s, TB/s |", "|---|---|", *(f"| {unit} | {value:,.4g} |" for unit, value in each.items()), ""]

@@ -8,6 +8,7 @@ Everything is done to the stock blocks from outside: their processors and their 
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from functools import partial
@@ -94,37 +95,57 @@ def keys_and_values(attn, text):
     return attn.norm_k(attn.to_k(text)), attn.to_v(text)
 
 
-def attention_times(heads: int, head_dim: int, tokens: int, device, dtype=torch.bfloat16, backward: bool = True) -> dict:
+def attention_times(heads: int, head_dim: int, tokens: int, device, dtype=torch.bfloat16, backward=True, compiled=True) -> dict:
     """Seconds of self-attention over `tokens` by backend, or, where it does not run, the reason in words."""
     q, k, v = (torch.randn(1, tokens, heads, head_dim, device=device, dtype=dtype, requires_grad=backward) for _ in range(3))
-    found = {}
+    found, gradient = {}, torch.randn_like(q) if backward else None
     for name, backend in BACKENDS.items():
         attend = partial(dispatch_attention_fn, backend=AttentionBackendName(backend))
-        if name == "flex" and device.type == "cuda":  # as it is in a compiled block; uncompiled it writes all scores to memory
+        if name == "flex" and device.type == "cuda":
+            if not compiled:
+                found[name] = "not in eager blocks: it would write all scores to memory"
+                continue
             attend = torch.compile(attend, dynamic=False)
         try:
-            found[name] = median_seconds(lambda attend=attend: attend(q, k, v).sum().backward() if backward else attend(q, k, v), device)
+            found[name] = median_seconds(lambda attend=attend: attended(attend, q, k, v, gradient), device)[0]
         except Exception as e:  # whatever a backend raises on a card that it does not know, the others are there
             found[name] = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:100]}"
     return found
 
 
-def median_seconds(work, device, repeats: int = 3) -> float:
-    """Median of `repeats` after two warm-ups, by CUDA events on a card."""
-    seconds = []
-    for _ in range(2 + repeats):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            work()
-            end.record()
-            end.synchronize()
-            seconds.append(start.elapsed_time(end) / 1000)
-        else:
-            before = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - before)
-    return statistics.median(seconds[2:])
+def attended(attend, q, k, v, gradient) -> None:
+    """Attention, and where a gradient of its output is given, the gradients of its inputs."""
+    with torch.set_grad_enabled(gradient is not None):
+        output = attend(q, k, v)
+        if gradient is not None:
+            torch.autograd.grad(output, (q, k, v), gradient)
+
+
+def moment(device):
+    """This moment of the device, which has done all that it was given."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    event.synchronize()
+    return event
+
+
+def between(start, end) -> float:
+    """Seconds between two moments."""
+    return end - start if isinstance(end, float) else start.elapsed_time(end) / 1000
+
+
+def median_seconds(work, device, repeats: int = 3, warm: int = 2, within: float = math.inf) -> tuple[float, int]:
+    """Median of `repeats` after `warm` untimed ones, and of how many it is: at least three, more while they take less than `within` s."""
+    for _ in range(warm):
+        work()
+    seconds, begun = [], moment(device)
+    while len(seconds) < repeats and (len(seconds) < 3 or between(begun, moment(device)) < within):
+        start = moment(device)
+        work()
+        seconds.append(between(start, moment(device)))
+    return statistics.median(seconds), len(seconds)
 
 
 def fastest(times: dict) -> str:
@@ -214,7 +235,7 @@ def chosen(cfg, config: dict, device, dtype, backward: bool) -> dict:
     elif attn == "auto":
         tokens = plan.tokens(config, cfg.frames, cfg.height, cfg.width)
         heads = config["num_attention_heads"] // cfg.context_parallel
-        times = attention_times(heads, config["attention_head_dim"], tokens, device, dtype, backward)
+        times = attention_times(heads, config["attention_head_dim"], tokens, device, dtype, backward, compiled)
         attn = dist.agreed(fastest(times))
         words = ", of " + ", ".join(f"{k}: {v}" if isinstance(v, str) else f"{k} {1000 * v:.1f} ms" for k, v in times.items())
     dist.say(f"attention {attn}{words}; blocks {'compiled' if compiled else 'not compiled'}")
