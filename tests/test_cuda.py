@@ -68,11 +68,12 @@ def test_graphed_head_is_the_head(wan):
     from wan_scale import speed
 
     net, x, c = wan
-    student = tmd.TMDStudent(net, 2).cuda().requires_grad_(False)
+    student = tmd.TMDStudent(net, 2).cuda()  # its weights require grad, as an exported student's do: what autocast casts, it may cache
     graphed = speed.GraphedHead(student)
     for clip, prompt in ((x, c), (x, c.flip(1)), (x[:, :, :3], c), (x, c)):
         assert torch.equal(sampled(graphed, clip, prompt), sampled(student, clip, prompt))
-    assert graphed.recorded
+        torch.cuda.empty_cache()
+        assert graphed.recorded
 
 
 @pytest.mark.parametrize("attn", ["cudnn", "flash", "native"])
@@ -92,3 +93,5 @@ def test_fast_is_the_same_but_for_rounding(wan, attn, compiled):
         loss = tmd.tm_mf_loss(student, x, c, **draws, c_neg=torch.zeros_like(c[0]), guidance=3.0)  # its difference in float32 as well
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
+    backbone, head = student.net.blocks[0], student.gate
+    assert head.grad.abs().sum() > 0 and backbone.ffn.net[2].weight.grad.abs().sum() > 0

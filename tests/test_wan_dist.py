@@ -199,9 +199,10 @@ def test_two_copies_equal_one_process(world, tmp_path):
     copies = torch.load(tmp_path / "copies.pt", weights_only=True)
     for phase in ("stage1", "stage2"):
         one = wan_ranks.run(phase, tmp_path, tmp_path / "one", **FOUR)
-        assert (one["world"], copies[phase]["world"]) == (1, 4)
+        assert (one["world"], copies[phase]["world"], copies[phase]["mesh"]) == (1, 4, [2, 2])
         assert_same_run(one, copies[phase])
     assert_same_run(one, copies["row"])
+    assert copies["row"]["mesh"] == [4]
     assert_same_run(one, wan_ranks.run("stage2", tmp_path, tmp_path / "begun-for-one", **FOUR))
     steps = [[len(found["losses"]) for found in (one, copies["row"])], copies["row"]["step"]]
     assert steps == [[6, 3], 6]  # the second half only
@@ -226,6 +227,13 @@ def test_head_is_gathered_once_a_micro_batch(pair):
             assert all(update[f"student {part}"] == 2 for update in found for part in ("2", "3", "rest"))
     fake_and_teacher = [update["other 3"] for update in pair[0]["counts"]["stage2"]["gathers"]]
     assert fake_and_teacher == [8, 8, 8, 8, 10]  # critics: 1 + 1 of the fake score, 2 taps; student: 1, 2 of guidance, 1 + 1 of taps
+
+
+def test_blocks_are_fetched_early(pair):
+    """Each block of the teacher fetches the next, forward, and the one before, backward; the last tap is the last; --offload-teacher is."""
+    for rank in pair:
+        for wired, offloaded in zip(rank["wiring"], (False, True)):
+            assert wired == {"forwards": [[1], [2], [3], []], "backwards": [[], [0], [1], [2]], "waits": [offloaded] * 4}
 
 
 def test_nothing_is_fetched_for_nobody(world, tmp_path, pair):

@@ -398,6 +398,15 @@ def card_of(need):
     return 1.0001 * need / (1 - P.RESERVE) / P.GB
 
 
+def test_advice_of_more_cards_and_cut_clips():
+    """14B on 8 cards of 80 GB: fewer cards than whole clips need do, if they share clips; that plan fits."""
+    how = {"card_gb": 80, "compiled": True, "disc_checkpointing": True}
+    text = P.advice("14b", gpus=8, **how)
+    cards, cut = map(int, re.search(r"take (\d+) GPUs and cut each clip over (\d)", text).groups())
+    whole = int(re.search(r"take (\d+) GPUs, the fewest", text)[1])
+    assert 8 < cards < whole and P.plan("14b", gpus=cards, context_parallel=cut, **how)["fits"]
+
+
 def test_chosen_checkpointing():
     """The fastest mode that fits is taken, exactly at its own need, by plan and by choose_checkpointing; the report says so."""
     need = {mode: max(P.plan("1.3b", gpus=1, checkpointing=mode)["peak"].values()) for mode in P.CHECKPOINTING}

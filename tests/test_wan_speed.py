@@ -1,5 +1,7 @@
 """What makes Wan fast changes no result: attention backends, recomputation, compiled blocks, prompts kept, the graphed head."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -184,7 +186,7 @@ class Replayed:
         self.output.copy_(self.work())
 
 
-def test_graphed_head_is_the_head(net, batch, monkeypatch):
+def test_graphed_head_is_the_head(net, batch, monkeypatch, capsys):
     """Every call copies all that a replay reads, and hands out a tensor of its own: other prompts, times and N, as without a graph.
 
     The graph is a stand-in (a real one: tests/test_cuda.py); on a CPU nothing is recorded.
@@ -208,6 +210,10 @@ def test_graphed_head_is_the_head(net, batch, monkeypatch):
         sample = lambda of, text=text, grids=grids: tmd.sample(of, x, text, **grids, generator=torch.Generator().manual_seed(0))
         assert torch.equal(sample(graphed), sample(student)) and torch.equal(sample(plain), sample(student))
     assert len(recorded) == 1 and not plain.recorded
+    failing = speed.GraphedHead(student)
+    monkeypatch.setattr(failing, "records", lambda y_s: True)
+    monkeypatch.setattr(failing, "record", Mock(side_effect=RuntimeError("operation not permitted\nwhen stream is capturing")))
+    assert torch.equal(sample(failing), sample(student)) and "without a CUDA graph: operation not permitted\n" in capsys.readouterr().out
     with torch.no_grad():
         m, y, one = student.features(x, batch[1], c), torch.randn_like(x), torch.ones(len(x), dtype=torch.float64)
         first = graphed.head(y, one, one / 2, m)

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -57,7 +59,9 @@ def run(phase: str, root: Path, out: Path, stop: int | None = None, **given) -> 
     finally:
         train.Training.on_step = seen
     whole = {name: dist.full(p).clone() for name, p in kept["phase"].tensors().items()}
-    return {"step": kept["phase"].step, "world": dist.world(), "tensors": whole, "losses": losses, "gathers": counts}
+    cut = next(kept["phase"].nets["student"].parameters())
+    mesh = list(cut.device_mesh.shape) if isinstance(cut, DTensor) else []
+    return {"step": kept["phase"].step, "world": dist.world(), "mesh": mesh, "tensors": whole, "losses": losses, "gathers": counts}
 
 
 @contextmanager
@@ -120,7 +124,7 @@ def pair(root: Path) -> None:
         bare = {"stage1_updates": 0, "stage2_iterations": 5, "precision": precision}
         for where, offload in (("here", False), ("host", True)):
             found[f"{precision} {where}"] = run("stage2", root, root / f"{precision}-{where}", offload_teacher=offload, **bare)
-    found["held"] = memory(root)
+    found["held"], found["wiring"] = memory(root), [wiring(root, offload) for offload in (False, True)]
     found["taps"] = partial_calls(root)
     torch.save(found, root / f"pair-{dist.rank()}.pt")
 
@@ -149,6 +153,18 @@ def memory(root: Path) -> dict:
         bytes_[who] = before, held(job.place(net)), max(reads)
     weights.safe_open = real
     return bytes_
+
+
+def wiring(root: Path, offload: bool) -> dict:
+    """Of every block of the teacher: which blocks it fetches early, forward and backward, and whether its weights wait in host memory."""
+    cfg = settings(root, root / "held", offload_teacher=offload)
+    net = train.Training(cfg, "stage2", cfg.shards).place(train.network(cfg).requires_grad_(False))
+    states = [block._get_fsdp_state() for block in net.blocks]
+    found = {
+        f"{way}s": [[states.index(s) for s in getattr(state, f"_states_to_{way}_prefetch")] for state in states]
+        for way in ("forward", "backward")
+    }
+    return found | {"waits": [isinstance(state._fsdp_param_group.offload_policy, CPUOffloadPolicy) for state in states]}
 
 
 def partial_calls(root: Path) -> dict:

@@ -13,7 +13,7 @@ from ladder import option
 # What a machine or a run's look decides, and no weight depends on: may change between two starts of the same training.
 OF_THE_MACHINE = (
     "model out data prompts videos device precision tf32 checkpointing attn compile save_every preview_every preview_prompts log_every "
-    "context_parallel shard_over offload_teacher gpus card_gb tflops rates bench_minutes verify "
+    "graph context_parallel shard_over offload_teacher gpus card_gb tflops rates bench_minutes verify "
     "data_steps data_guidance sampler clips shard_size kd_clips skip_layer student "
     "sample_prompts samples_per_prompt vbench_info vbench_results"
 ).split()
@@ -105,6 +105,7 @@ class Wan:
         "what of a block the backward pass computes again: none, selective (all but attention), full, or auto: by memory (1.3b, 14b)",
     )
     attn: str = option("auto", "attention backend: native, cudnn, flash or flex; auto: the fastest on this card, measured at the start")
+    graph: str = option("auto", "replay the flow head as a CUDA graph in sampling: off, or auto: on a GPU")
     compile: str = option("auto", "on or off: compile the blocks; auto: on a GPU")
     shard_over: int = option(0, "GPUs over which one copy of the weights is cut; the other GPUs repeat it (HSDP); 0: all")
     offload_teacher: bool = option(False, "keep the frozen teacher in host memory and fetch it block by block")
@@ -149,6 +150,7 @@ class Wan:
         tmd.choose("student", self.student, ("tmd", "dmd2v", "teacher"))
         tmd.choose("attn", self.attn, ("auto", "cudnn", "flash", "flex", "native"))
         tmd.choose("compile", self.compile, ("auto", "on", "off"))
+        tmd.choose("graph", self.graph, ("auto", "off"))
         tmd.choose("checkpointing", self.checkpointing, ("auto", "none", "selective", "full"))
         if self.lora and self.offload_teacher:
             raise ValueError("with --lora the teacher is the base that all share and stays on the card; leave --offload-teacher away.")

@@ -10,6 +10,7 @@ its own: one rate for all where none was measured, else those that `bench` measu
 from __future__ import annotations
 
 import math
+from itertools import islice
 
 WAN = {
     "1.3b": dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30, in_channels=16, out_channels=16,
@@ -485,6 +486,9 @@ def advice(model: str | dict = "1.3b", *, gpus: int = 8, batch: int = 64, frames
         ways += [words] * fits(gpus, frames, **change)
     if cut := next((k for k in (2, 4, 8) if k > K and fits(gpus, frames, context_parallel=k)), None):
         ways += [f"cut each clip over {cut} GPUs with --context-parallel {cut}"]
+    else:  # with more cards than these, but fewer than whole clips need
+        pairs = ((g, k) for g in range(gpus + 1, more or most + 1) for k in (2, 4, 8) if k > K and fits(g, frames, context_parallel=k))
+        ways += [f"take {g} GPUs and cut each clip over {k} of them with --context-parallel {k}" for g, k in islice(pairs, 1)]
     if not settings.get("lora") and fits(gpus, frames, lora=64):
         ways += ["train adapters on one shared base with --lora 64"]
     if not ways:

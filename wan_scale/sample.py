@@ -134,7 +134,7 @@ def sample(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
     pipe, times = make_pipeline(cfg, device, teacher), []
     config = json.loads((Path(cfg.model) / "transformer" / "config.json").read_text())
     fast = speed.chosen(cfg, config, device, compute_dtype(cfg, device), backward=False)
-    speed.stock(pipe.transformer, **fast) if teacher else pipe.fast(**fast)
+    speed.stock(pipe.transformer, **fast) if teacher else pipe.fast(**fast, graphed=cfg.graph != "off")
     size = {"height": cfg.height, "width": cfg.width, "num_frames": cfg.frames}
     more = (
         {"num_inference_steps": cfg.data_steps, "guidance_scale": cfg.data_guidance, "negative_prompt": NEGATIVE}
