@@ -79,9 +79,12 @@ def claims(*names: str, rung: str = "toy_2d") -> Markdown:
     if missing := set(names) - {row["claim"] for row in rows}:
         raise ValueError(f"results/{rung}/claims.json has no rows of {', '.join(sorted(missing))}.")
     scores = ", ".join(f"{how.labels[k]} ({'higher' if sign > 0 else 'lower'} is better)" for k, sign in how.scores.items())
+    cfg, usual = how.ladder.settings(**how.size), how.ladder.settings()
+    updates = [f"{run.stage1_updates + run.iterations:,}" for run in (cfg, usual)]
     where = {"toy_2d": "On points of two spirals, where a row says no other", "toy_video": "On clips of moving shapes"}[rung]
     rule = (
-        f"*{where}. A and B: {scores}; mean ± standard deviation over three seeds. **Holds**: A is better by more than twice the standard "
-        "error of the difference on one score, and B on none. **Does not hold**: the other way round. **Inconclusive**: all else.*"
+        f"*{where}; {updates[0]} updates a student, where a default run makes {updates[1]}. A and B: {scores}; mean ± standard deviation over "
+        "three seeds. **Holds**: A is better by more than twice the standard error of the difference on one score, and B on none. "
+        "**Does not hold**: the other way round. **Inconclusive**: all else.*"
     )
     return Markdown(engine.claims_table(how, {"rows": rows}) + "\n" + rule)

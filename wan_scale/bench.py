@@ -242,7 +242,7 @@ class Bench:
             phase = WanPhase(*args, feed=Feed(None), average_on="cpu" if self.lora else None, **kw)
             for optimizer in phase.optimizers.values() if naive else ():
                 for group in optimizer.param_groups:
-                    group["fused"] = False  # torch's own choice: many tensors at a time
+                    group["fused"] = False  # which leaves torch's default, many tensors at a time
             return phase
 
         shared = {"c_neg": c_neg, "make": make, "on_step": on_step, "progress": False}

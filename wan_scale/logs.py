@@ -7,7 +7,8 @@
 | fake | falls at first, then follows the student |
 | disc, accuracy | accuracy between 0.55 and 0.9; at 0.5 it has learnt nothing, at 1 the student gets no gradient from it |
 | gradient norm | no trend upward |
-| motion, contrast | near 1: the student's, as a share of the data's; far below 1 is a still picture |
+| motion, contrast | near 1: the student's, as a share of the data's; far below 1 is a still or a washed-out picture |
+| peak | near 1: the largest numbers (99.9 % quantile), as a share of the data's; far above, latents run hot |
 | diversity | near 1: distance between two seeds of a prompt as a share of that between two clips of data; near 0 is mode collapse |
 """
 
