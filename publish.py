@@ -132,10 +132,10 @@ def weights() -> None:
 
 
 def poorer(run: Path, result: Path) -> bool:
-    """Whether `run` is of claims with fewer rows measured than were published: it was made from a part of the jobs."""
+    """Whether `run` is of claims that lack a row which was published: it was made from a part of the jobs."""
     new, old = run.parent / "claims.json", result.parent / "claims.json"
-    counted = lambda file: sum(row["verdict"] != "not run" for row in json.loads(file.read_text())["rows"])
-    return run.parent.name.startswith("claims") and old.exists() and counted(new) < counted(old)
+    measured = lambda file: {(r["claim"], r["setting"]) for r in json.loads(file.read_text())["rows"] if r["verdict"] != "not run"}
+    return run.parent.name.startswith("claims") and old.exists() and new.exists() and not measured(new) >= measured(old)
 
 
 def fill(text: str, found: dict[str, str]) -> str:
@@ -147,16 +147,21 @@ def fill(text: str, found: dict[str, str]) -> str:
     return text
 
 
-def main() -> None:
+def collect() -> None:
+    """Copy what was run from runs/ to results/."""
     for result, run in COPIES.items():
         run, result = RUNS / run, RESULTS / result
         if not run.exists():  # what was not run again stays as it was published
             continue
         if poorer(run, result):
-            print(f"{result} is kept: {run} has fewer rows measured; run the jobs that are missing (--claims) and publish again.")
+            print(f"{result} is kept: {run} lacks rows that were measured; run the jobs that are missing (--claims) and publish again.")
             continue
         result.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(run, result)
+
+
+def main() -> None:
+    collect()
     weights()
     for readme, found in ((Path("README.md"), front()), (Path("RESULTS.md"), tables()), (Path("wan_scale/README.md"), plans())):
         readme.write_text(fill(readme.read_text(), found))

@@ -115,27 +115,24 @@ def measured(result: dict) -> list[str]:
 
 
 def draw(root: Path, result: dict) -> None:
-    """Total and semantic score against effective NFE, teachers as lines."""
+    """Total and semantic score of the students, a row each by effective NFE, teachers as lines."""
     plt = pyplot()
-    teachers = base_teachers(root)
-    fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    teachers, models = base_teachers(root), result["models"]
     names = ("dmd2v", "dmd2v no kd", "dmd2v M2", "tmd", "tmd N1", "tmd N2", "tmd H1", "tmd M2", "tmd no stage 1")
+    shown = sorted((name for name in names if name in models), key=lambda name: (models[name]["effective_nfe"], name))
+    fig, axes = plt.subplots(1, 2, figsize=(10, 1.3 + 0.3 * len(shown)), layout="constrained", sharey=True)
     for ax, key in zip(axes, ("total", "semantic")):
-        shown = sorted((name for name in names if name in result["models"]), key=lambda name: result["models"][name]["effective_nfe"])
-        places = [result["models"][name]["effective_nfe"] for name in shown]
-        for i, name in enumerate(shown):
-            m, (color, mark) = result["models"][name], (INK, "s") if "dmd2v" in name else (ORANGE, "o")
-            k = places[:i].count(places[i])  # students of one NFE stand side by side, their names one above the other
-            x = places[i] + 0.03 * k
-            ax.errorbar(x, m[key]["mean"], m[key]["std"], fmt=mark, color=color, capsize=3, ms=5)
-            ax.annotate(name, (x, m[key]["mean"]), xytext=(9, 11 * k - 12), textcoords="offset points", fontsize=7, color=color)
+        for row, name in enumerate(shown):
+            m, (color, mark) = models[name], (INK, "s") if "dmd2v" in name else (ORANGE, "o")
+            ax.errorbar(m[key]["mean"], row, xerr=m[key]["std"], fmt=mark, color=color, capsize=3, ms=5)
         for steps, style in (("50", "--"), ("4", ":")):
-            ax.axhline(sum(t[steps][key] for t in teachers) / len(teachers), color=BLUE, lw=1, ls=style, label=f"teacher, {steps} x 2")
+            ax.axvline(sum(t[steps][key] for t in teachers) / len(teachers), color=BLUE, lw=1, ls=style, label=f"teacher, {steps} x 2")
         data = sum(t["floor"][key] for t in teachers) / len(teachers)
-        ax.set(xlabel="effective NFE", ylabel=key, title=f"{key} (data: {data:.2f})")
-        ax.margins(x=0.35)
+        ax.set(title=f"{key} (data: {data:.2f})")
         ax.grid(alpha=0.2)
-    axes[0].legend(fontsize=7, loc="lower left")
+    axes[0].set_yticks(range(len(shown)), [f"{name}, NFE {models[name]['effective_nfe']:.2f}" for name in shown])
+    axes[0].invert_yaxis()
+    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
     fig.savefig(root / "quality_vs_nfe.png", dpi=120)
     plt.close(fig)
 

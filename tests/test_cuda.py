@@ -89,7 +89,8 @@ def test_fast_is_the_same_but_for_rounding(wan, attn, compiled):
     found = sampled(student, x, c)
     assert (found - wanted).norm() < 0.05 * wanted.norm()
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):  # as train.compute
-        draws = tmd.stage1_draw(x, tmd.make_grid(2, 10.0), tmd.make_grid(2, 10.0), generator=torch.Generator("cuda").manual_seed(0))
+        grids, drawn = (tmd.make_grid(2, 10.0), tmd.make_grid(2, 10.0)), torch.Generator("cuda").manual_seed(0)
+        draws = tmd.stage1_draw(x, *grids, flow_map_share=1.0, generator=drawn)
         loss = tmd.tm_mf_loss(student, x, c, **draws, c_neg=torch.zeros_like(c[0]), guidance=3.0)  # its difference in float32 as well
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)

@@ -132,16 +132,25 @@ def test_tables_are_the_measured_ones(monkeypatch):
                 assert row["verdict"] == claims.verdict(row["A"], row["B"], rung.scores)
 
 
-def test_claims_of_a_part_of_the_jobs_are_not_published(tmp_path):
-    """Fewer rows measured than are published: kept. As many or more: copied. Pictures of other runs: copied."""
+def test_claims_of_a_part_of_the_jobs_are_not_published(tmp_path, monkeypatch):
+    """A row that is published was not measured: kept. All were: copied. Pictures of other runs: copied."""
     import publish
 
     run, result = tmp_path / "runs/claims-tiny/claims.md", tmp_path / "results/claims.md"
     for folder, verdicts in ((run.parent, ["holds", "not run"]), (result.parent, ["holds", "inconclusive"])):
         folder.mkdir(parents=True)
-        (folder / "claims.json").write_text(json.dumps({"rows": [{"verdict": verdict} for verdict in verdicts]}))
+        rows = [{"claim": "C1", "setting": i, "verdict": verdict} for i, verdict in enumerate(verdicts)]
+        (folder / "claims.json").write_text(json.dumps({"rows": rows}))
     assert publish.poorer(run, result) and not publish.poorer(result, run)
     assert not publish.poorer(tmp_path / "runs/tiny/curves.png", result)
+    copies = {"claims.md": "claims-tiny/claims.md", "claims.json": "claims-tiny/claims.json", "new/curves.png": "tiny/curves.png"}
+    for name, value in {"RUNS": tmp_path / "runs", "RESULTS": tmp_path / "results", "COPIES": copies}.items():
+        monkeypatch.setattr(publish, name, value)
+    (tmp_path / "runs/tiny").mkdir()
+    (tmp_path / "runs/tiny/curves.png").write_text("new")
+    run.write_text("new"), result.write_text("old")
+    publish.collect()
+    assert result.read_text() == "old" and (tmp_path / "results/new/curves.png").read_text() == "new"
 
 
 def test_results_name_no_machine():

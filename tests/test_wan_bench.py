@@ -109,7 +109,7 @@ def test_training_steps_leave_the_first_out(monkeypatch):
 
 
 def test_the_naive_baseline_is_naive(monkeypatch):
-    """Eager blocks on native attention, all recomputed, AdamW not fused; the other as the run would be."""
+    """Eager blocks on native attention, all recomputed, torch's default AdamW; the other as the run would be."""
     made, prepared, phase = [], [], bench.WanPhase.run
     monkeypatch.setattr(bench.WanPhase, "run", lambda self, *a, **kw: (made.append(self), phase(self, *a, **kw))[1])
     prepare = speed.prepare
@@ -118,15 +118,37 @@ def test_the_naive_baseline_is_naive(monkeypatch):
     for naive in (False, True):
         made.clear(), prepared.clear()
         one.training("stage 2", naive=naive)
-        assert {group["fused"] for opt in made[0].optimizers.values() for group in opt.param_groups} == {not naive}
+        assert {group["fused"] for opt in made[0].optimizers.values() for group in opt.param_groups} == {None if naive else True}
         how = {"attn": "native", "compiled": False, "checkpointing": "full" if naive else "none"}
         assert prepared == [how] * 3  # student, teacher, fake score
+
+
+def test_what_does_not_fit_the_time_is_left_out(record, monkeypatch):
+    """By the rates measured before: the samples that take longer than what is left are named, the others are measured."""
+    one = bench.Bench(preset("tiny"), run.size_of("tiny"), repeats=1)
+    assert one.expected("sample", "native", M=1, N=1) == 0  # no rates yet
+    one.record = record
+    short, long = (one.expected("sample", "native", M=M, N=N, compiled=False) for M, N in ((1, 4), (2, 2)))
+    assert 0 < short < long and one.expected("stage1", "native", tf32=True) != one.expected("stage1", "native")
+    monkeypatch.setattr(one, "left", lambda: 2 * (short + long))
+    found = one.sampling()
+    assert list(found["seconds"]) == ["M1N2", "M1N1", "M1N4"] and list(found["reasons"]) == ["M2N2", "M4N1"]
+    assert "left out" in found["reasons"]["M4N1"] and "left out" in "".join(benchmarks.cases(record | {"cases": {"sampling": found}}))
+
+
+def test_a_head_that_was_not_recorded_is_no_measurement():
+    """On a CPU nothing is recorded: the case fails, and its seconds are not taken for a graph's."""
+    one = bench.Bench(preset("tiny"), run.size_of("tiny"), repeats=1)
+    with pytest.raises(RuntimeError, match="could not be recorded"):
+        one.sampling(graphed=True, grids=((1, 1),))
 
 
 def test_variants_have_files_of_their_own(tmp_path):
     """Another setting is in the command and in the name; no folder of this machine is."""
     cfg = preset("tiny", attn="native", tf32=True, out=str(tmp_path), bench_minutes=1e-9)
     found = bench.run(cfg, run.size_of("tiny"), "tiny", tmp_path)
+    assert found["variant"] == ["tf32", "attn native"]
+    assert all(row[3] == "not measured yet" for row in rows(benchmarks.bars([found | {"size": "1.3b"}]))[1:])
     assert found["command"].endswith("--preset tiny --tf32 --attn native --bench-minutes 1e-09")
     assert next(tmp_path.glob("*.json")).stem.endswith("-tf32-attn-native")
 

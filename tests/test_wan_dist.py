@@ -229,6 +229,11 @@ def test_head_is_gathered_once_a_micro_batch(pair):
     assert fake_and_teacher == [8, 8, 8, 8, 10]  # critics: 1 + 1 of the fake score, 2 taps; student: 1, 2 of guidance, 1 + 1 of taps
 
 
+def test_ranks_agree(pair):
+    """On what the first one says."""
+    assert [rank["agreed"] for rank in pair] == [0, 0]
+
+
 def test_blocks_are_fetched_early(pair):
     """Each block of the teacher fetches the next, forward, and the one before, backward; the last tap is the last; --offload-teacher is."""
     for rank in pair:

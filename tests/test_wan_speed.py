@@ -197,6 +197,7 @@ def test_graphed_head_is_the_head(net, batch, monkeypatch, capsys):
     plain, graphed, recorded = speed.GraphedHead(student), speed.GraphedHead(student), []
 
     def record(inputs, shape):
+        assert not graphed.recorded  # the graph of another size, with its activations, was let go before
         recorded.append(shape)
         fixed = [v.clone() if isinstance(v, torch.Tensor) else v for v in inputs]
         work = lambda: student.head(*torch.utils._pytree.tree_unflatten(fixed, shape))
@@ -214,9 +215,20 @@ def test_graphed_head_is_the_head(net, batch, monkeypatch, capsys):
     monkeypatch.setattr(failing, "records", lambda y_s: True)
     monkeypatch.setattr(failing, "record", Mock(side_effect=RuntimeError("operation not permitted\nwhen stream is capturing")))
     assert torch.equal(sample(failing), sample(student)) and "without a CUDA graph: operation not permitted\n" in capsys.readouterr().out
+    assert torch.equal(sample(failing), sample(student)) and failing.record.call_count == 1  # tried once
     with torch.no_grad():
         m, y, one = student.features(x, batch[1], c), torch.randn_like(x), torch.ones(len(x), dtype=torch.float64)
         first = graphed.head(y, one, one / 2, m)
         kept = first.clone()
         graphed.head(-y, one, one / 2, m)
         assert torch.equal(first, kept)
+        graphed.head(y[:1], one[:1], one[:1] / 2, student.features(x[:1], batch[1][:1], c[:1]))
+        assert len(recorded) == len(graphed.recorded) + 1 == 2
+    assert graphed.head(y, one, one / 2, student.features(x, batch[1], c)).requires_grad and len(recorded) == 2  # no graph in training
+
+
+def test_norms_keep_the_dtype():
+    """Where autocast's norm gives float32 (a GPU's does), the processor gets q and k in the dtype of v."""
+    attn = Mock(heads=2, norm_q=lambda q: q.float(), norm_k=lambda k: k.float())
+    half = torch.ones(1, 3, 4, dtype=torch.bfloat16)
+    assert speed.Seen(attn).norm_q(half).dtype == speed.Seen(attn).norm_k(half).dtype == torch.bfloat16

@@ -119,6 +119,7 @@ def pair(root: Path) -> None:
     """What two ranks gather, hold and lose; their stage 2 with the teacher on the card and in host memory."""
     found, four = {}, {"N": 4, "global_batch": 4, "stage2_iterations": 5}
     found["counts"] = {phase: run(phase, root, root / "counted", **four) for phase in ("stage1", "stage2")}
+    found["agreed"] = dist.agreed(dist.rank())
     found["whole"] = dist.rank() == 0 or not dist.whole({"a": torch.ones(1)})
     for precision in ("fp32", "bf16"):
         bare = {"stage1_updates": 0, "stage2_iterations": 5, "precision": precision}

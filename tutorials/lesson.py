@@ -83,8 +83,8 @@ def claims(*names: str, rung: str = "toy_2d") -> Markdown:
     updates = [f"{run.stage1_updates + run.iterations:,}" for run in (cfg, usual)]
     where = {"toy_2d": "On points of two spirals, where a row says no other", "toy_video": "On clips of moving shapes"}[rung]
     rule = (
-        f"*{where}; {updates[0]} updates a student, where a default run makes {updates[1]}. A and B: {scores}; mean ± standard deviation over "
-        "three seeds. **Holds**: A is better by more than twice the standard error of the difference on one score, and B on none. "
+        f"*{where}; {updates[0]} updates a student, where a default run makes {updates[1]}. A and B: {scores}; mean ± standard deviation "
+        "over three seeds. **Holds**: A is better by more than twice the standard error of the difference on one score, and B on none. "
         "**Does not hold**: the other way round. **Inconclusive**: all else.*"
     )
     return Markdown(engine.claims_table(how, {"rows": rows}) + "\n" + rule)

@@ -28,6 +28,9 @@ from wan_scale.data import write_json
 from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels
 from wan_scale.phase import Feed, WanPhase
 
+LOOKED_AT = (  # by what is measured: a setting of these that is not the preset's makes a variant
+    "frames height width N H micro_batch lora taps disc_width precision tf32 checkpointing attn compile device card_gb bench_minutes"
+).split()
 GRIDS = (1, 2), (1, 1), (1, 4), (2, 2), (4, 1)  # (M, N), by value
 
 
@@ -60,10 +63,10 @@ class Bench:
         """Seconds of --bench-minutes that are left."""
         return self.begun + 60 * self.cfg.bench_minutes - time.perf_counter()
 
-    def expected(self, kind: str, attn: str, **how) -> float:
+    def expected(self, kind: str, attn: str, tf32: bool = False, **how) -> float:
         """Seconds of such a step by `plan` and the rates measured here; 0 as long as there are none."""
         try:
-            rate = plan.rates(self.record, self.cfg.tf32, attn)
+            rate = plan.rates(self.record, tf32, attn)
         except (ValueError, KeyError):
             return 0.0
         how = {"H": self.cfg.H, "N": self.cfg.N, "last_tap": self.cfg.tap_blocks[-1], "disc_flops": self.disc["flops"], **how}
@@ -185,6 +188,8 @@ class Bench:
                     found[part] = self.median(partial(train.draw, student, how, x, c, seed=0), warm=1 + (not found), within=8.0)
             except RuntimeError as e:  # what was measured stays; out of memory is one of these
                 reasons[part] = reason(e)
+        if graphed and found and not student.recorded:
+            raise RuntimeError("the head could not be recorded")
         if not found:
             raise RuntimeError("; ".join(f"{part}: {why}" for part, why in reasons.items()))
         of = lambda key: {name: value[key] for name, value in found.items() if key in value}
@@ -206,14 +211,14 @@ class Bench:
                  tf32: bool | None = None) -> dict:  # fmt: skip
         """Seconds of an update with one micro-batch, by the real loop: stage 1, or stage 2's student and critics in turns.
 
-        naive: native attention, blocks uncompiled and recomputed whole, AdamW not fused. difference: stage 1's is needed in every
+        naive: native attention, blocks uncompiled and recomputed whole, torch's default AdamW. difference: stage 1's is needed in every
         micro-batch, or in none.
         """
         mode = "full" if naive else mode or self.mode
         tf32, compiled = self.cfg.tf32 if tf32 is None else tf32, self.compiled if compiled is None else compiled
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         facts = {"attn": "native" if naive else self.attn, "compiled": compiled and not naive, "checkpointing": mode}
-        step = lambda kind: self.cfg.micro_batch * self.expected(kind, **facts, lora=self.lora, flow_map_share=float(difference))
+        step = lambda kind: self.cfg.micro_batch * self.expected(kind, tf32=tf32, **facts, lora=self.lora, flow_map_share=float(difference))
         of_each = {"stage 1": step("stage1"), "stage 2": step("student") + step("critic")}[kind]
         rounds = 4 if 4 * of_each < self.left() / 2 else 2  # the first of each is the warm-up
         self.affordable(rounds * of_each)
@@ -242,7 +247,7 @@ class Bench:
             phase = WanPhase(*args, feed=Feed(None), average_on="cpu" if self.lora else None, **kw)
             for optimizer in phase.optimizers.values() if naive else ():
                 for group in optimizer.param_groups:
-                    group["fused"] = False  # which leaves torch's default, many tensors at a time
+                    group["fused"] = None  # torch's default: many tensors at a time on a card
             return phase
 
         shared = {"c_neg": c_neg, "make": make, "on_step": on_step, "progress": False}
@@ -295,8 +300,8 @@ def run(cfg: Wan, config: dict, name: str, out: Path | None = None, repeats: int
     """Every case of a size on this machine; OUT/<name>-<card>-<date>.json grows as they come. Returns the record."""
     bench = Bench(cfg, config, repeats)
     record = {"size": name, "card": bench.card, "date": date.today().isoformat(), "torch": torch.__version__}
-    usual, folders = asdict(preset(name)), ("out", "model", "data", "prompts", "videos")  # which it does not look at
-    given = {key.replace("_", "-"): value for key, value in asdict(cfg).items() if value != usual[key] and key not in folders}
+    usual = asdict(preset(name))
+    given = {key.replace("_", "-"): value for key, value in asdict(cfg).items() if key in LOOKED_AT and value != usual[key]}
     given = [key if value is True else f"{key} {value}" for key, value in given.items()]
     record["command"] = " --".join([f"python wan_scale/run.py bench --preset {name}", *given])
     record |= {"precision": str(bench.dtype).removeprefix("torch."), "tf32": cfg.tf32, "micro_batch": cfg.micro_batch}
@@ -304,7 +309,7 @@ def run(cfg: Wan, config: dict, name: str, out: Path | None = None, repeats: int
     record["discriminator"] = plan.discriminator(config, bench.shape[1:], cfg.disc_width, len(cfg.tap_blocks))
     record |= {"config": {key: config[key] for key in plan.WAN["1.3b"]}, "cases": {}}
     bench.record = record
-    variant = [words for words in given if not words.startswith("bench-minutes")]
+    variant = record["variant"] = [words for words in given if not words.startswith("bench-minutes")]
     plain = lambda text: "".join(ch if ch.isalnum() else "-" for ch in text).strip("-").lower()
     path = (out or RESULTS) / f"{'-'.join([name, plain(bench.card), record['date'], *map(plain, variant)])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -85,11 +85,11 @@ BARS = (  # size, what, bound, whether it is the least (else the most), the numb
 
 
 def bars(records: list[dict]) -> list[str]:
-    """A row a bar and record of its size: bound, measured, whether it is met or by how much of the bound it is missed."""
+    """A row a bar and record of its size at the preset's settings: bound, measured, whether it is met or by how much it is missed."""
     rows = ["| size | bar | bound | measured | |", "|---|---|---|---|---|"]
     for size, what, bound, least, number, words in BARS:
         limit = f"{'at least' if least else 'at most'} {words(bound)}"
-        for record in [r for r in records if r["size"] == size] or [None]:
+        for record in [r for r in records if r["size"] == size and not r.get("variant")] or [None]:
             try:
                 value, note = found if isinstance(found := number(record), tuple) else (found, "")
             except (KeyError, ValueError, TypeError):  # a case of it failed, or there is no record

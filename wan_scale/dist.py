@@ -157,7 +157,7 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def agreed(value):
-    """The first rank's value, on every rank; all must call."""
+    """The first rank's value, on every rank; ALL MUST CALL, so not where a rank may have nothing to do."""
     held = [value]
     if world() > 1:
         dist.broadcast_object_list(held, group=waiting_room())

@@ -39,7 +39,7 @@ class WanNetwork(tmd.Network):
 
     Hidden states are (B, n, D) tokens, of ulysses.share(net, K) the n / K of this rank; ctx is (text tokens, rotary table, (T', H', W')),
     made once a sample. Where the network is `frozen` (speed.prepare), each block's keys and values of a prompt stand for its text tokens,
-    and are made once.
+    and are made once for a tensor c, WHICH MUST NOT BE CHANGED IN PLACE.
     """
 
     def __init__(self, transformer, checkpointing: str = "none"):

@@ -103,7 +103,7 @@ class TMDWanPipeline(WanPipeline):
         inner = [int(torch.randint(2**62, (1,), generator=g, device=g.device if g else "cpu")) for g in draws]  # seeds of the inner noise
         student = _Timed(model.sampler or model.student, self.clock)
         half = model.student.net.patch.weight.dtype == torch.bfloat16
-        with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if half else nullcontext():  # as GraphedHead records
             x = torch.cat([
                 tmd.sample(student, x_1[i : i + 1], c[i : i + 1], outer_grid=how.outer_grid, inner_grid=how.inner_grid, target=how.target,
                            field=how.field, outer=how.outer, generator=torch.Generator(device).manual_seed(inner[i]))

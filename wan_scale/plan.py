@@ -412,7 +412,7 @@ def plan(model: str | dict = "1.3b", *, gpus: int = 8, card_gb: float = 141, tfl
     peak = {kind: sum(terms.values()) for kind, terms in memories.items()}
 
     working = {"disc_flops": disc["flops"], "flow_map_share": flow_map_share, "text": text, "checkpointing": checkpointing}
-    working["together"] = gpus // K * micro_batch
+    working["together"] = micro_batch * (1 if lora else gpus // K)  # with adapters cards meet once an update, not in every micro-batch
     works = {kind: step_work(config, n, kind, compiled=compiled, **shared, **working) for kind in (*kinds, "kd")}
     steps = {kind: step_flops(config, n, kind, fp32_slowdown=fp32_slowdown, **shared, **working) for kind in works}
     terms = {kind: {term: time_of(work, rate) for term, work in step.items()} for kind, step in works.items()}  # seconds of a clip

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 
@@ -236,7 +237,7 @@ def chosen(cfg, config: dict, device, dtype, backward: bool) -> dict:
         tokens = plan.tokens(config, cfg.frames, cfg.height, cfg.width)
         heads = config["num_attention_heads"] // cfg.context_parallel
         times = attention_times(heads, config["attention_head_dim"], tokens, device, dtype, backward, compiled)
-        attn = dist.agreed(fastest(times))
+        attn = fastest(times)
         words = ", of " + ", ".join(f"{k}: {v}" if isinstance(v, str) else f"{k} {1000 * v:.1f} ms" for k, v in times.items())
     dist.say(f"attention {attn}{words}; blocks {'compiled' if compiled else 'not compiled'}")
     return {"attn": attn, "compiled": compiled}
@@ -264,7 +265,8 @@ class GraphedHead:
         if key not in self.recorded:
             self.recorded.clear()  # one shape at a time: a graph holds its activations
             try:
-                self.recorded[key] = self.record(inputs, shape)
+                with torch.cuda.device(y_s.device) if y_s.is_cuda else nullcontext():
+                    self.recorded[key] = self.record(inputs, shape)
             except RuntimeError as e:  # the samples are the same without
                 print(f"the flow head runs without a CUDA graph: {str(e).splitlines()[0]}", flush=True)
                 self.records = lambda y_s: False
@@ -285,14 +287,16 @@ class GraphedHead:
         work = lambda: self.student.head(*torch.utils._pytree.tree_unflatten(fixed, shape))
         cached, side, graph = torch.is_autocast_cache_enabled(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
         torch.set_autocast_cache_enabled(False)
+        here = torch.cuda.current_stream()
         try:
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # as PyTorch asks: warmed up on another stream
-                for _ in range(3):
-                    work()
-            torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph):
-                output = work()
+            with torch.cuda.stream(here):  # and back to it, also from a recording that fails
+                side.wait_stream(here)
+                with torch.cuda.stream(side):  # as PyTorch asks: warmed up on another stream
+                    for _ in range(3):
+                        work()
+                here.wait_stream(side)
+                with torch.cuda.graph(graph):
+                    output = work()
         finally:
             torch.set_autocast_cache_enabled(cached)
         return graph, [v for v in fixed if isinstance(v, torch.Tensor)], output

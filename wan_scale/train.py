@@ -163,7 +163,7 @@ class Training:
         """Attention backend, recomputation and compilation as the settings say, or as this card and its memory suggest; told once."""
         if self.speed is None:
             half = compute_dtype(self.cfg, self.device)
-            self.speed = speed.chosen(self.cfg, dict(net.transformer.config), self.device, half, backward=True)
+            self.speed = dist.agreed(speed.chosen(self.cfg, dict(net.transformer.config), self.device, half, backward=True))
             self.speed["checkpointing"] = self.checkpointing(dict(net.transformer.config), self.speed["compiled"])
         speed.prepare(net, **self.speed)
 
