@@ -267,6 +267,18 @@ def test_videos_of_another_student_are_not_mixed(ladder, tmp_path, capsys):
     assert "holds videos made with another student; move it away" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("graph", "wanted"), [("off", False), ("auto", True)])
+def test_graph_reaches_the_pipeline(ladder, monkeypatch, graph, wanted):
+    """--graph says whether sampling asks for the head as a CUDA graph."""
+
+    def fast(self, attn, compiled, graphed):
+        raise RuntimeError(f"graphed is {graphed}")
+
+    monkeypatch.setattr(sample.TMDWanPipeline, "fast", fast)
+    with pytest.raises(RuntimeError, match=f"graphed is {wanted}"):
+        sample.sample(settings(ladder, graph=graph), M=3, N=1)
+
+
 def test_bf16_sampling_computes_in_bf16(ladder):
     """With --precision bf16 the student's large weights and its samples are half precision, the VAE's and the exported ones float32."""
     pipe = sample.make_pipeline(settings(ladder, precision="bf16"), torch.device("cpu"))

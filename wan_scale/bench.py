@@ -270,13 +270,12 @@ class Bench:
         """Name: (work, whether only a GPU can), in order of value."""
         stage1, stage2 = partial(self.training, "stage 1"), partial(self.training, "stage 2")
         again = {"stage 2, recomputed whole": (partial(stage2, mode="full"), False)} if self.mode != "full" else {}
-        graphed = {"sampling, graphed head": (partial(self.sampling, graphed=True), True)}
-        first = {"sampling, graphed head": (partial(self.sampling, graphed=True, grids=GRIDS[:3]), True)} if self.lora else graphed
+        few = GRIDS[:3] if self.lora else GRIDS  # 14B: the bars first, the rest in "sampling"
         return {
             "attention": (self.attention, False),
             "rates": (self.rates, False),
             "forward, compiled": (partial(self.forward, compiled=True), self.cfg.compile != "on"),
-            **first,
+            "sampling, graphed head": (partial(self.sampling, graphed=True, grids=few), True),
             "stage 2": (stage2, False),
             "stage 2, naive": (partial(stage2, naive=True), False),
             **again,  # in the naive baseline's memory
