@@ -36,14 +36,14 @@ bench: $(STAMP)          ## steps per second of every stage against their matmul
 bench-gpu: $(WAN)        ## seconds and memory of wan_scale/ at full size on a card, into wan_scale/bench_results/ (nine minutes)
 	$(RUN) wan_scale/run.py bench --preset 1.3b --bench-minutes 4
 	$(RUN) wan_scale/run.py bench --preset 14b --bench-minutes 4
-	$(RUN) publish.py
+	$(RUN) -m results.publish
 
 tutorials: $(WAN)        ## execute every notebook from scratch, store its outputs, check them (some ten minutes)
 	$(RUN) tutorials/execute.py
 	$(RUN) tutorials/execute.py --check
 
 publish: $(WAN)          ## copy measured numbers and pictures to results/ and set the README's tables from them
-	$(RUN) publish.py
+	$(RUN) -m results.publish
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

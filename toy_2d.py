@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import ladder
 import tmd_minimal as tmd
-from ladder import BLUE, GREY, INK, ORANGE, Ladder, Settings, open_folder, option, pyplot, write_json
-from planar import DATA, PlanarDiscriminator, PlanarNet, dataset, off_support, sliced_wasserstein
+from toys import ladder
+from toys.ladder import BLUE, GREY, INK, ORANGE, Ladder, Settings, open_folder, option, pyplot, write_json
+from toys.planar import DATA, PlanarDiscriminator, PlanarNet, dataset, off_support, sliced_wasserstein
 
 
 @dataclass
@@ -348,11 +348,11 @@ def main(argv: list[str] | None = None) -> int:
         quick = {**QUICK, "out": f"runs/toy_2d/{args.get('data', Toy.data)}-quick"} if mode["quick"] else {}  # a folder of its own
         cfg = Toy(**{**quick, **args})
         if mode["claims"]:
-            import toy_claims
+            from toys import claims_2d
 
-            toy_claims.run(cfg.out if "out" in args else f"runs/toy_2d/claims{'-quick' * mode['quick']}", quick=mode["quick"])
+            claims_2d.run(cfg.out if "out" in args else f"runs/toy_2d/claims{'-quick' * mode['quick']}", quick=mode["quick"])
         elif mode["bench"]:
-            import bench
+            from toys import bench
 
             out = cfg.out if "out" in args else "runs/toy_2d"
             bench.run(PlanarLadder, Toy(), out, [(cfg.M, cfg.N)], n=Toy.samples, repeats=5 if mode["quick"] else 100)

@@ -26,10 +26,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import ladder
 import tmd_minimal as tmd
-from ladder import BLUE, GREY, INK, ORANGE, Ladder, Settings, open_folder, option, pyplot, write_json
-from moving_shapes import EMPTY, MOTIONS, SHADES, SHAPES, Ruler, World, encode
+from toys import ladder
+from toys.ladder import BLUE, GREY, INK, ORANGE, Ladder, Settings, open_folder, option, pyplot, write_json
+from toys.moving_shapes import EMPTY, MOTIONS, SHADES, SHAPES, Ruler, World, encode
 
 PROMPTS = [" ".join(words) for words in itertools.product(SHADES, SHAPES, MOTIONS)]
 
@@ -422,17 +422,17 @@ def main(argv: list[str] | None = None) -> int:
         quick = {**QUICK, "out": "runs/toy_video/quick"} if mode["quick"] else {}
         cfg = ToyVideo(**{**SIZES[size], **quick, **args, "size": size})
         if mode["claims"]:
-            import video_claims
+            from toys import claims_video
 
             only = tuple(name.strip() for name in mode["only"].split(",") if name.strip())
-            video_claims.run(
+            claims_video.run(
                 cfg.out if "out" in args else f"runs/toy_video/claims-{size}{'-quick' * mode['quick']}",
                 size,
                 quick=mode["quick"],
                 only=only,
             )
         elif mode["bench"]:
-            import bench
+            from toys import bench
 
             out, sampled = cfg.out if "out" in args else "runs/toy_video", [(1, 1), (1, 2), (1, 4), (2, 2), (2, 4)]
             bench.run(VideoLadder, cfg, out, sampled, n=32, repeats=3 if mode["quick"] else 20)

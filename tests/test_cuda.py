@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tmd_minimal as tmd
-from planar import PlanarDiscriminator, PlanarNet
+from toys.planar import PlanarDiscriminator, PlanarNet
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -44,8 +44,8 @@ def wan():
     pytest.importorskip("diffusers")
     from diffusers import WanTransformer3DModel
 
+    from wan_scale.cost.plan import WAN
     from wan_scale.model import WanNetwork
-    from wan_scale.plan import WAN
 
     torch.manual_seed(0)
     config = WAN["1.3b"] | {"num_layers": 4, "num_attention_heads": 2, "ffn_dim": 512}

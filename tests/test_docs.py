@@ -110,21 +110,19 @@ def test_every_command_of_wan_scale_parses():
 
 def test_plan_of_the_readme_is_the_plan():
     """wan_scale/README.md shows what plan.py computes."""
-    import publish
+    from results import publish
 
     assert publish.fill(WAN, publish.plans()) == WAN
 
 
 def test_tables_are_the_measured_ones(monkeypatch):
     """The tables of README.md and RESULTS.md are what the commands write from the committed JSON files: no number is typed by hand."""
-    import claims
-    import publish
-    import toy_claims
-    import video_claims
+    from results import publish
+    from toys import claims, claims_2d, claims_video
 
     monkeypatch.chdir(ROOT)
     assert publish.fill(README, publish.front()) == README and publish.fill(RESULTS, publish.tables()) == RESULTS
-    for name, rung in (("toy_2d", toy_claims.RUNG), ("toy_video", video_claims.rung("tiny"))):
+    for name, rung in (("toy_2d", claims_2d.RUNG), ("toy_video", claims_video.rung("tiny"))):
         result = json.loads((ROOT / f"results/{name}/claims.json").read_text())
         assert (ROOT / f"results/{name}/claims.md").read_text() == claims.markdown(rung, result)
         for row in result["rows"]:  # and the verdicts follow from the numbers by the stated rule
@@ -134,7 +132,7 @@ def test_tables_are_the_measured_ones(monkeypatch):
 
 def test_claims_of_a_part_of_the_jobs_are_not_published(tmp_path, monkeypatch):
     """A row that is published was not measured: kept. All were: copied. Pictures of other runs: copied."""
-    import publish
+    from results import publish
 
     run, result = tmp_path / "runs/claims-tiny/claims.md", tmp_path / "results/claims.md"
     for folder, verdicts in ((run.parent, ["holds", "not run"]), (result.parent, ["holds", "inconclusive"])):

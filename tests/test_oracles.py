@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import tmd_minimal as tmd
-from oracles import ExactStudent, GaussianInnerFlow, GaussianMixture
+from toys.oracles import ExactStudent, GaussianInnerFlow, GaussianMixture
 
 F64 = torch.float64
 MIXTURE = GaussianMixture([[1.5, 0.0], [-1.0, 1.0], [-0.5, -1.5]], [0.3, 0.5, 0.2], [0.5, 0.3, 0.2])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tmd_minimal as tmd
-from planar import PlanarDiscriminator, PlanarNet
+from toys.planar import PlanarDiscriminator, PlanarNet
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from moving_shapes import EMPTY, MOTIONS, SHADES, SHAPES, WORDS, Ruler, World, decode, encode
+from toys.moving_shapes import EMPTY, MOTIONS, SHADES, SHAPES, WORDS, Ruler, World, decode, encode
 
 WORLD = World()
 PROMPTS = torch.stack([encode(f"{a} {b} {m}") for a in SHADES for b in SHAPES for m in MOTIONS])  # all 30

@@ -7,8 +7,8 @@ import torch
 from torch.testing import assert_close
 
 import tmd_minimal as tmd
-from oracles import GaussianInnerFlow
-from planar import PlanarDiscriminator, PlanarNet
+from toys.oracles import GaussianInnerFlow
+from toys.planar import PlanarDiscriminator, PlanarNet
 
 F64 = torch.float64
 CLASSES = 3
@@ -562,7 +562,7 @@ def test_rollout_none_jumps_once_from_the_real_path(teacher, g):
 
 def test_fake_score_loss_is_minimised_by_the_exact_velocity(g):
     """Eq. (2): on x_hat ~ N(0, 0.25), the denoising loss of the exact velocity is below any rescaling of it."""
-    from oracles import GaussianMixture
+    from toys.oracles import GaussianMixture
 
     data = GaussianMixture([[0.0]], [0.5])
     x, noise = data.sample(100_000, g), torch.randn(100_000, 1, generator=g, dtype=F64)

@@ -3,8 +3,8 @@
 import torch
 
 import tmd_minimal as tmd
-from oracles import GaussianInnerFlow, GaussianMixture
-from planar import PlanarNet
+from toys.oracles import GaussianInnerFlow, GaussianMixture
+from toys.planar import PlanarNet
 
 
 def test_tm_mf_head_reaches_the_closed_form_average_velocity():

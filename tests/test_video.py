@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import claims
 import tmd_minimal as tmd
 import toy_video
-import video_claims
-from moving_shapes import EMPTY, World
+from toys import claims, claims_video
+from toys.moving_shapes import EMPTY, World
 
 TINY = ["--frames", "6", "--pixels", "12", "--patch-frames", "2", "--patch-pixels", "4", "--width", "16", "--depth", "3", "--H", "1",
         "--heads", "2", "--taps", "0,1", "--teacher-updates", "2", "--stage1-updates", "2", "--iterations", "5", "--batch", "4",
@@ -224,7 +223,7 @@ def test_training_under_bf16_autocast_moves_the_weights_it_uses():
         (lambda: toy_video.ToyVideo(kd_steps=0), "at least 1"),
         (lambda: network().taps(torch.zeros(1, 2, 4, 8, 8).double(), torch.zeros(1).double(), None, (2, 0)), "increasing"),
         (lambda: toy_video.ToyVideo(H=6), "1 <= H < depth"),
-        (lambda: video_claims.run("x", "tiny", only=("tmd M3",)), "unknown job 'tmd M3'"),
+        (lambda: claims_video.run("x", "tiny", only=("tmd M3",)), "unknown job 'tmd M3'"),
     ],
 )
 def test_bad_input_is_one_sentence(call, words):
@@ -299,12 +298,12 @@ def test_out_of_memory_says_which_size_to_try(tmp_path, capsys, monkeypatch):
 
 def test_every_claim_names_jobs_that_exist():
     """Each row compares two known jobs, every job resolves, and the claims asked for are all there."""
-    for _, _, a, b, phase in video_claims.CLAIMS:
-        assert a in video_claims.JOBS and b in video_claims.JOBS and (a != b or "/" in phase)
-    assert {"C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "C10"} <= {row[0] for row in video_claims.CLAIMS}
-    rung = video_claims.rung("tiny")
+    for _, _, a, b, phase in claims_video.CLAIMS:
+        assert a in claims_video.JOBS and b in claims_video.JOBS and (a != b or "/" in phase)
+    assert {"C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "C10"} <= {row[0] for row in claims_video.CLAIMS}
+    rung = claims_video.rung("tiny")
     budgets = set()
-    for name in video_claims.JOBS:
+    for name in claims_video.JOBS:
         cfg, _, one, two, kd, _ = rung.plan(name, 0, False)
         budgets.add((cfg.frames, (one.updates if one else 0) + kd + two.iterations))
     assert len({b for f, b in budgets if f == 8}) == 1, "students of one table make the same number of updates"
@@ -312,7 +311,7 @@ def test_every_claim_names_jobs_that_exist():
 
 def test_claims_run_and_resume(tmp_path):
     """A second call runs no finished job and writes the same table; rows whose jobs are missing say so."""
-    rung = video_claims.rung("tiny")
+    rung = claims_video.rung("tiny")
     claims.run(rung, str(tmp_path), quick=True)
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "jobs").glob("*.json")}
     table = (tmp_path / "claims.md").read_text()

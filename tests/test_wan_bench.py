@@ -8,8 +8,9 @@ import torch
 pytest.importorskip("diffusers")
 import test_wan_plan
 
-from wan_scale import bench, benchmarks, plan, run, speed
+from wan_scale import run, speed
 from wan_scale.config import preset
+from wan_scale.cost import bench, benchmarks, plan
 
 ON_A_CARD = {"forward, compiled", "sampling, graphed head", "stage 1, TF32", "stage 2, not compiled"}
 
@@ -254,7 +255,7 @@ def test_bars():
 
 def test_published_benchmarks_are_the_files():
     """BENCHMARKS.md is what publish writes from bench_results/; without a file it lists what waits."""
-    import publish
+    from results import publish
 
     assert (bench.RESULTS.parent / "BENCHMARKS.md").read_text() == publish.benchmarks()
     assert "Not measured yet" in benchmarks.markdown([]) and "| 14b |" in benchmarks.markdown([])

@@ -20,8 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import tmd_minimal as tmd
-from wan_scale import data
-from wan_scale.data import (
+from wan_scale.data import shards as data
+from wan_scale.data.prompts import NEGATIVE, read_prompts
+from wan_scale.data.reader import MEAN_BOUND, FastGenShards, Reader, check_normalised, pad_text
+from wan_scale.data.shards import (
     Dropped,
     broken,
     check_folder,
@@ -31,8 +33,6 @@ from wan_scale.data import (
     read_video,
     summary,
 )
-from wan_scale.prompts import NEGATIVE, read_prompts
-from wan_scale.reader import MEAN_BOUND, FastGenShards, Reader, check_normalised, pad_text
 from wan_scale.tiny import make_tiny
 
 SMALL = dict(frames=9, height=32, width=48, steps=2, guidance=2.0, flow_shift=3.0, shard_size=2)

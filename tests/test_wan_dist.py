@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from test_wan_train import assert_same_run
 from torch.distributed.fsdp import FSDPModule
 
-from wan_scale import data, dist, train, weights
 from wan_scale.config import preset
+from wan_scale.data import shards as data
 from wan_scale.model import WanNetwork, load_transformer
 from wan_scale.tiny import make_tiny
+from wan_scale.training import dist, train, weights
 
 FOUR = {"global_batch": 4}
 SHARDED = "diffusion_pytorch_model.safetensors.index.json"

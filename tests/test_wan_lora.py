@@ -16,12 +16,15 @@ import diffusers
 import test_wan_plan
 import wan_ranks
 
-from wan_scale import data, lora, plan, sample, train
 from wan_scale.config import Wan, preset
+from wan_scale.cost import plan
+from wan_scale.data import shards as data
 from wan_scale.model import WanNetwork, load_transformer
-from wan_scale.phase import complete
 from wan_scale.pipeline import TMDWanPipeline
+from wan_scale.sampling import sample
 from wan_scale.tiny import TRANSFORMER, make_tiny
+from wan_scale.training import lora, train
+from wan_scale.training.phase import complete
 
 FAST = {"stage1_updates": 3, "stage2_iterations": 5, "save_every": 2, "preview_every": 0, "global_batch": 2, "lora": 4, "stage2_lr": 1e-3}
 H, L, RANK = 2, 4, 4
@@ -248,7 +251,7 @@ from pathlib import Path
 import torch
 sys.path[:0] = [sys.argv[3], sys.argv[4]]
 import wan_ranks
-from wan_scale import dist
+from wan_scale.training import dist
 wan_ranks.SETTINGS |= {"lora": 4, "stage1_updates": 0, "stage2_iterations": 5}
 torch.set_num_threads(1)
 dist.start("cpu")

@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import tmd_minimal as tmd
-from wan_scale import plan as P
+from wan_scale.cost import plan as P
 
 diffusers = pytest.importorskip("diffusers")
 from wan_scale import model as M  # noqa: E402
-from wan_scale.phase import Feed, WanPhase  # noqa: E402
+from wan_scale.training.phase import Feed, WanPhase  # noqa: E402
 
 TINY = dict(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=4, in_channels=16, out_channels=16, text_dim=32,
             freq_dim=32, patch_size=[1, 2, 2], cross_attn_norm=True)  # fmt: skip

@@ -10,12 +10,14 @@ import torch
 pytest.importorskip("diffusers")
 from diffusers import WanPipeline
 
-from wan_scale import run, sample, train
-from wan_scale.cheap_metrics import read_video
+from wan_scale import run
 from wan_scale.config import preset
-from wan_scale.data import NEGATIVE
-from wan_scale.pictures import write_video
+from wan_scale.data.shards import NEGATIVE
 from wan_scale.pipeline import TMDWanPipeline
+from wan_scale.sampling import sample
+from wan_scale.sampling.cheap_metrics import read_video
+from wan_scale.sampling.pictures import write_video
+from wan_scale.training import train
 
 FEW = [
     "--sample-prompts",
@@ -209,7 +211,7 @@ def test_eval_without_videos_and_with_vbench(ladder, tmp_path, capsys):
     """Nothing sampled is a sentence; VBench's 16 results give its three numbers beside the paper's."""
     assert command("eval", "--preset", "tiny", "--out", tmp_path / "none") == 1
     assert "run `sample` first" in capsys.readouterr().err
-    from wan_scale.vbench import DIMENSIONS
+    from wan_scale.sampling.vbench import DIMENSIONS
 
     (tmp_path / "results").mkdir()
     for name, (_, high, _) in DIMENSIONS.items():

@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
-from moving_shapes import WORDS, encode
+from toys.moving_shapes import WORDS, encode
 from wan_scale import shapes
-from wan_scale.data import read_json
+from wan_scale.data.reader import Reader
+from wan_scale.data.shards import read_json
 from wan_scale.model import WanNetwork, load_transformer
-from wan_scale.reader import Reader
 
 
 @pytest.fixture(scope="module")

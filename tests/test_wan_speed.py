@@ -12,10 +12,11 @@ from counting import Counting
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wan_scale import lora, speed
+from wan_scale import speed
 from wan_scale.config import WanStudentConfig
 from wan_scale.model import WanNetwork, load_transformer
 from wan_scale.tiny import make_tiny
+from wan_scale.training import lora
 
 
 @pytest.fixture(scope="module")

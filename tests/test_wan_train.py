@@ -14,11 +14,13 @@ import tmd_minimal as tmd
 pytest.importorskip("diffusers")
 import wan_ranks
 
-from wan_scale import data, logs, plan, train
 from wan_scale.config import PRESETS, Wan, preset
+from wan_scale.cost import plan
+from wan_scale.data import shards as data
 from wan_scale.model import WanDiscriminator
-from wan_scale.phase import Average, Feed, WanPhase, complete, mixed
 from wan_scale.tiny import make_tiny
+from wan_scale.training import logs, train
+from wan_scale.training.phase import Average, Feed, WanPhase, complete, mixed
 
 FAST = {
     "stage1_updates": 4,

@@ -21,11 +21,14 @@ pytest.importorskip("diffusers")
 from counting import Counting
 from safetensors.torch import load_file
 
-from wan_scale import data, dist, plan, speed, train, ulysses
+from wan_scale import speed
 from wan_scale.config import WanStudentConfig, preset
+from wan_scale.cost import plan
+from wan_scale.data import shards as data
 from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels, load_transformer
-from wan_scale.phase import mixed
 from wan_scale.tiny import make_tiny
+from wan_scale.training import dist, train, ulysses
+from wan_scale.training.phase import mixed
 
 HOW, TAPS = WanStudentConfig(M=2, N=2, H=2), (1, 3)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from wan_scale import cheap_metrics as cheap
-from wan_scale import vbench
+from wan_scale.sampling import cheap_metrics as cheap
+from wan_scale.sampling import vbench
 
 FULL = {name: high for name, (_, high, _) in vbench.DIMENSIONS.items()}  # every dimension at the top of its range
 ORDER = [

@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from wan_scale import dist, sample, train, weights
 from wan_scale.config import preset
+from wan_scale.sampling import sample
+from wan_scale.training import dist, train, weights
 
 # of the two clips of stage 1's third update one needs the derivative, so the ranks call the head unequally often
 SETTINGS = {"M": 2, "global_batch": 2, "micro_batch": 1, "stage1_updates": 3, "stage2_iterations": 6, "stage1_lr": 1e-3, "stage2_lr": 1e-3}

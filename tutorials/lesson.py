@@ -18,9 +18,9 @@ sys.path.insert(0, str(ROOT))
 
 import matplotlib.pyplot as plt
 
-import claims as engine
-import toy_claims
-import video_claims
+from toys import claims as engine
+from toys import claims_2d
+from toys import claims_video
 
 QUICK = os.environ.get("TMD_TUTORIALS") == "quick"  # what the tests run: every cell, a fraction of the updates
 torch.set_num_threads(1)  # networks so small that a second thread only waits
@@ -73,7 +73,7 @@ def animate(draw, frames: int, fps: int = 8, **subplots) -> Image:
 
 def claims(*names: str, rung: str = "toy_2d") -> Markdown:
     """The measured rows of the claims `names` ("C1", "trap 2"), of the plane (toy_2d) or of moving shapes (toy_video), three seeds each."""
-    how = {"toy_2d": toy_claims.RUNG, "toy_video": video_claims.rung("tiny")}[rung]
+    how = {"toy_2d": claims_2d.RUNG, "toy_video": claims_video.rung("tiny")}[rung]
     result = json.loads((ROOT / f"results/{rung}/claims.json").read_text())
     rows = [row for row in result["rows"] if row["claim"] in names]
     if missing := set(names) - {row["claim"] for row in rows}:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import tmd_minimal as tmd
-from ladder import option
+from toys.ladder import option
 
 # What a machine or a run's look decides, and no weight depends on: may change between two starts of the same training.
 OF_THE_MACHINE = (

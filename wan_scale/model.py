@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tmd_minimal as tmd
-from wan_scale import speed, ulysses
+from wan_scale import speed
+from wan_scale.training import ulysses
 
 
 class WanTime(nn.Module):

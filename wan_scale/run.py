@@ -32,7 +32,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, so that this runs as a script from anywhere
 
-import ladder
+from toys import ladder
 from wan_scale.config import PRESETS, Wan, preset
 
 COMMANDS = ("plan", "data", "stage1", "stage2", "kd", "dmd2v", "sample", "export", "eval", "bench", "teacher")
@@ -70,8 +70,8 @@ def tiny_world(cfg: Wan) -> Wan:
     """The preset tiny's own folder and prompts, where none are given."""
     import torch
 
-    from wan_scale import dist
     from wan_scale.tiny import make_tiny
+    from wan_scale.training import dist
 
     torch.set_num_threads(1)  # so small that a second thread only waits
     dist.start(cfg.device)
@@ -88,7 +88,9 @@ def tiny_world(cfg: Wan) -> Wan:
 
 def make_data(cfg: Wan, kd: bool = False) -> None:
     """Shards, once: their own manifest says whether they are these."""
-    from wan_scale import data, dist, speed
+    from wan_scale import speed
+    from wan_scale.data import shards as data
+    from wan_scale.training import dist
 
     device = dist.start(cfg.device)
     where = {"rank": dist.rank(), "world": dist.world(), "device": device}
@@ -111,7 +113,8 @@ def make_data(cfg: Wan, kd: bool = False) -> None:
 
 
 def evaluate(cfg: Wan, folders=None) -> None:
-    from wan_scale import dist, evaluate, sample
+    from wan_scale.sampling import evaluate, sample
+    from wan_scale.training import dist
 
     folders = folders or {f.name: f for f in sorted(cfg.folder("samples").glob("*")) if f.is_dir() and any(f.glob("*.mp4"))}
     if not folders:
@@ -125,21 +128,21 @@ def evaluate(cfg: Wan, folders=None) -> None:
 
 def size_of(name: str) -> dict:
     """The transformer's config of a preset."""
-    from wan_scale.plan import WAN
+    from wan_scale.cost.plan import WAN
     from wan_scale.tiny import TRANSFORMER
 
     return WAN[name] if name in WAN else {**WAN["1.3b"], **TRANSFORMER}
 
 
 def bench(cfg: Wan, name: str) -> None:
-    from wan_scale import bench, benchmarks
+    from wan_scale.cost import bench, benchmarks
 
     out = None if name != "tiny" else cfg.folder("bench")  # a laptop's numbers are nobody's benchmark
     print(benchmarks.markdown([bench.run(cfg, size_of(name), name, out)]))
 
 
 def plan(cfg: Wan, name: str) -> None:
-    from wan_scale import plan
+    from wan_scale.cost import plan
 
     given = Path(cfg.model) / "transformer" / "config.json" if cfg.model else None
     if given and not given.exists():
@@ -165,8 +168,9 @@ def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:
     elif not cfg.model or (not cfg.prompts and not cfg.videos and command in (None, "data", "sample")):
         print(NEEDS)
         raise RuntimeError("give --model and --prompts, or --preset tiny.")
-    from wan_scale import dist, sample, train
-    from wan_scale.data import check_folder, free_memory
+    from wan_scale.data.shards import check_folder, free_memory
+    from wan_scale.sampling import sample
+    from wan_scale.training import dist, train
 
     check_folder(cfg.model)
     dist.start(cfg.device)

@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-import ladder
 import tmd_minimal as tmd
-from moving_shapes import SHADES, SHAPES, WORDS, Ruler, World, encode
-from wan_scale import train, weights
+from toys import ladder
+from toys.moving_shapes import SHADES, SHAPES, WORDS, Ruler, World, encode
 from wan_scale.config import Wan
-from wan_scale.data import atomic, fill, finished, open_out, write_json
+from wan_scale.data.shards import atomic, fill, finished, open_out, write_json
 from wan_scale.tiny import make_tiny
+from wan_scale.training import train, weights
 
 WORLD = World(8, 12)  # frames, pixels
 # choice: of five motions the two that a teacher learns in minutes; data.py drops clips that are still

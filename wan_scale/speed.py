@@ -20,7 +20,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from wan_scale import dist, plan
+from wan_scale.cost import plan
+from wan_scale.training import dist
 
 BACKENDS = {"native": "native", "cudnn": "_native_cudnn", "flash": "_native_flash", "flex": "flex"}  # --attn: diffusers' name
 CHECKPOINTING = ("none", "selective", "full")

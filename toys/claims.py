@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import tmd_minimal as tmd
-from ladder import Ladder, baseline_budget, workers, write_json
+from toys.ladder import Ladder, baseline_budget, workers, write_json
 
 SEEDS = (0, 1, 2)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 def contact_sheet(rows: list[tuple[str, str, np.ndarray]], path: Path, columns: int = 6) -> Path:
     """A row of frames for each (title or "", label, frames (T, H, W, 3) in [0, 1]), evenly picked."""
-    from ladder import pyplot
+    from toys.ladder import pyplot
 
     plt = pyplot()
     tall = rows[0][2].shape[1] / rows[0][2].shape[2]

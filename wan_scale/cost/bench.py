@@ -21,12 +21,14 @@ import torch
 import torch.nn.functional as F
 
 import tmd_minimal as tmd
-from wan_scale import dist, lora, plan, speed, train, weights
-from wan_scale.benchmarks import RESULTS
+from wan_scale import speed
 from wan_scale.config import Wan, preset
-from wan_scale.data import write_json
+from wan_scale.cost import plan
+from wan_scale.cost.benchmarks import RESULTS
+from wan_scale.data.shards import write_json
 from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels
-from wan_scale.phase import Feed, WanPhase
+from wan_scale.training import dist, lora, train, weights
+from wan_scale.training.phase import Feed, WanPhase
 
 LOOKED_AT = (  # by what is measured: a setting of these that is not the preset's makes a variant
     "frames height width N H micro_batch lora taps disc_width precision tf32 checkpointing attn compile device card_gb bench_minutes"

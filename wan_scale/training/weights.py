@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from wan_scale import dist
+from wan_scale.training import dist
 
 NAME = "diffusion_pytorch_model.safetensors"
 

@@ -10,16 +10,13 @@ import re
 import shutil
 from pathlib import Path
 
-import bench
-import claims
 import tmd_minimal as tmd
 import toy_2d
-import toy_claims
 import toy_video
-import video_claims
-from wan_scale import benchmarks as wan_bench
-from wan_scale import plan as wan
+from toys import bench, claims, claims_2d, claims_video
 from wan_scale.config import preset
+from wan_scale.cost import benchmarks as wan_bench
+from wan_scale.cost import plan as wan
 
 RUNS, RESULTS = Path("runs"), Path("results")
 PLANE = ("metrics.json", "samples.png", "inner_flow.png", "curves.png", "transition.gif")
@@ -83,10 +80,10 @@ def tables() -> dict[str, str]:
     """Every table of RESULTS.md."""
     costs = lambda rows: bench.markdown(rows) + "\n" + bench.rollout_cost(rows) + "\n"
     return {
-        "claims": claims.claims_table(toy_claims.RUNG, load("toy_2d/claims.json")),
+        "claims": claims.claims_table(claims_2d.RUNG, load("toy_2d/claims.json")),
         "bench": costs(load("toy_2d/bench.json")),
-        "video-claims": claims.claims_table(video_claims.rung("tiny"), load("toy_video/claims.json")),
-        "video-students": "\n".join(video_claims.measured(load("toy_video/claims.json"))),
+        "video-claims": claims.claims_table(claims_video.rung("tiny"), load("toy_video/claims.json")),
+        "video-students": "\n".join(claims_video.measured(load("toy_video/claims.json"))),
         "video-bench": costs(load("toy_video/bench.json")),
     }
 

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as collective
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from wan_scale import dist
 from wan_scale.speed import Seen
+from wan_scale.training import dist
 
 
 def share(net, cards: int):

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import tmd_minimal as tmd
-from ladder import Ladder, workers, write_json
+from toys.ladder import Ladder, workers, write_json
 
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-import claims
 import tmd_minimal as tmd
-from claims import SEEDS, Rung, show, summary, verdict
-from ladder import BLUE, GREY, INK, ORANGE, pyplot
-from oracles import ExactStudent, GaussianMixture
-from planar import _CENTRES, sliced_wasserstein
 from toy_2d import QUICK, PlanarLadder, Toy
+from toys import claims
+from toys.claims import SEEDS, Rung, show, summary, verdict
+from toys.ladder import BLUE, GREY, INK, ORANGE, pyplot
+from toys.oracles import ExactStudent, GaussianMixture
+from toys.planar import _CENTRES, sliced_wasserstein
 
 SCORES = {"swd": -1, "off_support": -1}
 SIZE = {"stage1_updates": 800, "iterations": 1600, "M": 1, "N": 4, "H": 2, "outer": "deterministic"}  # one job takes about a minute

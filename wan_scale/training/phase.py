@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 import tmd_minimal as tmd
-from wan_scale import dist
+from wan_scale.training import dist
 
 
 class Feed:

@@ -6,9 +6,9 @@ import json
 import os
 from pathlib import Path
 
-from wan_scale import vbench
-from wan_scale.cheap_metrics import MEANING, score_folder
 from wan_scale.config import Wan
+from wan_scale.sampling import vbench
+from wan_scale.sampling.cheap_metrics import MEANING, score_folder
 
 
 def sheet(cfg: Wan, folders: dict[str, Path]) -> str:

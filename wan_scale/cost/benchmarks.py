@@ -11,9 +11,9 @@ import math
 from pathlib import Path
 
 import tmd_minimal as tmd
-from wan_scale import plan
+from wan_scale.cost import plan
 
-RESULTS = Path(__file__).parent / "bench_results"
+RESULTS = Path(__file__).resolve().parents[1] / "bench_results"
 TIME, MEMORY = 0.15, 0.10  # errors of the plan that are within the bars
 WAITS = """Not measured yet: no card was at hand. `make bench-gpu` measures both sizes in nine minutes and writes this file. What waits:
 

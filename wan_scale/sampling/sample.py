@@ -14,16 +14,18 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import tmd_minimal as tmd
-from wan_scale import dist, lora, speed, vbench, weights
-from wan_scale.cheap_metrics import read_video
+from wan_scale import speed
 from wan_scale.config import Wan
-from wan_scale.data import NEGATIVE, check_folder
+from wan_scale.data.prompts import read_prompts
+from wan_scale.data.reader import file_sha256
+from wan_scale.data.shards import NEGATIVE, check_folder
 from wan_scale.model import load_transformer
-from wan_scale.pictures import contact_sheet, write_video
 from wan_scale.pipeline import HOW, TMDWanModel, TMDWanPipeline
-from wan_scale.prompts import read_prompts
-from wan_scale.reader import file_sha256
-from wan_scale.train import compute_dtype
+from wan_scale.sampling import vbench
+from wan_scale.sampling.cheap_metrics import read_video
+from wan_scale.sampling.pictures import contact_sheet, write_video
+from wan_scale.training import dist, lora, weights
+from wan_scale.training.train import compute_dtype
 
 PHASES = {"tmd": ("stage2", "stage1"), "dmd2v": ("dmd2v", "kd")}  # the last finished phase counts
 

@@ -19,14 +19,16 @@ import torch
 from safetensors.torch import save_file
 
 import tmd_minimal as tmd
-from wan_scale import dist, logs, lora, plan, speed, ulysses, weights
+from wan_scale import speed
 from wan_scale.config import Wan, WanStudentConfig
-from wan_scale.data import check_folder
+from wan_scale.cost import plan
+from wan_scale.data.reader import Reader
+from wan_scale.data.shards import check_folder
 from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels, load_transformer
-from wan_scale.phase import Feed, WanPhase, mixed
-from wan_scale.pictures import contact_sheet
 from wan_scale.pipeline import decode
-from wan_scale.reader import Reader
+from wan_scale.sampling.pictures import contact_sheet
+from wan_scale.training import dist, logs, lora, ulysses, weights
+from wan_scale.training.phase import Feed, WanPhase, mixed
 
 
 def compute_dtype(cfg: Wan, device: torch.device) -> torch.dtype:

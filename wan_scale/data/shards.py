@@ -28,8 +28,8 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 import tmd_minimal as tmd
-from wan_scale.prompts import NEGATIVE, read_prompts
-from wan_scale.reader import LABELS, manifest_digest, pad_text, pooled_statistics, read_json
+from wan_scale.data.prompts import NEGATIVE, read_prompts
+from wan_scale.data.reader import LABELS, manifest_digest, pad_text, pooled_statistics, read_json
 
 # diffusers and transformers are imported where a model is loaded: checking, counting and summing up must not wait for them
 

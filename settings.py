@@ -1,0 +1,113 @@
+"""One settings class and one command line for every rung: a dataclass whose fields carry their help, their limits and their group.
+
+    @dataclass
+    class Toy(Settings):
+        data: str = option("spirals", "data set", group="data", choices=("spirals", "moons"))   # a new setting
+        gan_weight: float = 0.3                         # another default; help, limits and group are those of Settings
+
+    parser(Toy, __doc__, quick="a small run").parse_args()   # one option a field, in groups, defaults shown
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import tmd_minimal as tmd
+
+
+def option(default, text: str, group: str = "", least=None, above=None, choices: tuple = ()):
+    """A dataclass field with its help text. `least` (inclusive), `above` (exclusive) and `choices` are checked when it is set."""
+    return field(default=default, metadata=dict(help=text, group=group, least=least, above=above, choices=choices))
+
+
+@dataclass
+class Settings:
+    """What every rung has: a folder, a seed, the student, both stages. A rung adds its own fields and restates other defaults.
+
+    RAISES ValueError, in one sentence, for a value outside its limits.
+    """
+
+    out: str = option("", "output folder", "run")
+    seed: int = option(0, "seed of weights, data and draws", "run")
+    M: int = option(2, "outer transitions; paper: 1 or 2", "student", least=1)
+    N: int = option(4, "inner steps of the flow head; paper: 2 or 4", "student", least=1)
+    H: int = option(5, "blocks in the flow head; paper: 5 of 30 (1.3B) or of 40 (14B)", "student")
+    outer_shift: float = option(10.0, "timestep shift of the outer grid; paper: 10", "student", above=0)
+    inner_shift: float = option(10.0, "timestep shift of the inner grid; paper: 10", "student", above=0)
+    teacher_updates: int = option(0, "updates of the teacher", "teacher", least=0)
+    teacher_lr: float = option(1e-3, "learning rate of the teacher", "teacher", above=0)
+    stage1_updates: int = option(3000, "updates of stage 1 (TM-MF); paper: 3000", "stage 1", least=0)
+    stage1_lr: float = option(3e-5, "learning rate of stage 1; paper: 3e-5 (1.3B), 1e-5 (14B)", "stage 1", above=0)
+    stage2_lr: float = option(1e-5, "learning rate of student, fake score and discriminator; paper: 1e-5", "stage 2", above=0)
+    dmd_shift: float = option(5.0, "timestep shift of t in VSD, fake score and GAN; paper: 5", "stage 2", above=0)
+    gan_weight: float = option(0.03, "weight of the GAN loss; paper: 0.03", "stage 2", least=0)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, about = getattr(self, f.name), explained(type(self), f.name)
+            if about["choices"]:
+                tmd.choose(f.name, value, about["choices"])
+            if about["least"] is not None and not value >= about["least"]:
+                raise ValueError(f"{f.name} is {value}; it must be at least {about['least']}.")
+            if about["above"] is not None and not value > about["above"]:
+                raise ValueError(f"{f.name} is {value}; it must be {'positive' if not about['above'] else 'above ' + str(about['above'])}.")
+
+    def without(self, *names: str) -> dict:
+        """The settings as a dict, less the output folder (a machine's own) and `names`."""
+        return {key: value for key, value in asdict(self).items() if key not in ("out", *names)}
+
+
+def explained(settings: type, name: str) -> dict:
+    """Help, group and limits of a field: its own, or where it only restates a default, those of the class that introduced it."""
+    own = (cls.__dict__.get("__dataclass_fields__", {}).get(name) for cls in settings.__mro__)
+    return next(f.metadata for f in own if f and f.metadata)
+
+
+def parser(settings: type[Settings], doc: str, **modes: str) -> argparse.ArgumentParser:
+    """A command line with a switch per mode and an option per field, in the groups of the settings, defaults shown.
+
+    Only what is given on the command line is in the result, so that a preset can stand below it.
+    """
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {"": p}
+    for name, text in modes.items():
+        p.add_argument(f"--{name}", action="store_true", help=text)
+    for f in fields(settings):
+        about = explained(settings, f.name)
+        group = about["group"]
+        if group not in groups:
+            groups[group] = p.add_argument_group(group)
+        flag, more = f"--{f.name.replace('_', '-')}", {"default": argparse.SUPPRESS}
+        if f.type == "bool":
+            groups[group].add_argument(flag, action="store_true", help=about["help"], **more)
+        else:
+            shown = f.default if f.default != "" else "-"
+            more |= {"type": {"int": int, "float": float, "str": str}[f.type], "metavar": f.type.upper()}
+            groups[group].add_argument(flag, help=f"{about['help']} (default: {shown})", **more)
+    return p
+
+
+def command(name: str, work: Callable[[], None], again: str = "the same command") -> int:
+    """Run `work` as a command: its exit status. Every error is one sentence on stderr."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; {again} goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    except (ValueError, RuntimeError, FloatingPointError, OSError) as e:
+        print(f"{name}: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def write_json(path: Path, value) -> None:
+    """Atomically, so that a kill never leaves half a file."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
