@@ -826,10 +826,15 @@ class Phase:
 # data(n, generator) -> (x (n, *D), c (n, *C) or None); make: a Phase that knows more (many cards, accumulation)
 
 
-def train_teacher(net, data, *, updates, batch, lr, cond_drop=0.1, c_neg=None, t_shift=1, ema=0.999, seed=0, config=None, make=Phase,
-                  **run):  # fmt: skip
-    """Flow matching of data with condition dropout (Eq. 2); returns the EMA. `run` goes to Phase.run."""
+def train_teacher(net, data, *, updates, batch, lr, cond_drop=0.1, c_neg=None, t_shift=1, ema=0.999, decay=0.0, seed=0, config=None,
+                  make=Phase, **run):  # fmt: skip
+    """Flow matching of data with condition dropout (Eq. 2); returns the EMA. `run` goes to Phase.run.
+
+    `decay`: the share of the updates, at the end, over which the learning rate falls linearly to zero.
+    """
     own = {"batch": batch, "lr": lr, "cond_drop": cond_drop, "t_shift": t_shift, "ema": ema, "seed": seed}
+    if decay:
+        own |= {"decay": decay, "updates": updates}
     phase = make("teacher", {"teacher": net}, "teacher", lr, ema, seed, {**own, **(config or {})})
 
     def iterate(phase):
@@ -837,6 +842,9 @@ def train_teacher(net, data, *, updates, batch, lr, cond_drop=0.1, c_neg=None, t
         x, c = data(batch, g)
         if c is not None:
             c = drop_condition(c, c_neg, torch.rand(len(x), generator=g, device=x.device) < cond_drop)
+        if decay:
+            left = (updates - phase.step) / (decay * updates)
+            phase.optimizers["teacher"].param_groups[0]["lr"] = lr * min(1.0, left)
         return phase.update("teacher", {"denoising": denoising_loss(net, x, randn_like(x, g), sample_times(x, t_shift, g), c)})
 
     return phase.run(iterate, updates, **run), phase

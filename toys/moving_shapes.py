@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+import tmd_minimal as tmd
+
 SHADES, SHAPES, MOTIONS = ("dim", "bright"), ("square", "ring", "cross"), ("still", "straight", "bounce", "circle", "eight")
 WORDS = (*SHADES, *SHAPES, *MOTIONS, "any")
 EMPTY = len(WORDS) - 1  # the id of "any", which takes a word's place where the condition is dropped; no clip is drawn for it
@@ -116,6 +118,22 @@ def _eight(u, time):
 _LAWS = (_still, _straight, _bounce, _circle, _eight)
 
 
+def _few(u, motion):
+    """Params u (n, 5) with size and speed fixed, and direction, phase and sense rounded to a few: 1, 4, 8, 8 and 8 modes a law.
+
+    What stays free is the place. The rounded values are the ends of equal steps of u, so uniform u hits every mode equally often.
+    """
+    step = lambda x, k: (k * x.remainder(1)).floor() / k
+    half, law = torch.full_like(u[:, 0], 0.5), (motion - _FIRST[2])[:, None]
+    straight = (u[:, 0], u[:, 1], half, step(u[:, 3], 4), u[:, 4])  # along an axis, either way
+    bounce = (u[:, 0], half, half, step(u[:, 3], 8) + 1 / 16, u[:, 4])  # four walls, two angles
+    circle = (u[:, 0], u[:, 1], half, step(u[:, 3], 4), step(u[:, 4], 2) + 1 / 8)  # four starts, two senses
+    eight = (u[:, 0], u[:, 1], half, step(u[:, 3], 4), step(u[:, 4], 2) / 2)  # four starts, lying or standing
+    for i, columns in enumerate((straight, bounce, circle, eight), 1):
+        u = torch.where(law == i, torch.stack(columns, 1), u)
+    return u
+
+
 def _square(x, y):
     return torch.maximum(x.abs(), y.abs()) - 0.16
 
@@ -140,10 +158,12 @@ class World:
 
     frames: int = 8  # of a clip
     size: int = 16  # side of a frame in pixels
+    modes: str = "free"  # of a motion: "free" (any direction, phase, speed) or "few" (see _few), which a small network can learn
 
     def __post_init__(self):
         if self.frames < 6:
             raise ValueError(f"{self.frames} frames are too few to tell the motions apart; use frames of 6 or more.")
+        tmd.choose("modes", self.modes, ("free", "few"))
         if self.size < 12:
             raise ValueError(f"{self.size} pixels are too few to tell the shapes apart; use a size of 12 or more.")
 
@@ -151,6 +171,8 @@ class World:
         """Centres (n, T, 2) as (x, y) in [0, 1] of the frame side; motion (n,) tokens, params (n, 5), uniform in [0, 1] for data."""
         time = torch.linspace(0, 1, self.frames, device=params.device, dtype=params.dtype)
         path = params.new_empty(len(params), self.frames, 2)
+        if self.modes == "few":
+            params = _few(params, motion)
         for i, law in enumerate(_LAWS):
             rows = (motion == _FIRST[2] + i).nonzero()[:, 0]
             if len(rows):
