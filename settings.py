@@ -1,11 +1,11 @@
 """One settings class and one command line for every rung: a dataclass whose fields carry their help, their limits and their group.
 
-    @dataclass
-    class Toy(Settings):
-        data: str = option("spirals", "data set", group="data", choices=("spirals", "moons"))   # a new setting
-        gan_weight: float = 0.3                         # another default; help, limits and group are those of Settings
+@dataclass
+class Toy(Settings):
+    data: str = option("spirals", "data set", group="data", choices=("spirals", "moons"))   # a new setting
+    gan_weight: float = 0.3                         # another default; help, limits and group are those of Settings
 
-    parser(Toy, __doc__, quick="a small run").parse_args()   # one option a field, in groups, defaults shown
+parser(Toy, __doc__, quick="a small run").parse_args()   # one option a field, in groups, defaults shown
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import ClassVar
 
 import tmd_minimal as tmd
 
@@ -33,6 +34,8 @@ class Settings:
     RAISES ValueError, in one sentence, for a value outside its limits.
     """
 
+    GROUPS: ClassVar[tuple[str, ...]] = ()  # order of the groups in --help; those not named follow as they come
+
     out: str = option("", "output folder", "run")
     seed: int = option(0, "seed of weights, data and draws", "run")
     M: int = option(2, "outer transitions; paper: 1 or 2", "student", least=1)
@@ -44,7 +47,9 @@ class Settings:
     teacher_lr: float = option(1e-3, "learning rate of the teacher", "teacher", above=0)
     stage1_updates: int = option(3000, "updates of stage 1 (TM-MF); paper: 3000", "stage 1", least=0)
     stage1_lr: float = option(3e-5, "learning rate of stage 1; paper: 3e-5 (1.3B), 1e-5 (14B)", "stage 1", above=0)
-    stage2_lr: float = option(1e-5, "learning rate of student, fake score and discriminator; paper: 1e-5", "stage 2", above=0)
+    stage2_lr: float = option(
+        1e-5, "learning rate of student, fake score and discriminator; paper: 1e-5", "stage 2", above=0
+    )
     dmd_shift: float = option(5.0, "timestep shift of t in VSD, fake score and GAN; paper: 5", "stage 2", above=0)
     gan_weight: float = option(0.03, "weight of the GAN loss; paper: 0.03", "stage 2", least=0)
 
@@ -56,7 +61,9 @@ class Settings:
             if about["least"] is not None and not value >= about["least"]:
                 raise ValueError(f"{f.name} is {value}; it must be at least {about['least']}.")
             if about["above"] is not None and not value > about["above"]:
-                raise ValueError(f"{f.name} is {value}; it must be {'positive' if not about['above'] else 'above ' + str(about['above'])}.")
+                raise ValueError(
+                    f"{f.name} is {value}; it must be {'positive' if not about['above'] else 'above ' + str(about['above'])}."
+                )
 
     def without(self, *names: str) -> dict:
         """The settings as a dict, less the output folder (a machine's own) and `names`."""
@@ -75,7 +82,7 @@ def parser(settings: type[Settings], doc: str, **modes: str) -> argparse.Argumen
     Only what is given on the command line is in the result, so that a preset can stand below it.
     """
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    groups = {"": p}
+    groups = {"": p} | {group: p.add_argument_group(group) for group in settings.GROUPS}
     for name, text in modes.items():
         p.add_argument(f"--{name}", action="store_true", help=text)
     for f in fields(settings):

@@ -2,8 +2,8 @@
 
 TMD turns a many-step diffusion model into a generator of one or two steps. It cuts the teacher network in two: a main
 backbone (the first L-H blocks), run once for each of M outer transitions, and a small recurrent flow head (the last H
-blocks), run N times inside each transition. Stage 1 (TM-MF) pretrains the head as a conditional flow map; stage 2 (DMD2-v)
-distils the teacher's distribution into the whole student while the head is rolled out.
+blocks), run N times inside each transition. Stage 1 (TM-MF) pretrains the head as a conditional flow map. Stage 2
+(DMD2-v) distils the teacher's distribution into the whole student while the head is rolled out.
 
     python toy_2d.py               # the method on points in the plane: teacher, stage 1, stage 2, baseline, pictures
     python toy_video.py            # and on tiny videos with prompts: the same functions
@@ -11,8 +11,8 @@ distils the teacher's distribution into the whole student while the head is roll
     make test                      # the closed forms that this file is checked against
 
 Notation (the paper's; TIME 1 IS NOISE, TIME 0 IS DATA, in the outer and in the inner flow)
-    x, x_1, x_t     data, outer noise, x_t = (1-t) x + t x_1                          outer grid 0 = t_0 < ... < t_M = 0.999
-    y, y_1, y_s     inner target (x_1 - x, or x), inner noise, y_s = (1-s) y + s y_1  inner grid 0 = s_0 < ... < s_N = 0.999
+    x, x_1, x_t     data, outer noise, x_t = (1-t) x + t x_1               outer grid 0 = t_0 < ... < t_M = 0.999
+    y, y_1, y_s     target x_1 - x (or x), noise, y_s = (1-s) y + s y_1    inner grid 0 = s_0 < ... < s_N = 0.999
     m               main feature, what the backbone hands to the head; opaque to everything but the student
     u, v            average velocity of the inner flow over [r, s], r <= s; velocity
     c, c_neg        condition and negative (empty) condition
@@ -21,10 +21,10 @@ The contract between algorithm and network, all of it:
     student.features(x_t, t, c) -> m                 student.head(y_s, s, r, m) -> prediction of y, shaped like y_s
     teacher(x_t, t, c) -> velocity                   teacher.taps(x_t, t, c, blocks) -> list of features
 Where to find the paper
-    Eq. 1, 5  interpolate        Eq. 8-10  tm_mf_loss          Eq. 14  inner_velocity      Alg. 1  sample
-    Eq. 2     denoising_loss     Eq. 11    vsd_loss            Eq. 15  clean_estimate      Alg. 2  stage1_draw, tm_mf_loss
-    Eq. 4, 18 outer_step         Eq. 13    inner_flow          Eq. 16  effective_nfe       Sec. 3.1  TMDStudent
-    Eq. 6     tm_mf_loss (r=s)   Eq. 17    velocity_to_clean   Eq. 19  outer_step          Sec. 3.2  stage2_*_loss
+    Eq. 1, 5  interpolate       Eq. 8-10  tm_mf_loss         Eq. 14  inner_velocity    Alg. 1  sample
+    Eq. 2     denoising_loss    Eq. 11    vsd_loss           Eq. 15  clean_estimate    Alg. 2  stage1_draw, tm_mf_loss
+    Eq. 4, 18 outer_step        Eq. 13    inner_flow         Eq. 16  effective_nfe     Sec. 3.1  TMDStudent
+    Eq. 6     tm_mf_loss (r=s)  Eq. 17    velocity_to_clean  Eq. 19  outer_step        Sec. 3.2  stage2_*_loss
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class StudentConfig:
         known = {"fusion": ("gated", "concat"), "target": ("x1-x", "x"), "outer": ("deterministic", "renoised")}
         for name, values in (known | dict.fromkeys(("field", "clean"), ("consistent", "printed"))).items():
             choose(name, getattr(self, name), values)
-        self.outer_grid, self.inner_grid = make_grid(self.M, self.outer_shift, "M"), make_grid(self.N, self.inner_shift, "N")
+        self.outer_grid = make_grid(self.M, self.outer_shift, "M")
+        self.inner_grid = make_grid(self.N, self.inner_shift, "N")
 
 
 @dataclass
@@ -110,7 +111,7 @@ class Stage2Config:
     dmd_shift: float = 5.0  # shift of the distribution of t in VSD, fake score and GAN; paper: 5
     guidance: float = 5.0  # teacher's guidance in VSD; paper: 5
     gan_weight: float = 0.03  # lambda; 0 switches the GAN off; paper: 0.03
-    normalizer: str = "dmd"  # choice: VSD gradient over "dmd" mean|x_hat - g_teacher| | "paper" mean|g_fake - g_teacher|
+    normalizer: str = "dmd"  # choice: VSD gradient over mean|x_hat - g_teacher| | "paper" mean|g_fake - g_teacher|
     rollout: str = "full"  # gradient through "full" rollout | "last" inner step only | "none": single inner jumps
     ema: float = 0.99  # choice: decay of the average that is sampled from
 
@@ -118,7 +119,7 @@ class Stage2Config:
         choose("normalizer", self.normalizer, ("dmd", "paper", "none"))
         choose("rollout", self.rollout, ("full", "last", "none"))
         if self.student_every < 2 or self.iterations < 1:
-            raise ValueError("student_every must be at least 2 (the critics train in between) and iterations at least 1.")
+            raise ValueError("student_every must be at least 2 (critics train in between) and iterations at least 1.")
 
 
 # ---- Time and noise --------------------------------------------------------------------------------------------------
@@ -137,13 +138,16 @@ def make_grid(steps: int, gamma: float, name: str = "steps", dtype=torch.float32
         raise ValueError(f"{name} is {steps}; it must be at least 1.")
     grid = shift(torch.linspace(0, 1, steps + 1, dtype=torch.float64), gamma)
     if grid[-2] >= T_MAX:
-        raise ValueError(f"{name} = {steps} with shift {gamma:g} puts two times above {T_MAX}; take fewer steps or a smaller shift.")
+        raise ValueError(f"{name} = {steps} at shift {gamma:g} puts two times above {T_MAX}; lower one of them.")
     grid[-1] = T_MAX
-    return grid.to(dtype)  # choice: float32 times; every time drawn has its grid's dtype, so a float64 grid gives the paper's float64
+    return grid.to(dtype)  # choice: float32 times; drawn times have their grid's dtype, float64 gives the paper's
 
 
 def down(grid: torch.Tensor, device=None):
-    """Pairs (from, to) of neighbouring times of a grid (K+1,), from noise to data; ValueError unless it increases from 0 to at most 1."""
+    """Pairs (from, to) of neighbouring times of a grid (K+1,), from noise to data.
+
+    RAISES ValueError unless the grid increases from 0 to at most 1.
+    """
     if grid.ndim != 1 or len(grid) < 2 or grid[0] != 0 or grid[-1] > 1 or not bool((grid.diff() > 0).all()):
         raise ValueError(f"a time grid must increase from 0 to at most 1; this one of {grid.numel()} times does not.")
     return pairwise(grid.flip(0).to(device))
@@ -152,7 +156,7 @@ def down(grid: torch.Tensor, device=None):
 def bcast(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Shape times (B,) so that they multiply states (B, *D)."""
     if t.shape != x.shape[:1]:
-        raise ValueError(f"times of shape {tuple(t.shape)} do not fit a batch of shape {tuple(x.shape)}; pass one time a sample.")
+        raise ValueError(f"times {tuple(t.shape)} do not fit a batch {tuple(x.shape)}; pass one time a sample.")
     return t.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
 
@@ -167,7 +171,7 @@ def interpolate(x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.
 
 
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
-    """x in float32 if it is in half precision, where 0.999 is 1: states, targets and losses never are (the networks may be)."""
+    """x in float32 if it is in half precision, where 0.999 is 1. Networks may run in half, states and losses never."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -187,7 +191,7 @@ def sample_outer(x: torch.Tensor, outer_grid: torch.Tensor, generator: torch.Gen
 
 
 def sample_s_r(x, inner_grid, s_shift: float, flow_map_share: float, generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """s ~ shift(U, s_shift); r = s_k, k = max{j : s_j <= s}, for `flow_map_share` of the batch, else r = s: (B,), (B,)."""
+    """s ~ shift(U, s_shift); r = s_k, k = max{j : s_j <= s}, for `flow_map_share`; else r = s. Two (B,)."""
     s = sample_times(x, s_shift, generator, inner_grid.dtype)
     grid = inner_grid.to(x.device)
     below = grid[torch.searchsorted(grid, s, right=True) - 1]
@@ -204,7 +208,7 @@ def effective_nfe(M: int, N: int, H: int, L: int) -> float:
 
 
 class TimeEmbedding(nn.Module):
-    """Times (B,) -> (B, width): sinusoids, then a two-layer MLP. `max_freq` bounds d/dt, which the flow map's du/ds sees."""
+    """Times (B,) -> (B, width): sinusoids, then a two-layer MLP. `max_freq` bounds d/dt, which stage 1 sees."""
 
     def __init__(self, width: int, max_freq: float):
         super().__init__()
@@ -217,9 +221,12 @@ class TimeEmbedding(nn.Module):
 
 
 class AdaMLP(nn.Module):
-    """Residual MLP under adaptive norm: h + gate * MLP((1 + scale) norm(h) + shift); e[0] (B, 3, W) plus a table give the three."""
+    """Residual MLP under adaptive norm: h + gate * MLP((1 + scale) norm(h) + shift).
 
-    def __init__(self, width: int, expand: int = 2):  # choice: the fusion MLP expands twofold, as the blocks of the toys do
+    The three come from a learnt table plus e[0] (B, 3, W).
+    """
+
+    def __init__(self, width: int, expand: int = 2):  # choice: the fusion MLP expands twofold, as the toys' blocks do
         super().__init__()
         self.table = nn.Parameter(torch.randn(3, width) / width**0.5)
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
@@ -251,112 +258,15 @@ class Network(nn.Module):
     def taps(self, x_t, t, c, blocks) -> list[torch.Tensor]:
         """Hidden states after the given blocks (0-based, increasing), stopping at the last of them."""
         if not blocks or list(blocks) != sorted(set(blocks)) or blocks[0] < 0 or blocks[-1] >= len(self.blocks):
-            raise ValueError(f"feature blocks {list(blocks)} do not fit; give increasing ones of blocks 0 to {len(self.blocks) - 1}.")
+            raise ValueError(f"feature blocks {list(blocks)} do not fit; give rising ones below {len(self.blocks)}.")
         e, found = self.modulate(self.time(t), self.context(c, x_t)), [self.embed(x_t)]
         for before, i in zip((-1, *blocks), blocks):
             found.append(self.run(found[-1], e, before + 1, i + 1))
         return found[1:]
 
 
-class Attention(nn.Module):
-    """Multi-head attention of x (B, n, W) to ctx (B, k, W), queries and keys RMS-normed; `rope` = (cos, sin), each (n, d/2), turns both."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.q, self.kv, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
-        self.norm_q, self.norm_k = nn.RMSNorm(width), nn.RMSNorm(width)
-
-    def forward(self, x, ctx, rope=None):
-        k, v = self.kv(ctx).chunk(2, -1)
-        q, k, v = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (self.norm_q(self.q(x)), self.norm_k(k), v))
-        if rope is not None:  # pairs of channels (a, b) turn by the position's angle
-            cos, sin = (a.to(q.dtype) for a in rope)
-            turn = lambda z: torch.cat([z[0] * cos - z[1] * sin, z[0] * sin + z[1] * cos], -1)
-            q, k = turn(q.chunk(2, -1)), turn(k.chunk(2, -1))
-        return self.out(F.scaled_dot_product_attention(q, k, v.to(q.dtype)).transpose(1, 2).flatten(2))
-
-
-class DiTBlock(AdaMLP):
-    """Wan's block on h (B, T', H', W', W): gated self-attention under adaptive norm, cross-attention to the prompt, AdaMLP."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__(width, expand=4)
-        self.attn_table = nn.Parameter(torch.randn(3, width) / width**0.5)
-        self.attn, self.cross, self.cross_norm = Attention(width, heads), Attention(width, heads), nn.LayerNorm(width)
-
-    def forward(self, h, e):
-        text, rope = e[-1]
-        shift_, scale, gate = (e[0][:, :3] + self.attn_table)[:, :, None].unbind(1)  # (B, 1, W) each
-        tokens = h.flatten(1, -2)  # (B, n, W)
-        z = self.norm(tokens) * (1 + scale) + shift_
-        tokens = tokens + gate * self.attn(z, z, rope)
-        tokens = tokens + self.cross(self.cross_norm(tokens), text)
-        return super().forward(tokens.view_as(h), e)
-
-
-class VideoDiT(Network):
-    """Wan in small, for clips (B, C, T, H, W) with prompts c (B, K) of word numbers, `words` being the empty word."""
-
-    def __init__(self, channels: int = 1, width: int = 64, depth: int = 6, heads: int = 4, patch=(2, 4, 4), words: int = 1):
-        super().__init__()
-        self.patch_size, self.heads, self.words = tuple(patch), heads, words
-        self.time = TimeEmbedding(width, max_freq=20.0)
-        self.patch = nn.Conv3d(channels, width, self.patch_size, self.patch_size)
-        layers = nn.Linear(width, width), nn.GELU("tanh"), nn.Linear(width, width)
-        self.text = nn.Sequential(nn.Embedding(words + 1, width), *layers, nn.LayerNorm(width))  # choice: prompts at the tokens' scale
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 8 * width))
-        self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
-        self.norm, self.proj = nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, channels * math.prod(self.patch_size))
-
-    def embed(self, x):
-        if x.ndim != 5 or any(n % p for n, p in zip(x.shape[2:], self.patch_size)):
-            raise ValueError(f"clips of shape {tuple(x.shape)} do not split into patches of {self.patch_size}; sizes must be multiples.")
-        return at_least_fp32(self.patch(x).movedim(1, -1))  # (B, T', H', W', width), one dtype for all blocks
-
-    def context(self, c, x):
-        c = torch.full((len(x), 1), self.words, device=x.device) if c is None else c
-        return at_least_fp32(self.text(c)), self.rope([n // p for n, p in zip(x.shape[2:], self.patch_size)], x.device)
-
-    def rope(self, grid, device):
-        """Angles of the 3-D rotary positions as (cos, sin), each (n, d/2): the pairs of a head are dealt to time, height and width."""
-        half = self.patch.weight.shape[0] // self.heads // 2
-        share = (half - 2 * (half // 3), half // 3, half // 3)
-        freqs = [10000.0 ** -(torch.arange(k, device=device) / max(k, 1)) for k in share]
-        places = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
-        angles = torch.cat([place.flatten()[:, None] * f for place, f in zip(places, freqs)], -1)
-        return angles.cos(), angles.sin()
-
-    def modulate(self, temb, ctx):
-        return *self.modulation(temb).unflatten(-1, (8, -1)).split((6, 2), 1), ctx  # (B, 6, W), (B, 2, W), ctx
-
-    def output(self, h, e):
-        scale, shift_ = e[1][:, :, None, None, None].unbind(1)
-        patches = self.proj(self.norm(h) * (1 + scale) + shift_).unflatten(-1, (-1, *self.patch_size))  # (B, T', H', W', C, p, q, r)
-        return at_least_fp32(patches.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3))
-
-
-class VideoDiscriminator(nn.Module):
-    """A head a tapped teacher block (Table 3): list of features (B, T', H', W', width) -> logits (B, any number); gan_loss averages."""
-
-    def __init__(self, width: int, heads: int, kind: str = "conv3d"):
-        super().__init__()
-        kernels = {"conv3d": [(3, 3, 3), (3, 3, 3)], "conv1d2d": [(1, 3, 3), (3, 1, 1)], "attention": []}
-        choose("discriminator", kind, kernels)
-        conv = lambda k: (nn.Conv3d(width, width, k, padding=[n // 2 for n in k]), nn.GroupNorm(1, width), nn.SiLU())
-        layers = lambda: [layer for k in kernels[kind] for layer in conv(k)]
-        self.heads = nn.ModuleList(nn.Sequential(nn.GroupNorm(1, width), *layers(), nn.Conv3d(width, 1, 1)) for _ in range(heads))
-        self.attn = nn.ModuleList(Attention(width, 4) for _ in range(heads if kind == "attention" else 0))
-
-    def forward(self, features):
-        for i, attn in enumerate(self.attn):
-            tokens = F.layer_norm(features[i], features[i].shape[-1:]).flatten(1, -2)
-            features = [*features[:i], features[i] + attn(tokens, tokens).view_as(features[i]), *features[i + 1 :]]
-        return torch.cat([head(h.movedim(-1, 1)).flatten(1) for head, h in zip(self.heads, features, strict=True)], -1)
-
-
 class TMDStudent(nn.Module):
-    """A teacher cut in two (Section 3, A.1): backbone = first L-H blocks, flow head = last H blocks and the output layer.
+    """A teacher cut in two (Section 3, A.1): backbone = first L-H blocks, flow head = last H blocks and output layer.
 
     Starts as the teacher does at s = t while the gate is closed. RAISES ValueError unless 1 <= H < L.
     """
@@ -369,7 +279,7 @@ class TMDStudent(nn.Module):
         choose("fusion", fusion, ("gated", "concat"))
         self.net, self.H, self.fusion = copy.deepcopy(net), H, fusion
         self.span = copy.deepcopy(net.time)  # embeds s - r
-        for p in self.span.mlp[-1].parameters():  # only the LAST layer: zeroing all of them would kill the gradient for good
+        for p in self.span.mlp[-1].parameters():  # only the LAST layer: zeroing all would kill the gradient for good
             nn.init.zeros_(p)
         if fusion == "gated":
             self.fuse = AdaMLP(width)
@@ -390,7 +300,7 @@ class TMDStudent(nn.Module):
         temb = self.net.time(s)
         z = self.net.embed(y_s)  # the teacher's own patch embedding, shared with x_t
         if self.fusion == "gated":
-            z = self.fuse(z, self.net.modulate(temb, ctx))  # choice: a class, where there is one, enters with the embedding of s
+            z = self.fuse(z, self.net.modulate(temb, ctx))  # choice: a class, if any, enters with the embedding of s
             h = torch.lerp(h.to(z.dtype), z, self.gate.sigmoid())
         else:
             h = self.fuse(torch.cat([h.to(z.dtype), z], -1))
@@ -435,8 +345,8 @@ def transition(student, x_t, t, c=None, target: str = "x1-x"):
 def inner_velocity(prediction, y_s, s, y_1, field: str = "consistent"):
     """Inner velocity u from the head's estimate of y, Eq. (14).
 
-    "printed" u = y_1 - head; right on training pairs only, since sampling needs E[y_1 | y_s], not the trajectory's own y_1.
-    "consistent" u = (y_s - head) / s; equal on training pairs, as y_1 - y = (y_s - y) / s, and a velocity field everywhere.
+    "printed" u = y_1 - head: right on training pairs only; sampling needs E[y_1 | y_s], not the trajectory's own y_1.
+    "consistent" u = (y_s - head) / s: the same on training pairs, as y_1 - y = (y_s - y) / s, and a velocity field.
     """
     if field == "printed":
         return y_1 - prediction
@@ -444,7 +354,7 @@ def inner_velocity(prediction, y_s, s, y_1, field: str = "consistent"):
 
 
 def inner_flow(predict, y_1, inner_grid, field: str = "consistent", grad: str = "full", trace: list | None = None):
-    """Roll the head from y_1 to y_hat in N steps y_r = y_s - (s-r) u: the inner loop of Alg. 1, Eq. (13) with its sign mended.
+    """Roll the head from y_1 to y_hat in N steps y_r = y_s - (s-r) u: Alg. 1's inner loop, Eq. (13), sign mended.
 
     predict(y_s, s, r) -> (B, *D), y_1 (B, *D), inner_grid (N+1,) -> y_hat (B, *D). grad="last": GRADIENT STOPS at every
     step but the last. `trace` collects y_s of every step.
@@ -479,7 +389,7 @@ def clean_estimate(y_hat, x_t, t, target: str = "x1-x", clean: str = "consistent
 
 
 def outer_step(x_t, x_hat, t, t_next, outer: str = "deterministic", generator=None):
-    """From x_t to x_{t'}, t' < t: along the line to x_hat (Eq. 4, Eq. 18), or x_hat noised anew (Eq. 19). t, t_next (B,)."""
+    """From x_t to x_{t'}, t' < t: on the line to x_hat (Eq. 4, Eq. 18), or x_hat noised anew (Eq. 19). Times (B,)."""
     if outer == "renoised":
         return interpolate(x_hat, randn_like(x_hat, generator), t_next)  # Eq. (19)
     return torch.lerp(x_hat, x_t, bcast(t_next / t, x_t))  # Eq. (18); with y = (x_t - x_hat) / t it is Eq. (4)
@@ -506,7 +416,7 @@ def sample(student, x_1, c=None, *, outer_grid, inner_grid, target="x1-x", field
 
 
 def guided(net, x_t, t, c=None, c_neg=None, w: float = 1.0):
-    """Velocity under classifier-free guidance, v_neg + w (v - v_neg); w = 1 is no guidance (some code bases call that 0)."""
+    """Velocity under classifier-free guidance, v_neg + w (v - v_neg); w = 1 is no guidance (some code calls that 0)."""
     v = net(x_t, t, c)
     if w == 1.0 or c is None:
         return v
@@ -515,7 +425,7 @@ def guided(net, x_t, t, c=None, c_neg=None, w: float = 1.0):
 
 @torch.no_grad()
 def sample_teacher(teacher, x_1, c=None, c_neg=None, *, grid, guidance: float = 1.0, method: str = "euler"):
-    """Integrate dx/dt = v from t_K to 0 by Euler or Heun (two evaluations a step but the last): x_1 (B, *D) -> (B, *D)."""
+    """Integrate dx/dt = v from t_K to 0 by Euler, or Heun (two calls a step but the last): x_1 (B, *D) -> (B, *D)."""
     choose("method", method, ("euler", "heun"))
     x = x_1
     for t, t_next in down(grid, x.device):
@@ -531,7 +441,7 @@ def sample_teacher(teacher, x_1, c=None, c_neg=None, *, grid, guidance: float = 
 def expand_condition(c_neg, c):
     """The empty condition for a whole batch: c_neg (*C) -> (B, *C), shaped like c."""
     if c_neg is None:
-        raise ValueError("guidance and condition dropout need the empty condition c_neg; pass it, or w = 1 and no dropout.")
+        raise ValueError("guidance and dropout need the empty condition c_neg; pass it, or w = 1 and no dropout.")
     return torch.as_tensor(c_neg, dtype=c.dtype, device=c.device).expand_as(c)
 
 
@@ -551,9 +461,9 @@ def denoising_loss(net, x, noise, t, c=None):
 
 
 def total_derivative(f, y_s, s, v, method: str = "fd", step: float = 0.005):
-    """d/ds f(y_s, s) of the head f along dy_s/ds = v, at fixed r and m (the backbone does not run). NO GRADIENT, at least float32.
+    """d/ds f(y_s, s) of the head f along dy_s/ds = v, at fixed r and m: the backbone rests. NO GRADIENT, >= float32.
 
-    "fd": central differences of `step`, one-sided where s +- step would leave [0.001, 0.999]; "jvp": exact, torch.func.jvp.
+    "fd": central differences of `step`, one-sided where s +- step leaves [0.001, 0.999]. "jvp": exact, torch.func.jvp.
     """
     y_s, v = at_least_fp32(y_s), at_least_fp32(v)  # 0.005 is below what bf16 resolves: the difference would be rounding
     with torch.no_grad(), torch.autocast(y_s.device.type, enabled=False):
@@ -575,15 +485,16 @@ def stage1_draw(x, outer_grid, inner_grid, s_shift=3.0, flow_map_share=0.25, con
     """All random numbers of one stage 1 update (Alg. 2): t, x_1, y_1, s, r and which conditions are dropped."""
     s, r = sample_s_r(x, inner_grid, s_shift, flow_map_share, generator)
     t, x_1, y_1 = sample_outer(x, outer_grid, generator), randn_like(x, generator), randn_like(x, generator)
-    return {"t": t, "x_1": x_1, "y_1": y_1, "s": s, "r": r, "dropped": torch.rand(len(x), generator=generator, device=x.device) < cond_drop}
+    dropped = torch.rand(len(x), generator=generator, device=x.device) < cond_drop
+    return {"t": t, "x_1": x_1, "y_1": y_1, "s": s, "r": r, "dropped": dropped}
 
 
 def tm_mf_loss(student, x, c=None, *, t, x_1, y_1, s, r, dropped=None, c_neg=None, guidance=1.0, target="x1-x",
                field="consistent", derivative="fd", fd_step=0.005, adaptive_c=1.0):  # fmt: skip
     """TM-MF, Algorithm 2: the head's average velocity u(y_s, s, r; m) obeys the MeanFlow identity u + (s-r) du/ds = v.
 
-    ||u - sg(v - (s-r) du/ds)||^2, Eq. (8)-(10), adaptively weighted; where r = s it is TM, flow matching of the inner flow
-    (Eq. 6). x (B, *D), times (B,), draws from stage1_draw. GRADIENT FLOWS into the backbone: m is not detached.
+    ||u - sg(v - (s-r) du/ds)||^2, Eq. (8)-(10), adaptively weighted. Where r = s it is TM, flow matching of the inner
+    flow (Eq. 6). x (B, *D), times (B,), draws from stage1_draw. GRADIENT FLOWS into the backbone: m is not detached.
     """
     x, x_1, y_1 = at_least_fp32(x), at_least_fp32(x_1), at_least_fp32(y_1)
     x_t = interpolate(x, x_1, t)
@@ -603,20 +514,20 @@ def tm_mf_loss(student, x, c=None, *, t, x_1, y_1, s, r, dropped=None, c_neg=Non
     if bool((r < s).any()):  # else the derivative is multiplied by zero
         # choice: the derivative runs along the guided v, the velocity of the flow whose map is being learnt
         dh_ds = total_derivative(lambda y_s, s: predict(y_s, s, r), y_s, s, v, derivative, fd_step)
-        # the 1/s of the consistent field by the quotient rule: a difference of step 0.005 across it is wrong by its own size below s = 0.02
+        # the 1/s of the consistent field by the quotient rule: a finite difference across it fails at s < 0.02
         du_ds = -dh_ds if field == "printed" else (v - dh_ds - u) / bcast(s, y_s)
         goal = v - bcast(s - r, y_s) * du_ds  # Eq. (10)
     error = u - goal.detach()
-    # choice: measured on the head's output, so that both fields weigh s alike (u = (y_s - head) / s would weigh it by 1 / s^2)
+    # choice: measured on the head's output, so that both fields weigh s alike (the consistent u itself: by 1 / s^2)
     return adaptive_loss(error * bcast(s, y_s) if field == "consistent" else error, adaptive_c)
 
 
 def generate(student, x, c=None, *, outer_grid, inner_grid, generator=None, target="x1-x", field="consistent",
              clean="consistent", rollout="full"):  # fmt: skip
-    """x_hat of stage 2: real data noised to a random t_i, one transition of the student back to clean. x (B, *D) -> (B, *D).
+    """x_hat of stage 2: real x (B, *D) noised to a random t_i, then one transition of the student to clean: (B, *D).
 
-    "full": gradient through all N inner steps, the backbone evaluated once. Ablations: "last", gradient through the last step
-    only; "none", no rollout: a single jump from y_s, noised from the real y to a random s_j (what sampling never sees).
+    "full": gradient through all N inner steps, the backbone evaluated once. Ablations: "last", gradient through the
+    last step only; "none", no rollout: one jump from y_s, real y noised to a random s_j (sampling never sees that).
     """
     x = at_least_fp32(x)
     t, x_1, y_1 = sample_outer(x, outer_grid, generator), randn_like(x, generator), randn_like(x, generator)
@@ -632,20 +543,21 @@ def generate(student, x, c=None, *, outer_grid, inner_grid, generator=None, targ
 
 
 def vsd_loss(x_hat, g_fake, g_teacher, normalizer: str = "dmd"):
-    """A loss whose gradient on x_hat is (g_fake - g_teacher) / normalizer, per sample (Eq. 11): descent on KL(student || teacher).
+    """A loss whose gradient on x_hat is (g_fake - g_teacher) / normalizer, Eq. (11): down KL(student || teacher).
 
-    "dmd" divides by mean|x_hat - g_teacher|; "paper" by mean|g_fake - g_teacher|, which keeps full size however close the two
-    are. (choice: the mean, not the sum, of absolute values, so that the step does not shrink with the size of x.)
+    "dmd" divides by mean|x_hat - g_teacher|; "paper" by mean|g_fake - g_teacher|, which keeps full size however close
+    the two are. (choice: the mean, not the sum, of absolute values, so that the step does not shrink with x's size.)
     """
     with torch.no_grad():
         difference = at_least_fp32(g_fake) - at_least_fp32(g_teacher)
-        size = {"dmd": at_least_fp32(x_hat) - g_teacher, "paper": difference, "none": torch.ones_like(difference)}[normalizer]
+        sizes = {"dmd": at_least_fp32(x_hat) - g_teacher, "paper": difference, "none": torch.ones_like(difference)}
+        size = sizes[normalizer]
         gradient = difference / bcast(size.flatten(1).abs().mean(1).clamp_min(1e-12), size)
     return (x_hat * gradient).flatten(1).mean(1).mean()
 
 
 def gan_loss(logits, as_real: bool):
-    """-log D, or -log(1 - D), averaged over heads and batch. The generator's loss is gan_loss(fake, as_real=True): non-saturating."""
+    """-log D, or -log(1 - D), averaged over heads and batch. The generator's is gan_loss(fake, as_real=True)."""
     return F.softplus(-logits if as_real else logits).mean()
 
 
@@ -664,7 +576,7 @@ def frozen(*nets):
 
 def stage2_student_loss(x_hat, teacher, fake_score, discriminator, c=None, c_neg=None, *, t, noise, guidance=5.0,
                         gan_weight=0.03, taps=(), normalizer="dmd") -> dict:  # fmt: skip
-    """Losses of the student on x_hat (B, *D) with its graph: {"vsd": ..., "gan": ...}; ONLY THE STUDENT TAKES GRADIENT."""
+    """Losses of the student on x_hat (B, *D) with its graph: "vsd" and "gan". ONLY THE STUDENT TAKES GRADIENT."""
     x_hat_t = interpolate(x_hat, noise, t)
     with torch.no_grad():
         g_fake = velocity_to_clean(x_hat_t, t, fake_score(x_hat_t, t, c))  # Eq. (17)
@@ -678,7 +590,7 @@ def stage2_student_loss(x_hat, teacher, fake_score, discriminator, c=None, c_neg
 
 def stage2_critic_loss(x_hat, x, teacher, fake_score, discriminator, c=None, *, t, noise, noise_real, gan_weight=0.03,
                        taps=()) -> dict:  # fmt: skip
-    """Losses of the critics on detached x_hat and real x: {"fake": denoising, "disc": GAN}. THE STUDENT TAKES NO GRADIENT."""
+    """Losses of the critics on x_hat and real x: {"fake": denoising, "disc": GAN}. THE STUDENT TAKES NO GRADIENT."""
     x_hat = x_hat.detach()
     terms = {"fake": denoising_loss(fake_score, x_hat, noise, t, c)}
     if gan_weight:
@@ -711,7 +623,8 @@ def safe_load(path: str) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
-        raise CheckpointError(f"{path} is truncated or not a checkpoint ({type(e).__name__}); delete it to start this phase again.") from e
+        what = f"{path} is truncated or not a checkpoint ({type(e).__name__})"
+        raise CheckpointError(f"{what}; delete it to start this phase again.") from e
 
 
 def seed_everything(seed: int, device="cpu") -> torch.Generator:
@@ -723,14 +636,14 @@ def seed_everything(seed: int, device="cpu") -> torch.Generator:
 class Phase:
     """One training phase and all it needs to stop and go on: nets, AdamW per trained net, EMA, step, config, RNGs, log.
 
-    `nets` maps names to the trained modules, `averaged` names the one whose EMA is kept. `config` (plain values) is stored with the
-    checkpoint and compared on load. Paper's AdamW: weight decay 0.01, betas (0.9, 0.99), eps 1e-8.
+    `nets` maps names to the trained modules, `averaged` names the one whose EMA is kept. `config` (plain values) is
+    stored with the checkpoint and compared on load. Paper's AdamW: weight decay 0.01, betas (0.9, 0.99), eps 1e-8.
     """
 
     average = staticmethod(lambda net: copy.deepcopy(net).requires_grad_(False))  # what holds the EMA
     KEPT = ("name", "config", "step", "seconds", "log", "ema_updates")  # the plain values of a checkpoint
 
-    def __init__(self, name, nets: dict, averaged: str, lr: float, ema: float, seed: int, config: dict | None, clip: float = 1.0):
+    def __init__(self, name, nets: dict, averaged: str, lr: float, ema: float, seed: int, config, clip=1.0):
         self.name, self.nets, self.averaged, self.config = name, nets, averaged, config or {}
         self.generator = seed_everything(seed, next(nets[averaged].parameters()).device)
         self.ema_decay, self.clip, self.step, self.seconds, self.log = ema, clip, 0, 0.0, []
@@ -750,17 +663,18 @@ class Phase:
 
     def check(self, what: str, value: torch.Tensor) -> None:
         if not bool(torch.isfinite(value)):
-            raise FloatingPointError(f"{self.name}: {what} is {value.item()} at step {self.step}; lower the rate, the checkpoint is kept.")
+            told = f"{self.name}: {what} is {value.item()} at step {self.step}"
+            raise FloatingPointError(f"{told}; lower the rate, the checkpoint is kept.")
 
     def update(self, name: str, terms: dict) -> dict:
-        """Backward through the sum of `terms`, clip (choice: norm 1), step the optimizer of net `name`, then its EMA; returns `terms`.
+        """Backward through the sum of `terms`, clip (choice: norm 1), step the optimizer of net `name`, then its EMA.
 
-        A term or gradient that is not finite is a FloatingPointError, raised before it reaches any weight.
+        Returns `terms`. A term or gradient that is not finite is a FloatingPointError, before it reaches a weight.
         """
         for term, value in terms.items():
             self.check(f"loss term {term!r}", value)
         self.optimizers[name].zero_grad(set_to_none=True)
-        with torch.autocast(self.generator.device.type, enabled=False):  # inside, gradients of float32 parts would be rounded to half
+        with torch.autocast(self.generator.device.type, enabled=False):  # else float32 gradients would be rounded
             sum(terms.values()).backward()
         self.check(f"gradient norm of {name!r}", nn.utils.clip_grad_norm_(self.nets[name].parameters(), self.clip))
         self.optimizers[name].step()
@@ -770,7 +684,7 @@ class Phase:
 
     def parts(self) -> dict:
         """Everything with a state_dict, by name."""
-        return {**self.nets, **{f"{key} optimizer": optimizer for key, optimizer in self.optimizers.items()}, "ema": self.ema}
+        return {**self.nets, **{f"{key} optimizer": o for key, o in self.optimizers.items()}, "ema": self.ema}
 
     def save(self, path: str) -> None:
         """Everything, in one dict of tensors and plain values, atomically."""
@@ -787,7 +701,8 @@ class Phase:
         if state.get("name") != self.name or state["config"] != self.config:
             old, new = state["config"], self.config
             keys = sorted(k for k in {*old, *new} if old.get(k) != new.get(k)) or ["phase"]
-            raise CheckpointError(f"{path} was made with another {', '.join(keys)}; give the same settings or another output folder.")
+            told = f"{path} was made with another {', '.join(keys)}"
+            raise CheckpointError(f"{told}; give the same settings or another output folder.")
         try:
             for key, part in self.parts().items():
                 part.load_state_dict(state["parts"][key])
@@ -798,16 +713,18 @@ class Phase:
             if torch.cuda.is_available() and state["rng"]["cuda"]:
                 torch.cuda.set_rng_state_all(state["rng"]["cuda"])
         except (KeyError, RuntimeError, ValueError) as e:
-            raise CheckpointError(f"{path} holds networks of another shape; give the same settings or another output folder.") from e
+            told = f"{path} holds networks of another shape"
+            raise CheckpointError(f"{told}; give the same settings or another output folder.") from e
 
-    def run(self, iterate, steps: int, path: str | None = None, save_every: int = 1000, on_step=None, progress: bool = True):
-        """Call iterate(self) -> terms until `steps`; checkpoint to `path`; on_step(self, terms) may log. Resumes from `path`.
+    def run(self, iterate, steps: int, path: str | None = None, save_every: int = 1000, on_step=None, progress=True):
+        """Call iterate(self) -> terms until `steps`; save to `path`, resume from it; on_step(self, terms) may log.
 
         Returns the EMA of the averaged net. on_step MUST NOT draw from the phase's generator, or resuming would differ.
         """
         if path and os.path.exists(path):
             self.load(path)
-        bar = tqdm(total=steps, initial=self.step, desc=self.name, disable=None if progress else True, leave=True, mininterval=0.5)
+        quiet = None if progress else True  # None: quiet where there is no terminal
+        bar = tqdm(total=steps, initial=self.step, desc=self.name, disable=quiet, leave=True, mininterval=0.5)
         while self.step < steps:
             start = time.perf_counter()
             terms = iterate(self)
@@ -823,11 +740,11 @@ class Phase:
 
 
 # ---- The four trainings: teacher, stage 1, KD warm-up, stage 2 -------------------------------------------------------
-# data(n, generator) -> (x (n, *D), c (n, *C) or None); make: a Phase that knows more (many cards, accumulation)
+# data(n, generator) -> (x (n, *D), c (n, *C) or None); make: a Phase that knows more (many GPUs, gradient accumulation)
 
 
-def train_teacher(net, data, *, updates, batch, lr, cond_drop=0.1, c_neg=None, t_shift=1, ema=0.999, decay=0.0, seed=0, config=None,
-                  make=Phase, **run):  # fmt: skip
+def train_teacher(net, data, *, updates, batch, lr, cond_drop=0.1, c_neg=None, t_shift=1, ema=0.999, decay=0.0, seed=0,
+                  config=None, make=Phase, **run):  # fmt: skip
     """Flow matching of data with condition dropout (Eq. 2); returns the EMA. `run` goes to Phase.run.
 
     `decay`: the share of the updates, at the end, over which the learning rate falls linearly to zero.
@@ -845,35 +762,40 @@ def train_teacher(net, data, *, updates, batch, lr, cond_drop=0.1, c_neg=None, t
         if decay:
             left = (updates - phase.step) / (decay * updates)
             phase.optimizers["teacher"].param_groups[0]["lr"] = lr * min(1.0, left)
-        return phase.update("teacher", {"denoising": denoising_loss(net, x, randn_like(x, g), sample_times(x, t_shift, g), c)})
+        loss = denoising_loss(net, x, randn_like(x, g), sample_times(x, t_shift, g), c)
+        return phase.update("teacher", {"denoising": loss})
 
     return phase.run(iterate, updates, **run), phase
 
 
-def train_stage1(student, data, how: StudentConfig, cfg: Stage1Config, *, c_neg=None, seed=0, config=None, make=Phase, **run):
+def train_stage1(student, data, how: StudentConfig, cfg: Stage1Config, *, c_neg=None, seed=0, config=None, make=Phase,
+                 **run):  # fmt: skip
     """Stage 1: TM-MF pretraining of the student (Algorithm 2); returns its EMA and the phase."""
     own = {**asdict(how), **asdict(cfg), "seed": seed}
     phase = make("stage1", {"student": student}, "student", cfg.lr, cfg.ema, seed, own | (config or {}))
 
     def iterate(phase):
         x, c = data(cfg.batch, phase.generator)
-        draws = stage1_draw(x, how.outer_grid, how.inner_grid, cfg.s_shift, cfg.flow_map_share, cfg.cond_drop, phase.generator)
-        loss = tm_mf_loss(student, x, c, **draws, c_neg=c_neg, guidance=cfg.guidance, target=how.target, field=how.field,
-                          derivative=cfg.derivative, fd_step=cfg.fd_step, adaptive_c=cfg.adaptive_c)  # fmt: skip
+        draws = stage1_draw(x, how.outer_grid, how.inner_grid, cfg.s_shift, cfg.flow_map_share, cfg.cond_drop,
+                            phase.generator)  # fmt: skip
+        loss = tm_mf_loss(student, x, c, **draws, c_neg=c_neg, guidance=cfg.guidance, target=how.target,
+                          field=how.field, derivative=cfg.derivative, fd_step=cfg.fd_step,
+                          adaptive_c=cfg.adaptive_c)  # fmt: skip
         return phase.update("student", {"tm_mf": loss})
 
     return phase.run(iterate, cfg.updates, **run), phase
 
 
 def train_kd(student, pairs, how: StudentConfig, *, updates, lr, ema=0.99, seed=0, config=None, make=Phase, **run):
-    """KD warm-up (M = 1): regress the student's x_hat from noise onto the teacher's sample. pairs(generator) -> (x_1, x, c)."""
+    """KD warm-up (M = 1): regress x_hat from noise onto the teacher's sample of it. pairs(generator) -> (x_1, x, c)."""
     config = {**asdict(how), "lr": lr, "ema": ema, "seed": seed, **(config or {})}
     phase = make("kd", {"student": student}, "student", lr, ema, seed, config)
 
     def iterate(phase):
         x_1, x, c = pairs(phase.generator)
         t = how.outer_grid[-1].to(x.device).expand(len(x))
-        y_hat = inner_flow(transition(student, x_1, t, c, how.target), randn_like(x, phase.generator), how.inner_grid, how.field)
+        predict, y_1 = transition(student, x_1, t, c, how.target), randn_like(x, phase.generator)
+        y_hat = inner_flow(predict, y_1, how.inner_grid, how.field)
         return phase.update("student", {"kd": (clean_estimate(y_hat, x_1, t, how.target) - x).square().mean()})
 
     return phase.run(iterate, updates, **run), phase
@@ -881,10 +803,11 @@ def train_kd(student, pairs, how: StudentConfig, *, updates, lr, ema=0.99, seed=
 
 def train_stage2(student, teacher, discriminator, data, how: StudentConfig, cfg: Stage2Config, *, taps, c_neg=None,
                  fake_score=None, seed=0, config=None, make=Phase, **run):  # fmt: skip
-    """Stage 2: DMD2-v with rollout (with PlainStudent: DMD2-v). The fake score starts as the teacher. Returns EMA and phase."""
+    """Stage 2: DMD2-v with rollout (PlainStudent: DMD2-v). The fake score starts as the teacher. Returns EMA, phase."""
     config = {**asdict(how), **asdict(cfg), "taps": list(taps), "seed": seed, **(config or {})}
     fake_score = copy.deepcopy(teacher).requires_grad_(True) if fake_score is None else fake_score
-    phase = make("stage2", {"student": student, "fake": fake_score, "disc": discriminator}, "student", cfg.lr, cfg.ema, seed, config)
+    nets = {"student": student, "fake": fake_score, "disc": discriminator}
+    phase = make("stage2", nets, "student", cfg.lr, cfg.ema, seed, config)
     gan = {"gan_weight": cfg.gan_weight, "taps": taps}
 
     def iterate(phase):
@@ -892,14 +815,15 @@ def train_stage2(student, teacher, discriminator, data, how: StudentConfig, cfg:
         x, c = data(cfg.batch, g)
         is_student = (phase.step + 1) % cfg.student_every == 0  # choice: the critics go first
         with torch.set_grad_enabled(is_student):
-            x_hat = generate(student, x, c, outer_grid=how.outer_grid, inner_grid=how.inner_grid, generator=g, target=how.target,
-                             field=how.field, clean=how.clean, rollout=cfg.rollout)  # fmt: skip
+            x_hat = generate(student, x, c, outer_grid=how.outer_grid, inner_grid=how.inner_grid, generator=g,
+                             target=how.target, field=how.field, clean=how.clean, rollout=cfg.rollout)  # fmt: skip
         t, noise = sample_times(x, cfg.dmd_shift, g, how.outer_grid.dtype), randn_like(x, g)
         if is_student:
             terms = stage2_student_loss(x_hat, teacher, fake_score, discriminator, c, c_neg, t=t, noise=noise,
                                         guidance=cfg.guidance, normalizer=cfg.normalizer, **gan)  # fmt: skip
             return phase.update("student", terms)
-        terms = stage2_critic_loss(x_hat, x, teacher, fake_score, discriminator, c, t=t, noise=noise, noise_real=randn_like(x, g), **gan)
+        terms = stage2_critic_loss(x_hat, x, teacher, fake_score, discriminator, c, t=t, noise=noise,
+                                   noise_real=randn_like(x, g), **gan)  # fmt: skip
         for key, value in terms.items():
             phase.update(key, {key: value})
         return terms

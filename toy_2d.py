@@ -67,7 +67,15 @@ class Toy(Settings):
         super().__post_init__()
 
 
-QUICK = {"teacher_updates": 500, "stage1_updates": 150, "iterations": 250, "samples": 2000, "width": 48, "depth": 4, "batch": 192}
+QUICK = {
+    "teacher_updates": 500,
+    "stage1_updates": 150,
+    "iterations": 250,
+    "samples": 2000,
+    "width": 48,
+    "depth": 4,
+    "batch": 192,
+}
 
 
 class PlanarLadder(Ladder):
@@ -105,7 +113,10 @@ class PlanarLadder(Ladder):
 
     def score(self, points, c=None) -> dict:
         """{"swd", "off_support"} of samples against the data; off the support of their own class, if they were told one."""
-        return {"swd": sliced_wasserstein(points, self.x[: len(points)]), "off_support": off_support(self.set, points, c)}
+        return {
+            "swd": sliced_wasserstein(points, self.x[: len(points)]),
+            "off_support": off_support(self.set, points, c),
+        }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,7 +145,14 @@ def draw_samples(points: dict, records: dict, path: Path):
         r, p = records[name], p[:5000]
         cost = f"   NFE {r['effective_nfe']:.3g}" if r.get("effective_nfe") else ""
         plane(ax, f"{r['title']}{cost}\nSW {r['swd']:.3f}   off support {r['off_support']:.1%}")
-        ax.scatter(p[:, 0], p[:, 1], s=1.2, lw=0, alpha=0.55, color=GREY if name == "data" else BLUE if "teacher" in name else ORANGE)
+        ax.scatter(
+            p[:, 0],
+            p[:, 1],
+            s=1.2,
+            lw=0,
+            alpha=0.55,
+            color=GREY if name == "data" else BLUE if "teacher" in name else ORANGE,
+        )
     fig.savefig(path, dpi=130)
     plt.close(fig)
 
@@ -160,12 +178,19 @@ def draw_inner_flow(data_points, traces: dict, path: Path):
             plane(ax, f"t = {t:.3g}: one x_t, {per} inner noises")
         panels[0].set_ylabel(name, fontsize=10)
         some = slice(4 * per, 4 * per + 250)
-        panels[4].plot(np.stack([x_t[some, 0], x_next[some, 0]]), np.stack([x_t[some, 1], x_next[some, 1]]), color=BLUE, lw=0.3, alpha=0.5)
+        panels[4].plot(
+            np.stack([x_t[some, 0], x_next[some, 0]]),
+            np.stack([x_t[some, 1], x_next[some, 1]]),
+            color=BLUE,
+            lw=0.3,
+            alpha=0.5,
+        )
         panels[4].scatter(*x_t[some].T, s=4, lw=0, color=INK, alpha=0.5)
         panels[4].scatter(*x_next[some].T, s=5, lw=0, color=ORANGE)
         plane(panels[4], f"outer transition {t:.3g} to {t_next:.3g}")
     fig.suptitle(
-        "inner flow, drawn as x_t - t y_s: star = x_t, dark = inner noise, orange = where the rollout ends, grey = data", fontsize=9
+        "inner flow, drawn as x_t - t y_s: star = x_t, dark = inner noise, orange = where the rollout ends, grey = data",
+        fontsize=9,
     )
     fig.savefig(path, dpi=100)
     plt.close(fig)
@@ -177,7 +202,13 @@ def draw_curves(curves: dict, floors: dict, teacher: dict, path: Path):
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for ax, key, name in zip(axes, ("swd", "off_support"), ("sliced Wasserstein", "share off the support")):
         for (label, curve), color in zip(curves.items(), (GREY, ORANGE)):
-            ax.plot([p["updates"] for p in curve], [p[key] for p in curve], color=INK if color == GREY else color, marker=".", label=label)
+            ax.plot(
+                [p["updates"] for p in curve],
+                [p[key] for p in curve],
+                color=INK if color == GREY else color,
+                marker=".",
+                label=label,
+            )
         ax.axhline(teacher[key], color=BLUE, lw=1, ls="--", label="teacher, 50 steps")
         ax.axhline(floors[key], color=GREY, lw=1, ls=":", label="two draws of the data")
         ax.set(xlabel="updates (before stage 2: TM-MF or KD warm-up)", ylabel=name, yscale="log")
@@ -218,10 +249,16 @@ def trace_transitions(bench: PlanarLadder, student, how, per: int = 200) -> dict
     g = torch.Generator().manual_seed(3)
     four = torch.tensor([[1.2, 0.6], [-1.0, 0.9], [-0.8, -1.1], [0.9, -0.9]]).repeat_interleave(per, 0)
     x_1 = torch.cat([four, torch.randn(1200, 2, generator=g)])
-    c = None if bench.c is None else bench.label[torch.cat([torch.arange(4).repeat_interleave(per), torch.arange(1200)]) % len(bench.label)]
+    c = (
+        None
+        if bench.c is None
+        else bench.label[torch.cat([torch.arange(4).repeat_interleave(per), torch.arange(1200)]) % len(bench.label)]
+    )
     trace = []
     kw = {"target": how.target, "field": how.field, "outer": how.outer}
-    x = tmd.sample(student, x_1, c, outer_grid=how.outer_grid, inner_grid=how.inner_grid, generator=g, trace=trace, **kw)
+    x = tmd.sample(
+        student, x_1, c, outer_grid=how.outer_grid, inner_grid=how.inner_grid, generator=g, trace=trace, **kw
+    )
     # the later transitions start each group from one point too, so that a panel shows one x_t and many inner noises
     for i in range(1, len(trace)):
         t = torch.full((len(x_1),), trace[i]["t"])
@@ -257,7 +294,9 @@ def run(cfg: Toy, resume: bool = False, progress: bool = True) -> dict:
     def keep(name, title, sampler, **facts):
         records[name], points[name] = bench.judge(sampler, title=title, **facts)
         r = records[name]
-        print(f"{title:<24} NFE {r['effective_nfe']:<5.3g} sliced Wasserstein {r['swd']:.4f}   off support {r['off_support']:.2%}")
+        print(
+            f"{title:<24} NFE {r['effective_nfe']:<5.3g} sliced Wasserstein {r['swd']:.4f}   off support {r['off_support']:.2%}"
+        )
 
     floors = bench.floor()
     records["data"], points["data"] = {"title": "data (floor: two draws)", "effective_nfe": None, **floors}, bench.x
@@ -265,9 +304,16 @@ def run(cfg: Toy, resume: bool = False, progress: bool = True) -> dict:
     per_step = 2 if cfg.guidance != 1 and cfg.conditional else 1
     for steps in (50, 4, 2, 1):
         facts = {"effective_nfe": float(steps * per_step), "seconds": phase.seconds, "updates": cfg.teacher_updates}
-        keep(f"teacher_{steps}", f"teacher, {steps} step{'s' * (steps > 1)}", lambda k=steps: bench.teacher_samples(teacher, k), **facts)
+        keep(
+            f"teacher_{steps}",
+            f"teacher, {steps} step{'s' * (steps > 1)}",
+            lambda k=steps: bench.teacher_samples(teacher, k),
+            **facts,
+        )
     draw_samples(points, records, folder / "samples.png")
-    print(f"first picture after {time.perf_counter() - started:.0f} s: {folder / 'samples.png'} (data and teacher; the students follow)")
+    print(
+        f"first picture after {time.perf_counter() - started:.0f} s: {folder / 'samples.png'} (data and teacher; the students follow)"
+    )
 
     how, plain = cfg.student_config(), cfg.student_config(H=0, N=1)
     ours, base = bench.fit_both(teacher, checkpoints, curve=12, progress=progress)
@@ -276,7 +322,9 @@ def run(cfg: Toy, resume: bool = False, progress: bool = True) -> dict:
     facts = {"effective_nfe": tmd.effective_nfe(cfg.M, cfg.N, cfg.H, cfg.depth)}
     if ours["stage1"]:
         facts |= {"seconds": ours["stage1_seconds"], "updates": cfg.stage1_updates}
-        keep("stage1", f"stage 1 alone, M={cfg.M} N={cfg.N}", lambda: bench.student_samples(ours["stage1"], how), **facts)
+        keep(
+            "stage1", f"stage 1 alone, M={cfg.M} N={cfg.N}", lambda: bench.student_samples(ours["stage1"], how), **facts
+        )
     facts |= {"seconds": ours["seconds"], "updates": ours["updates"]}
     keep("tmd", f"TMD, M={cfg.M} N={cfg.N} H={cfg.H}", lambda: bench.student_samples(ours["student"], how), **facts)
 
@@ -292,13 +340,18 @@ def run(cfg: Toy, resume: bool = False, progress: bool = True) -> dict:
         np.savez_compressed(file, **{k: v.numpy() for k, v in points.items()}, **flat)
     os.replace(folder / "samples.npz.tmp", folder / "samples.npz")
     draw(folder)
-    print(f"done in {time.perf_counter() - started:.0f} s: {folder}/metrics.json, samples.png, inner_flow.png, curves.png, transition.gif")
+    print(
+        f"done in {time.perf_counter() - started:.0f} s: {folder}/metrics.json, samples.png, inner_flow.png, curves.png, transition.gif"
+    )
     return metrics
 
 
 def markdown(metrics: dict) -> str:
     """The models of metrics.json as a Markdown table."""
-    lines = ["| model | effective NFE | sliced Wasserstein | off support | updates | training, s |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| model | effective NFE | sliced Wasserstein | off support | updates | training, s |",
+        "|---|---|---|---|---|---|",
+    ]
     for r in metrics["models"].values():
         cost = "| - | - |" if r["effective_nfe"] is None else f"| {r['updates']} | {r['seconds']:.0f} |"
         nfe = "-" if r["effective_nfe"] is None else f"{r['effective_nfe']:.3g}"
@@ -344,13 +397,19 @@ def main(argv: list[str] | None = None) -> int:
     def work():
         torch.set_num_threads(mode["threads"])
         if (mode["claims"] or mode["bench"]) and set(args) - {"out"}:
-            raise ValueError(f"--claims and --bench have settings of their own; leave out {', '.join(sorted(set(args) - {'out'}))}.")
-        quick = {**QUICK, "out": f"runs/toy_2d/{args.get('data', Toy.data)}-quick"} if mode["quick"] else {}  # a folder of its own
+            raise ValueError(
+                f"--claims and --bench have settings of their own; leave out {', '.join(sorted(set(args) - {'out'}))}."
+            )
+        quick = (
+            {**QUICK, "out": f"runs/toy_2d/{args.get('data', Toy.data)}-quick"} if mode["quick"] else {}
+        )  # a folder of its own
         cfg = Toy(**{**quick, **args})
         if mode["claims"]:
             from toys import claims_2d
 
-            claims_2d.run(cfg.out if "out" in args else f"runs/toy_2d/claims{'-quick' * mode['quick']}", quick=mode["quick"])
+            claims_2d.run(
+                cfg.out if "out" in args else f"runs/toy_2d/claims{'-quick' * mode['quick']}", quick=mode["quick"]
+            )
         elif mode["bench"]:
             from toys import bench
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 import tmd_minimal as tmd
-from toys import ladder
+from toys import ladder, video_net
 from toys.ladder import BLUE, GREY, INK, ORANGE, Ladder, Settings, open_folder, option, pyplot, write_json
 from toys.moving_shapes import EMPTY, MOTIONS, SHADES, SHAPES, Ruler, World, encode
 
@@ -82,9 +82,14 @@ class ToyVideo(Settings):
         tmd.choose("size", self.size, ("", *SIZES))
         self.size = self.size or ("small" if torch.cuda.is_available() else "tiny")
         self.out = self.out or f"runs/toy_video/{self.size}"
-        for name, size, patch in (("frames", self.frames, self.patch_frames), ("pixels", self.pixels, self.patch_pixels)):
+        for name, size, patch in (
+            ("frames", self.frames, self.patch_frames),
+            ("pixels", self.pixels, self.patch_pixels),
+        ):
             if patch < 1 or size % patch:
-                raise ValueError(f"{name} is {size} and the patch {patch}; choose {name} as a multiple of patch_{name}.")
+                raise ValueError(
+                    f"{name} is {size} and the patch {patch}; choose {name} as a multiple of patch_{name}."
+                )
         if self.heads < 1 or self.width % (2 * self.heads) or self.width < 6 * self.heads or self.width % 4:
             raise ValueError(
                 f"width is {self.width}; it must be a multiple of 4 and of twice the {self.heads} heads, at least 6 a head (rope)."
@@ -96,7 +101,9 @@ class ToyVideo(Settings):
         if not all(block.strip().isdigit() and int(block) < self.depth for block in self.taps.split(",")):
             raise ValueError(f"taps is {self.taps!r}; give block numbers from 0 to {self.depth - 1}, as in 2,4.")
         if self.samples < 4 * len(PROMPTS):
-            raise ValueError(f"samples is {self.samples}; the ruler needs at least {4 * len(PROMPTS)}, four clips for each prompt.")
+            raise ValueError(
+                f"samples is {self.samples}; the ruler needs at least {4 * len(PROMPTS)}, four clips for each prompt."
+            )
         World(self.frames, self.pixels), [encode(prompt) for prompt in self.shown()]  # their own checks
         unnamed = [prompt for prompt in self.shown() if prompt not in PROMPTS]
         if unnamed:
@@ -162,10 +169,12 @@ class VideoLadder(Ladder):
     def network(self):
         cfg = self.cfg
         patch = (cfg.patch_frames, cfg.patch_pixels, cfg.patch_pixels)
-        return tmd.VideoDiT(1, cfg.width, cfg.depth, cfg.heads, patch, words=EMPTY).to(self.device)
+        return video_net.VideoDiT(1, cfg.width, cfg.depth, cfg.heads, patch, words=EMPTY).to(self.device)
 
     def discriminator(self, kind: str | None = None):
-        return tmd.VideoDiscriminator(self.cfg.width, len(self.taps), kind or self.cfg.discriminator).to(self.device)
+        return video_net.VideoDiscriminator(self.cfg.width, len(self.taps), kind or self.cfg.discriminator).to(
+            self.device
+        )
 
     def floor(self) -> dict:
         """The score of the data itself."""
@@ -192,9 +201,14 @@ def published() -> tuple[VideoLadder, dict]:
 
 def compile_blocks() -> None:
     """Compile the forward of a transformer block, once for all networks and their copies (a GPU's elementwise passes fuse)."""
-    if not hasattr(tmd.DiTBlock, "eager"):
-        torch._dynamo.config.recompile_limit = 64  # with and without gradient, autocast (du/ds runs without), and by batch size
-        tmd.DiTBlock.eager, tmd.DiTBlock.forward = tmd.DiTBlock.forward, torch.compile(tmd.DiTBlock.forward)
+    if not hasattr(video_net.DiTBlock, "eager"):
+        torch._dynamo.config.recompile_limit = (
+            64  # with and without gradient, autocast (du/ds runs without), and by batch size
+        )
+        video_net.DiTBlock.eager, video_net.DiTBlock.forward = (
+            video_net.DiTBlock.forward,
+            torch.compile(video_net.DiTBlock.forward),
+        )
 
 
 # ---- Pictures, drawn from the saved numbers --------------------------------------------------------------------------
@@ -263,9 +277,24 @@ def draw_quality(records: dict, path: Path):
                 color = BLUE if "teacher" in name else INK if "dmd2v" in name else ORANGE
                 place = {"teacher": (4, -10), "dmd2v": (-4, 7), "stage1": (6, -2), "tmd": (4, 7)}[name.split("_")[0]]
                 ax.plot(r["effective_nfe"], r[key], "o", color=color, ms=5)
-                text = {"dmd2v": "DMD2-v", "stage1": "stage 1", "tmd": "TMD"}.get(name, r["title"].replace("teacher, ", ""))
-                ax.annotate(text, (r["effective_nfe"], r[key]), xytext=place, textcoords="offset points", fontsize=7, color=color)
-        ax.set(xscale="log", xlabel="effective NFE (blue: teacher, steps x 2)", title=key, ylim=(-0.04, 1.05), xlim=(0.7, 220))
+                text = {"dmd2v": "DMD2-v", "stage1": "stage 1", "tmd": "TMD"}.get(
+                    name, r["title"].replace("teacher, ", "")
+                )
+                ax.annotate(
+                    text,
+                    (r["effective_nfe"], r[key]),
+                    xytext=place,
+                    textcoords="offset points",
+                    fontsize=7,
+                    color=color,
+                )
+        ax.set(
+            xscale="log",
+            xlabel="effective NFE (blue: teacher, steps x 2)",
+            title=key,
+            ylim=(-0.04, 1.05),
+            xlim=(0.7, 220),
+        )
         ax.grid(alpha=0.2)
     fig.savefig(path, dpi=110)
     plt.close(fig)
@@ -314,7 +343,10 @@ def run(cfg: ToyVideo, resume: bool = True, progress: bool = True) -> dict:
         records[name], clips[name] = bench.judge(sampler, title=title, **facts)
         r = records[name]
         scores = "   ".join(f"{key} {r[key]:.3f}" for key in ("total", "quality", "semantic", "motion", "diversity"))
-        print(f"{title:<26} NFE {'-' if r['effective_nfe'] is None else format(r['effective_nfe'], '.3g'):<5} {scores}", flush=True)
+        print(
+            f"{title:<26} NFE {'-' if r['effective_nfe'] is None else format(r['effective_nfe'], '.3g'):<5} {scores}",
+            flush=True,
+        )
 
     def save(curves):
         metrics = {"config": cfg.without(), "models": records, "curves": curves, "shown": cfg.shown(), "torch": torch.__version__,
@@ -334,9 +366,14 @@ def run(cfg: ToyVideo, resume: bool = True, progress: bool = True) -> dict:
         """A first picture a third of the way through the teacher's training."""
         if phase.step == -(-cfg.teacher_updates // 3):
             n, title = len(PROMPTS), f"teacher at {phase.step} updates, 50 x {per_step}"
-            early = {"data": clips["data"][:n].cpu().numpy(), "teacher": bench.teacher_samples(phase.ema, 50, n).cpu().numpy()}
+            early = {
+                "data": clips["data"][:n].cpu().numpy(),
+                "teacher": bench.teacher_samples(phase.ema, 50, n).cpu().numpy(),
+            }
             facts = {"data": records["data"], "teacher": {"title": title, "effective_nfe": 50.0 * per_step}}
-            draw_sheet(early, facts, [PROMPTS.index(prompt) for prompt in cfg.shown()], cfg.shown(), folder / "preview.png")
+            draw_sheet(
+                early, facts, [PROMPTS.index(prompt) for prompt in cfg.shown()], cfg.shown(), folder / "preview.png"
+            )
             print(
                 f"first picture after {time.perf_counter() - started:.0f} s: {folder}/preview.png (the teacher, a third of the way)",
                 flush=True,
@@ -349,7 +386,10 @@ def run(cfg: ToyVideo, resume: bool = True, progress: bool = True) -> dict:
         title = f"teacher, {steps} x {per_step}"
         keep(f"teacher_{steps}", title, lambda k=steps: bench.teacher_samples(teacher, k), **facts)
     save({})
-    print(f"after {time.perf_counter() - started:.0f} s: {folder}/contact_sheet.png (data and teacher; the students follow)", flush=True)
+    print(
+        f"after {time.perf_counter() - started:.0f} s: {folder}/contact_sheet.png (data and teacher; the students follow)",
+        flush=True,
+    )
 
     how, plain = cfg.student_config(), cfg.student_config(H=0, N=1)
     ours, base = bench.fit_both(teacher, checkpoints, curve=cfg.curve, progress=progress)
@@ -358,12 +398,16 @@ def run(cfg: ToyVideo, resume: bool = True, progress: bool = True) -> dict:
     facts = {"effective_nfe": tmd.effective_nfe(cfg.M, cfg.N, cfg.H, cfg.depth)}
     if ours["stage1"]:
         facts |= {"seconds": ours["stage1_seconds"], "updates": cfg.stage1_updates}
-        keep("stage1", f"stage 1 alone, M={cfg.M} N={cfg.N}", lambda: bench.student_samples(ours["stage1"], how), **facts)
+        keep(
+            "stage1", f"stage 1 alone, M={cfg.M} N={cfg.N}", lambda: bench.student_samples(ours["stage1"], how), **facts
+        )
     facts |= {"seconds": ours["seconds"], "updates": ours["updates"]}
     keep("tmd", f"TMD, M={cfg.M} N={cfg.N} H={cfg.H}", lambda: bench.student_samples(ours["student"], how), **facts)
     metrics = save({"DMD2-v": base["curve"], "TMD": ours["curve"]})
     seconds = time.perf_counter() - started
-    print(f"done in {seconds:.0f} s: {folder}/metrics.json, contact_sheet.png, clips.gif, quality_vs_nfe.png, curves.png")
+    print(
+        f"done in {seconds:.0f} s: {folder}/metrics.json, contact_sheet.png, clips.gif, quality_vs_nfe.png, curves.png"
+    )
     return metrics
 
 
@@ -374,10 +418,17 @@ def device_name(device: str) -> str:
 def markdown(metrics: dict) -> str:
     """The models of metrics.json as a Markdown table."""
     keys = ("total", "quality", "semantic", "motion", "diversity")
-    lines = [f"| model | effective NFE | {' | '.join(keys)} | updates | training, s | sampling, s |", "|---" * (len(keys) + 5) + "|"]
+    lines = [
+        f"| model | effective NFE | {' | '.join(keys)} | updates | training, s | sampling, s |",
+        "|---" * (len(keys) + 5) + "|",
+    ]
     for r in metrics["models"].values():
         nfe = "-" if r["effective_nfe"] is None else f"{r['effective_nfe']:.3g}"
-        cost = "- | - | -" if r["effective_nfe"] is None else f"{r['updates']} | {r['seconds']:.0f} | {r['sample_seconds']:.1f}"
+        cost = (
+            "- | - | -"
+            if r["effective_nfe"] is None
+            else f"{r['updates']} | {r['seconds']:.0f} | {r['sample_seconds']:.1f}"
+        )
         lines.append(f"| {r['title']} | {nfe} | {' | '.join(f'{r[key]:.3f}' for key in keys)} | {cost} |")
     return "\n".join(lines) + "\n"
 
@@ -394,7 +445,9 @@ MODES = {
 
 def parser():
     p = ladder.parser(ToyVideo, __doc__, **MODES)
-    p.add_argument("--only", default="", metavar="JOBS", help="with --claims: run these students only, separated by commas")
+    p.add_argument(
+        "--only", default="", metavar="JOBS", help="with --claims: run these students only, separated by commas"
+    )
     p.add_argument(
         "--threads",
         type=int,

@@ -93,7 +93,9 @@ def strip(value):
     return [strip(v) for v in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize("more", [[], ["--M", "2", "--outer", "renoised"], ["--conditional", "--guidance", "1.5", "--data", "moons"]])
+@pytest.mark.parametrize(
+    "more", [[], ["--M", "2", "--outer", "renoised"], ["--conditional", "--guidance", "1.5", "--data", "moons"]]
+)
 def test_same_seed_same_numbers_and_resume_after_kill(more, tmp_path):
     """Killed with -9 in the middle and resumed, a run gives the numbers of an undisturbed one, bit for bit."""
     assert tiny(tmp_path / "a", *more) == 0
@@ -181,9 +183,19 @@ def test_read_only_folder(tmp_path, capsys):
 
 def test_the_rule_of_the_claims_table():
     """Better on one distance and worse on none holds; the other way round does not; overlap or conflict is inconclusive."""
-    low, high, wide = claims.summary([0.10, 0.11, 0.12]), claims.summary([0.30, 0.31, 0.32]), claims.summary([0.0, 0.2, 0.4])
-    case = lambda a, b: claims.verdict({"swd": a[0], "off_support": a[1]}, {"swd": b[0], "off_support": b[1]}, claims_2d.SCORES)
-    assert low["mean"] == pytest.approx(0.11) and low["std"] == pytest.approx(0.01) and low["se"] == pytest.approx(0.01 / 3**0.5)
+    low, high, wide = (
+        claims.summary([0.10, 0.11, 0.12]),
+        claims.summary([0.30, 0.31, 0.32]),
+        claims.summary([0.0, 0.2, 0.4]),
+    )
+    case = lambda a, b: claims.verdict(
+        {"swd": a[0], "off_support": a[1]}, {"swd": b[0], "off_support": b[1]}, claims_2d.SCORES
+    )
+    assert (
+        low["mean"] == pytest.approx(0.11)
+        and low["std"] == pytest.approx(0.01)
+        and low["se"] == pytest.approx(0.01 / 3**0.5)
+    )
     assert case((low, low), (high, low)) == "holds"
     assert case((high, low), (low, low)) == "does not hold"
     assert case((low, high), (high, low)) == "inconclusive"

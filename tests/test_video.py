@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import tmd_minimal as tmd
 import toy_video
-from toys import claims, claims_video
+from toys import claims, claims_video, video_net
 from toys.moving_shapes import EMPTY, World
 
 TINY = ["--frames", "6", "--pixels", "12", "--patch-frames", "2", "--patch-pixels", "4", "--width", "16", "--depth", "3", "--H", "1",
@@ -18,7 +18,9 @@ TINY = ["--frames", "6", "--pixels", "12", "--patch-frames", "2", "--patch-pixel
 
 
 def network(**kw):
-    return tmd.VideoDiT(**{"channels": 2, "width": 24, "depth": 4, "heads": 2, "patch": (2, 4, 4), "words": 5, **kw}).double()
+    return video_net.VideoDiT(
+        **{"channels": 2, "width": 24, "depth": 4, "heads": 2, "patch": (2, 4, 4), "words": 5, **kw}
+    ).double()
 
 
 def clips(g, n=3):
@@ -31,7 +33,7 @@ def clips(g, n=3):
 
 def test_patches_go_back_where_they_came_from(g):
     """Unpatchify undoes the patch embedding: with one channel a pixel, the round trip is the identity."""
-    net = tmd.VideoDiT(channels=2, width=64, depth=1, heads=1, patch=(2, 4, 4)).double()
+    net = video_net.VideoDiT(channels=2, width=64, depth=1, heads=1, patch=(2, 4, 4)).double()
     net.patch.weight.data = torch.eye(64, dtype=torch.float64).reshape(64, 2, 2, 4, 4)
     net.proj.weight.data = torch.eye(64, dtype=torch.float64)
     net.norm = torch.nn.Identity()
@@ -46,7 +48,7 @@ def test_rotary_positions_are_relative_in_three_axes(g):
 
     The products are read off the attention itself: with values that name the key, the output of one query is its row of weights.
     """
-    attention = tmd.Attention(24, 1)
+    attention = video_net.Attention(24, 1)
     cos, sin = (a.view(6, 5, 4, -1) for a in network(width=24, heads=1).rope([6, 5, 4], "cpu"))
     attention.kv.weight.data[24:] = torch.eye(24)
     attention.kv.bias.data.zero_()
@@ -122,7 +124,7 @@ def test_backbone_runs_m_times_and_head_m_n_times(M, N, g):
 @pytest.mark.parametrize(("kind", "far"), [("conv3d", False), ("conv1d2d", False), ("attention", True)])
 def test_discriminator_heads_see_neighbours_or_all_tokens(kind, far, g):
     """A logit of the convolutions depends on neighbouring tokens, one of attention on the farthest as well (group norms taken out)."""
-    disc = tmd.VideoDiscriminator(24, 1, kind).double()
+    disc = video_net.VideoDiscriminator(24, 1, kind).double()
     for module in list(disc.modules()):
         for name, child in module.named_children():
             if isinstance(child, torch.nn.GroupNorm):
@@ -142,7 +144,7 @@ def test_conv1d2d_separates_space_and_time(g):
     moved = x.clone()
     moved[:, :, 3] += 1
     for kind, mixes in (("conv3d", True), ("conv1d2d", False)):
-        conv = tmd.VideoDiscriminator(24, 1, kind).heads[0][1]
+        conv = video_net.VideoDiscriminator(24, 1, kind).heads[0][1]
         changed = (conv(x) - conv(moved)).abs().amax((0, 1, 3, 4)) > 1e-6
         assert bool(changed[2]) is mixes and bool(changed[3])
 
@@ -159,7 +161,7 @@ def test_both_stages_train_on_clips_and_reach_the_backbone(g):
     assert student.net.blocks[0].attn.q.weight.grad.abs().sum() > 0 and student.net.text[1].weight.grad.abs().sum() > 0
     student.zero_grad()
     x_hat = tmd.generate(student, x, c, **grids, generator=g)
-    disc = tmd.VideoDiscriminator(24, 2).double()
+    disc = video_net.VideoDiscriminator(24, 2).double()
     more = {"t": t, "noise": torch.randn_like(x), "taps": (1, 2)}
     terms = tmd.stage2_student_loss(x_hat, net, network(), disc, c, neg, guidance=2.0, **more)
     sum(terms.values()).backward()
@@ -170,7 +172,7 @@ def test_both_stages_train_on_clips_and_reach_the_backbone(g):
 
 def test_bf16_autocast_keeps_losses_and_derivatives_in_float32(g):
     """Under bf16 autocast on clips the loss is float32, finite, and within 2 % of the float32 loss."""
-    net = tmd.VideoDiT(channels=2, width=24, depth=4, heads=2, words=5)
+    net = video_net.VideoDiT(channels=2, width=24, depth=4, heads=2, words=5)
     student = tmd.TMDStudent(net, 2)
     x, _, c = clips(g)
     x, how = x.float(), tmd.StudentConfig(M=1, N=2, H=2)
@@ -192,9 +194,11 @@ def test_training_under_bf16_autocast_moves_the_weights_it_uses():
 
     def last_losses(context):
         tmd.seed_everything(0)
-        net, losses = tmd.VideoDiT(channels=2, width=24, depth=2, heads=2), []
+        net, losses = video_net.VideoDiT(channels=2, width=24, depth=2, heads=2), []
         with context:
-            tmd.train_teacher(net, data, updates=100, batch=16, lr=3e-3, seed=0, progress=False, on_step=lambda _, t: losses.append(t))
+            tmd.train_teacher(
+                net, data, updates=100, batch=16, lr=3e-3, seed=0, progress=False, on_step=lambda _, t: losses.append(t)
+            )
         return sum(t["denoising"].item() for t in losses[-20:]) / 20
 
     bench = toy_video.VideoLadder.precision_of("cuda")
@@ -209,8 +213,11 @@ def test_training_under_bf16_autocast_moves_the_weights_it_uses():
     [
         (lambda: network()(torch.zeros(1, 2, 3, 8, 8), torch.zeros(1)), "multiples"),
         (lambda: network()(torch.zeros(1, 2, 8, 8), torch.zeros(1)), "multiples"),
-        (lambda: network().taps(torch.zeros(1, 2, 4, 8, 8).double(), torch.zeros(1).double(), None, (1, 4)), "blocks 0 to 3"),
-        (lambda: tmd.VideoDiscriminator(24, 2, "conv4d"), "conv3d"),
+        (
+            lambda: network().taps(torch.zeros(1, 2, 4, 8, 8).double(), torch.zeros(1).double(), None, (1, 4)),
+            "blocks 0 to 3",
+        ),
+        (lambda: video_net.VideoDiscriminator(24, 2, "conv4d"), "conv3d"),
         (lambda: toy_video.ToyVideo(pixels=18), "multiple of patch_pixels"),
         (lambda: toy_video.ToyVideo(width=60, heads=4), "twice the 4 heads"),
         (lambda: toy_video.ToyVideo(taps="2,6"), "0 to 5"),
@@ -221,7 +228,10 @@ def test_training_under_bf16_autocast_moves_the_weights_it_uses():
         (lambda: toy_video.ToyVideo(width=32, heads=8), "at least 6 a head"),
         (lambda: toy_video.ToyVideo(discriminator="conv4d"), "conv1d2d"),
         (lambda: toy_video.ToyVideo(kd_steps=0), "at least 1"),
-        (lambda: network().taps(torch.zeros(1, 2, 4, 8, 8).double(), torch.zeros(1).double(), None, (2, 0)), "increasing"),
+        (
+            lambda: network().taps(torch.zeros(1, 2, 4, 8, 8).double(), torch.zeros(1).double(), None, (2, 0)),
+            "increasing",
+        ),
         (lambda: toy_video.ToyVideo(H=6), "1 <= H < depth"),
         (lambda: claims_video.run("x", "tiny", only=("tmd M3",)), "unknown job 'tmd M3'"),
     ],
@@ -245,13 +255,36 @@ def test_a_run_writes_numbers_then_pictures_and_is_not_run_again(tmp_path, capsy
     out = tmp_path / "v"
     assert tiny(out) == 0
     metrics = json.loads((out / "metrics.json").read_text())
-    assert list(metrics["models"]) == ["data", "teacher_50", "teacher_4", "teacher_2", "teacher_1", "dmd2v", "stage1", "tmd"]
+    assert list(metrics["models"]) == [
+        "data",
+        "teacher_50",
+        "teacher_4",
+        "teacher_2",
+        "teacher_1",
+        "dmd2v",
+        "stage1",
+        "tmd",
+    ]
     assert metrics["models"]["teacher_50"]["effective_nfe"] == 100 and metrics["models"]["data"]["total"] > 0.9
     assert metrics["models"]["tmd"]["effective_nfe"] == pytest.approx(1 + 1 / 3)
-    for name in ("preview.png", "contact_sheet.png", "clips.gif", "quality_vs_nfe.png", "curves.png", "samples.npz", "metrics.md"):
+    for name in (
+        "preview.png",
+        "contact_sheet.png",
+        "clips.gif",
+        "quality_vs_nfe.png",
+        "curves.png",
+        "samples.npz",
+        "metrics.md",
+    ):
         assert (out / name).stat().st_size > 500, name
     stamps = {p: p.stat().st_mtime_ns for p in (out / "checkpoints").glob("*.pt")}
-    assert {p.name for p in stamps} == {"teacher.pt", "tmd.stage1.pt", "tmd.stage2.pt", "dmd2v.kd.pt", "dmd2v.stage2.pt"}
+    assert {p.name for p in stamps} == {
+        "teacher.pt",
+        "tmd.stage1.pt",
+        "tmd.stage2.pt",
+        "dmd2v.kd.pt",
+        "dmd2v.stage2.pt",
+    }
     assert tiny(out) == 0
     assert stamps == {p: p.stat().st_mtime_ns for p in (out / "checkpoints").glob("*.pt")}
     again = json.loads((out / "metrics.json").read_text())

@@ -135,10 +135,17 @@ def measure(ladder: type[Ladder], cfg, sampled, n: int, threads: int, repeats: i
             update()
         times[name] = median_ms(update, repeat(name), device)
     # before the replay, which needs tensors of its own
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = (
+        torch.cuda.max_memory_allocated() / 2**20
+        if device == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    )
     rows = []
     for name, recorder in recorders.items():
-        pairs = [(torch.randn(a, device=device, dtype=t), torch.randn(b, device=device, dtype=t)) for a, b, t in recorder.products]
+        pairs = [
+            (torch.randn(a, device=device, dtype=t), torch.randn(b, device=device, dtype=t))
+            for a, b, t in recorder.products
+        ]
         flop = sum(2 * a.numel() * b.shape[-1] for a, b in pairs)
         floor = median_ms(lambda pairs=pairs: [torch.matmul(a, b) for a, b in pairs], max(3, repeats // 10), device)
         rows.append({"stage": name, "ms": times[name], "floor_ms": floor, "gflop": flop / 1e9})

@@ -49,7 +49,9 @@ class Rung:
     draw: Callable | None = None  # (root, result) -> writes a picture
 
     def toy_of(self, name: str, seed: int, quick: bool):
-        return self.ladder.settings(**{**self.size, **(self.quick if quick else {}), **self.jobs[name][0], "seed": seed})
+        return self.ladder.settings(
+            **{**self.size, **(self.quick if quick else {}), **self.jobs[name][0], "seed": seed}
+        )
 
     def plan(self, name: str, seed: int, quick: bool):
         """What a job is, fully resolved: the settings, the student, stage 1 or None, stage 2, KD updates, the discriminator's kind."""
@@ -70,7 +72,13 @@ class Rung:
 
 def settings_of(cfg, how, one, two, kd, kind) -> dict:
     """What a finished job is compared by before it is taken as it stands."""
-    stages = {"student": asdict(how), "stage1": asdict(one) if one else None, "stage2": asdict(two), "kd_updates": kd, **kind}
+    stages = {
+        "student": asdict(how),
+        "stage1": asdict(one) if one else None,
+        "stage2": asdict(two),
+        "kd_updates": kd,
+        **kind,
+    }
     return {"toy": asdict(cfg) | {"out": None}, **stages, "torch": torch.__version__}
 
 
@@ -103,10 +111,17 @@ def run_job(args) -> None:
     bench = rung.ladder(cfg)
     teacher, _ = bench.fit_teacher(root / rung.teacher_name(cfg), progress=False)
     student_updates = kd + (one.updates if one else 0) + two.iterations // two.student_every
-    record = {"name": name, "seed": seed, "effective_nfe": tmd.effective_nfe(how.M, how.N, how.H, cfg.depth), "settings": settings}
+    record = {
+        "name": name,
+        "seed": seed,
+        "effective_nfe": tmd.effective_nfe(how.M, how.N, how.H, cfg.depth),
+        "settings": settings,
+    }
     record["student_updates"] = student_updates
     try:
-        fit = bench.fit_student(teacher, name.replace(" ", "-"), how, one, two, None, kd_updates=kd, kind=kind, progress=False)
+        fit = bench.fit_student(
+            teacher, name.replace(" ", "-"), how, one, two, None, kd_updates=kd, kind=kind, progress=False
+        )
     except FloatingPointError as e:  # a diverged student is a result, not a crash of the table
         write_json(file, {**record, "diverged": str(e)})
         return
@@ -152,13 +167,17 @@ def tabulate(rung: Rung, root: Path) -> dict:
     def judge(claim, setting, names, a, b):
         """One row; a diverged seed on either side leaves the claim undecided and is said."""
         diverged = sum("diverged" in r for name in names for r in jobs.get(name, []))
-        what = f"inconclusive ({diverged} diverged)" if diverged else verdict(a, b, rung.scores) if a and b else "not run"
+        what = (
+            f"inconclusive ({diverged} diverged)" if diverged else verdict(a, b, rung.scores) if a and b else "not run"
+        )
         return {"claim": claim, "setting": setting, "A": a, "B": b, "verdict": what}
 
     models, rows = {}, []
     for claim, setting, name_a, name_b, phase in rung.claims:
         phase_a, _, phase_b = phase.partition("/")
-        rows.append(judge(claim, setting, {name_a, name_b}, numbers(name_a, phase_a), numbers(name_b, phase_b or phase_a)))
+        rows.append(
+            judge(claim, setting, {name_a, name_b}, numbers(name_a, phase_a), numbers(name_b, phase_b or phase_a))
+        )
     for name, records in jobs.items():
         done = [r for r in records if "end" in r]
         if len(done) > 1:
@@ -187,7 +206,9 @@ def claims_table(rung: Rung, result: dict) -> str:
         return " / ".join(show(x[k], k in rung.percent) + " %" * (k in rung.percent) for k in rung.scores if k in x)
 
     lines = ["| claim | setting (A against B) | A | B | A beats B |", "|---|---|---|---|---|"]
-    lines += [f"| {r['claim']} | {r['setting']} | {cell(r['A'])} | {cell(r['B'])} | {r['verdict']} |" for r in result["rows"]]
+    lines += [
+        f"| {r['claim']} | {r['setting']} | {cell(r['A'])} | {cell(r['B'])} | {r['verdict']} |" for r in result["rows"]
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -205,7 +226,13 @@ def students_table(rung: Rung, result: dict) -> str:
 
 def markdown(rung: Rung, result: dict) -> str:
     """All tables of a rung."""
-    return "\n".join([claims_table(rung, result), students_table(rung, result), *(rung.more_tables(result) if rung.more_tables else [])])
+    return "\n".join(
+        [
+            claims_table(rung, result),
+            students_table(rung, result),
+            *(rung.more_tables(result) if rung.more_tables else []),
+        ]
+    )
 
 
 def run(rung: Rung, out: str, quick: bool = False, processes: int = 2, seeds=SEEDS, only: tuple = ()) -> dict:
@@ -221,7 +248,9 @@ def run(rung: Rung, out: str, quick: bool = False, processes: int = 2, seeds=SEE
     teachers = {rung.teacher_name(rung.toy_of(n, s, quick)): (rung, root, n, s, quick) for _, _, n, s, _ in jobs}
     with workers(processes) as pool:
         for todo, work, what in ((list(teachers.values()), run_teacher, "teachers"), (jobs, run_job, "students")):
-            for done in tqdm(as_completed([pool.submit(work, job) for job in todo]), total=len(todo), desc=what, disable=None):
+            for done in tqdm(
+                as_completed([pool.submit(work, job) for job in todo]), total=len(todo), desc=what, disable=None
+            ):
                 done.result()
     result = tabulate(rung, root)
     if rung.draw and not quick:

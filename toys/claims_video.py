@@ -51,7 +51,13 @@ JOBS = {
 CLAIMS = [
     ("C1", "M = 1, N = 4", "tmd", "dmd2v", "end"),
     ("C1", "M = 1, N = 2", "tmd N2", "dmd2v", "end"),
-    ("C1", "M = 1, neither warmed up: TMD without stage 1 against DMD2-v without KD", "tmd no stage 1", "dmd2v no kd", "end"),
+    (
+        "C1",
+        "M = 1, neither warmed up: TMD without stage 1 against DMD2-v without KD",
+        "tmd no stage 1",
+        "dmd2v no kd",
+        "end",
+    ),
     ("C1", "M = 2, N = 4", "tmd M2", "dmd2v M2", "end"),
     ("C1", "like NFE: TMD at M = 1, N = 4 against DMD2-v at M = 2", "tmd", "dmd2v M2", "end"),
     ("C2", "M = 2 against M = 1, N = 4", "tmd M2", "tmd", "end"),
@@ -126,7 +132,13 @@ def draw(root: Path, result: dict) -> None:
             m, (color, mark) = models[name], (INK, "s") if "dmd2v" in name else (ORANGE, "o")
             ax.errorbar(m[key]["mean"], row, xerr=m[key]["std"], fmt=mark, color=color, capsize=3, ms=5)
         for steps, style in (("50", "--"), ("4", ":")):
-            ax.axvline(sum(t[steps][key] for t in teachers) / len(teachers), color=BLUE, lw=1, ls=style, label=f"teacher, {steps} x 2")
+            ax.axvline(
+                sum(t[steps][key] for t in teachers) / len(teachers),
+                color=BLUE,
+                lw=1,
+                ls=style,
+                label=f"teacher, {steps} x 2",
+            )
         data = sum(t["floor"][key] for t in teachers) / len(teachers)
         ax.set(title=f"{key} (data: {data:.2f})")
         ax.grid(alpha=0.2)
@@ -144,7 +156,10 @@ def rung(size: str) -> Rung:
     frames = 3 * SIZES[size].get("frames", ToyVideo.frames) // 2
     return Rung(
         ladder=VideoLadder,
-        jobs={name: ({**job[0], "frames": frames}, *job[1:]) if "long clips" in name else job for name, job in JOBS.items()},
+        jobs={
+            name: ({**job[0], "frames": frames}, *job[1:]) if "long clips" in name else job
+            for name, job in JOBS.items()
+        },
         claims=CLAIMS,
         size=settings,
         quick={**QUICK, "teacher_updates": 10, "stage1_updates": 4, "iterations": 10},

@@ -37,8 +37,18 @@ class Settings:
 
     def __post_init__(self):
         if not 1 <= self.H < self.depth:
-            raise ValueError(f"the flow head has H = {self.H} blocks of a network of {self.depth}; choose 1 <= H < depth.")
-        least = {"batch": 1, "teacher_updates": 1, "iterations": 1, "samples": 1, "width": 2, "depth": 3, "stage1_updates": 0}
+            raise ValueError(
+                f"the flow head has H = {self.H} blocks of a network of {self.depth}; choose 1 <= H < depth."
+            )
+        least = {
+            "batch": 1,
+            "teacher_updates": 1,
+            "iterations": 1,
+            "samples": 1,
+            "width": 2,
+            "depth": 3,
+            "stage1_updates": 0,
+        }
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}.")
@@ -57,7 +67,13 @@ class Settings:
 
     def stage1_config(self, **kw) -> tmd.Stage1Config:
         # choice: a shorter average than the paper-sized default, for a stage of a thousand updates
-        base = {"updates": self.stage1_updates, "batch": self.batch, "lr": self.stage1_lr, "s_shift": self.s_shift, "ema": 0.995}
+        base = {
+            "updates": self.stage1_updates,
+            "batch": self.batch,
+            "lr": self.stage1_lr,
+            "s_shift": self.s_shift,
+            "ema": 0.995,
+        }
         return tmd.Stage1Config(**{**base, "guidance": self.guidance, **kw})
 
     def stage2_config(self, **kw) -> tmd.Stage2Config:
@@ -116,7 +132,13 @@ class Ladder:
         cfg = self.cfg
         tmd.seed_everything(cfg.seed)
         config = {key: getattr(cfg, key) for key in self.of_teacher}
-        more = {"updates": cfg.teacher_updates, "batch": cfg.batch, "lr": cfg.teacher_lr, "t_shift": self.t_shift, "seed": cfg.seed}
+        more = {
+            "updates": cfg.teacher_updates,
+            "batch": cfg.batch,
+            "lr": cfg.teacher_lr,
+            "t_shift": self.t_shift,
+            "seed": cfg.seed,
+        }
         with self.precision():
             return tmd.train_teacher(self.network(), self.data, c_neg=self.c_neg, config=config, path=str(folder / "teacher.pt"),
                                      **more, **run)  # fmt: skip
@@ -141,7 +163,9 @@ class Ladder:
 
         if stage1:
             with self.precision():
-                after_stage1, phase = tmd.train_stage1(student, self.data, how, stage1, c_neg=self.c_neg, path=path("stage1"), **common)
+                after_stage1, phase = tmd.train_stage1(
+                    student, self.data, how, stage1, c_neg=self.c_neg, path=path("stage1"), **common
+                )
             student.load_state_dict(after_stage1.state_dict())  # choice: stage 2 starts from the average of stage 1
             seconds, stage1_seconds, updates = phase.seconds, phase.seconds, stage1.updates
         if kd_updates:
@@ -155,7 +179,9 @@ class Ladder:
                 return noise[i], clean[i], None if c is None else c[i]
 
             with self.precision():
-                ema, phase = tmd.train_kd(student, pairs, how, updates=kd_updates, lr=cfg.stage1_lr, path=path("kd"), **common)
+                ema, phase = tmd.train_kd(
+                    student, pairs, how, updates=kd_updates, lr=cfg.stage1_lr, path=path("kd"), **common
+                )
             student.load_state_dict(ema.state_dict())
             seconds, updates = phase.seconds, kd_updates
         if stage2:
@@ -266,7 +292,9 @@ def open_folder(out: str, config: dict, resume: bool) -> Path:
             try:
                 old = json.loads((folder / "config.json").read_text())
             except ValueError as e:
-                raise RuntimeError(f"{folder}/config.json is not readable JSON; choose another folder with --out.") from e
+                raise RuntimeError(
+                    f"{folder}/config.json is not readable JSON; choose another folder with --out."
+                ) from e
             if not isinstance(old, dict):
                 raise RuntimeError(f"{folder}/config.json is not a run's settings; choose another folder with --out.")
         probe = folder / ".write-test"
@@ -291,7 +319,9 @@ def redraw(draw, folder: Path, *args) -> None:
     try:
         draw(folder, *args)
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as e:
-        raise RuntimeError(f"{folder} holds no whole run to draw ({type(e).__name__}); run the command without --redraw first.") from e
+        raise RuntimeError(
+            f"{folder} holds no whole run to draw ({type(e).__name__}); run the command without --redraw first."
+        ) from e
 
 
 def parser(settings: type, doc: str, **modes: str) -> argparse.ArgumentParser:

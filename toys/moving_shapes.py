@@ -19,9 +19,15 @@ import torch.nn.functional as F
 
 import tmd_minimal as tmd
 
-SHADES, SHAPES, MOTIONS = ("dim", "bright"), ("square", "ring", "cross"), ("still", "straight", "bounce", "circle", "eight")
+SHADES, SHAPES, MOTIONS = (
+    ("dim", "bright"),
+    ("square", "ring", "cross"),
+    ("still", "straight", "bounce", "circle", "eight"),
+)
 WORDS = (*SHADES, *SHAPES, *MOTIONS, "any")
-EMPTY = len(WORDS) - 1  # the id of "any", which takes a word's place where the condition is dropped; no clip is drawn for it
+EMPTY = (
+    len(WORDS) - 1
+)  # the id of "any", which takes a word's place where the condition is dropped; no clip is drawn for it
 _SLOTS = (SHADES, SHAPES, MOTIONS)
 _FIRST = (0, len(SHADES), len(SHADES) + len(SHAPES))  # the id of the first word of each slot
 _RADIUS, _MARGIN = 0.19, 0.21  # half a shape, and how near its centre comes to an edge: shapes never leave the frame
@@ -32,7 +38,9 @@ def encode(prompt: str) -> torch.Tensor:
     words = prompt.split()
     if len(words) != 3 or any(w not in (*slot, WORDS[EMPTY]) for w, slot in zip(words, _SLOTS)):
         known = "; ".join(" | ".join(slot) for slot in _SLOTS)
-        raise ValueError(f"cannot read the prompt {prompt!r}; write three words, one each of {known} (or {WORDS[EMPTY]}).")
+        raise ValueError(
+            f"cannot read the prompt {prompt!r}; write three words, one each of {known} (or {WORDS[EMPTY]})."
+        )
     return torch.tensor([WORDS.index(w) for w in words])
 
 
@@ -46,7 +54,9 @@ def decode(c: torch.Tensor) -> str:
 
 def _checked(c):  # prompts (n, 3) in which every word is named
     if c.ndim != 2 or c.shape[1] != 3 or c.is_floating_point():
-        raise ValueError(f"prompts of shape {tuple(c.shape)} and type {c.dtype} do not fit; give integer tokens (n, 3).")
+        raise ValueError(
+            f"prompts of shape {tuple(c.shape)} and type {c.dtype} do not fit; give integer tokens (n, 3)."
+        )
     first = torch.tensor(_FIRST, device=c.device)
     if ((c < first) | (c >= first + torch.tensor([len(s) for s in _SLOTS], device=c.device))).any():
         raise ValueError("a prompt has a wrong or empty word; use tokens of encode() with no word left as any.")
@@ -90,7 +100,9 @@ def _bounce(u, time):
     quarter = (4 * u[:, 3, None]).floor()
     slope = _along((4 * u[:, 3] - quarter[:, 0] - 0.5) / 4)  # within 45 degrees of the normal, so the bounce is seen
     speed = _between(0.75, 1.1, u[:, 2, None])
-    depth = _SIDE * _fold(speed * slope[:, :1] * since_hit.abs() / _SIDE)  # from the wall; the other walls reflect as well
+    depth = _SIDE * _fold(
+        speed * slope[:, :1] * since_hit.abs() / _SIDE
+    )  # from the wall; the other walls reflect as well
     place = _SIDE * (_fold(_fold(u[:, :1]) + speed * slope[:, 1:] * since_hit / _SIDE) - 0.5)
     depth = (_SIDE / 2 - depth) * torch.where(quarter % 4 < 2, 1, -1)
     return torch.where((quarter % 2 == 0)[..., None], torch.stack([depth, place], -1), torch.stack([place, depth], -1))
@@ -158,7 +170,9 @@ class World:
 
     frames: int = 8  # of a clip
     size: int = 16  # side of a frame in pixels
-    modes: str = "free"  # of a motion: "free" (any direction, phase, speed) or "few" (see _few), which a small network can learn
+    modes: str = (
+        "free"  # of a motion: "free" (any direction, phase, speed) or "few" (see _few), which a small network can learn
+    )
 
     def __post_init__(self):
         if self.frames < 6:
@@ -198,7 +212,9 @@ class World:
         """n clips (n, 1, T, H, W), prompts c (n, 3), params (n, 5), of the prompts given or of uniform ones; on the generator's device."""
         device = generator.device
         if c is None:
-            c = torch.stack([f + torch.randint(len(s), (n,), generator=generator, device=device) for f, s in zip(_FIRST, _SLOTS)], 1)
+            c = torch.stack(
+                [f + torch.randint(len(s), (n,), generator=generator, device=device) for f, s in zip(_FIRST, _SLOTS)], 1
+            )
         elif len(_checked(c)) != n:
             raise ValueError(f"{len(c)} prompts were given for {n} clips; give one prompt a clip.")
         c = c.to(device)
@@ -217,7 +233,9 @@ def _fit(residual, p, steps):
         J = torch.stack([(residual(p + nudge) - r) / 1e-3 for nudge in nudges], 2)  # (n, m, k)
         A = J.mT @ J
         diagonal = A.diagonal(dim1=1, dim2=2)
-        A = A + torch.diag_embed(damp * diagonal + 1e-6 * diagonal.amax(1, keepdim=True) + 1e-9)  # an unused parameter has a zero column
+        A = A + torch.diag_embed(
+            damp * diagonal + 1e-6 * diagonal.amax(1, keepdim=True) + 1e-9
+        )  # an unused parameter has a zero column
         q = p - torch.linalg.solve(A, J.mT @ r[..., None])[..., 0]
         s = residual(q)
         better = s.square().sum(1, keepdim=True) < r.square().sum(1, keepdim=True)
@@ -236,12 +254,16 @@ class Ruler:
     def __init__(self, world: World | None = None):
         self.world = world = world or World()
         self.grid = torch.cartesian_prod(*[torch.linspace(0, 1, _CELLS + 1)] * 2)  # (G, 2) places for the centre
-        u = torch.quasirandom.SobolEngine(5, scramble=True, seed=0).draw(_BANK)  # uniform like the data, with fewer gaps than a draw
+        u = torch.quasirandom.SobolEngine(5, scramble=True, seed=0).draw(
+            _BANK
+        )  # uniform like the data, with fewer gaps than a draw
         self.params = u.repeat(len(MOTIONS), 1)
         motion = _FIRST[2] + torch.arange(len(MOTIONS)).repeat_interleave(_BANK)
         self.paths = world.trajectory(motion, self.params)  # (5 M, T, 2)
         cell = (self.paths * _CELLS).round().long()
-        self.cells = cell[..., 0] * (_CELLS + 1) + cell[..., 1] + len(self.grid) * torch.arange(world.frames)  # frame and place in one
+        self.cells = (
+            cell[..., 0] * (_CELLS + 1) + cell[..., 1] + len(self.grid) * torch.arange(world.frames)
+        )  # frame and place in one
         cover = [world._cover(torch.full((len(self.grid),), i), self.grid[:, None]) for i in range(len(SHAPES))]
         self.cover = torch.cat(cover).flatten(1)  # (3 G, H W)
         laws = self.paths.view(len(MOTIONS), _BANK, world.frames, 2)
@@ -260,35 +282,51 @@ class Ruler:
     def _check(self, clips, c=None):
         shape = (1, self.world.frames, self.world.size, self.world.size)
         if clips.ndim != 5 or clips.shape[1:] != shape or not len(clips):
-            raise ValueError(f"clips of shape {tuple(clips.shape)} do not fit this world; give (n, {', '.join(map(str, shape))}).")
+            raise ValueError(
+                f"clips of shape {tuple(clips.shape)} do not fit this world; give (n, {', '.join(map(str, shape))})."
+            )
         if not clips.isfinite().all():
             raise ValueError("some clips hold nan or inf; score finite clips only.")
         if c is not None and len(_checked(c)) != len(clips):
             raise ValueError(f"{len(c)} prompts do not fit {len(clips)} clips; give one prompt a clip.")
-        vars(self).update({name: v.to(clips.device) for name, v in vars(self).items() if torch.is_tensor(v)})  # tables follow the clips
+        vars(self).update(
+            {name: v.to(clips.device) for name, v in vars(self).items() if torch.is_tensor(v)}
+        )  # tables follow the clips
 
     def _chunks(self, clips):
-        return clips.detach().float().split(max(1, 2**17 // clips[0].numel()))  # 64 clips of 8 x 16 x 16: memory stays bounded
+        return (
+            clips.detach().float().split(max(1, 2**17 // clips[0].numel()))
+        )  # 64 clips of 8 x 16 x 16: memory stays bounded
 
     def _search(self, x):
         """Squared error of clips x (n, 1, T, H, W) against every shape at every place, less |x + 1|^2 -> (T, G, 2, 3, n)."""
         T, G = self.world.frames, len(self.grid)
         energy = self.cover.square().sum(1).view(3, G, 1)
         product = torch.einsum("kp,ntp->tkn", self.cover, x[:, 0].flatten(2) + 1).view(T, 3, G, -1)
-        error = torch.stack([a * a * energy - 2 * a * product for a in (1.0, 2.0)])  # (2, T, 3, G, n); shades are 1 and 2 over -1
+        error = torch.stack(
+            [a * a * energy - 2 * a * product for a in (1.0, 2.0)]
+        )  # (2, T, 3, G, n); shades are 1 and 2 over -1
         return error.permute(1, 3, 0, 2, 4).contiguous()
 
     def _nearest(self, x, error):
         """The nearest valid clip over all prompts: prompt (n, 3), params (n, 5), squared error (n,)."""
         n = len(x)
-        total = F.embedding_bag(self.cells, error.flatten(2).flatten(0, 1), mode="sum")  # (5 M, 6 n): every path, every shape
+        total = F.embedding_bag(
+            self.cells, error.flatten(2).flatten(0, 1), mode="sum"
+        )  # (5 M, 6 n): every path, every shape
         best, which = (v.flatten(0, 1) for v in total.view(len(MOTIONS) * _PARTS, -1, 6, n).min(1))  # (240, n)
-        pick = best.topk(12, 0, largest=False).indices.T  # (n, 12) starts, numbered by part of the bank, then shade, then shape
-        prompt = torch.stack([pick % 6 // 3 + _FIRST[0], pick % 3 + _FIRST[1], pick // (6 * _PARTS) + _FIRST[2]], -1)  # (n, 12, 3)
+        pick = best.topk(
+            12, 0, largest=False
+        ).indices.T  # (n, 12) starts, numbered by part of the bank, then shade, then shape
+        prompt = torch.stack(
+            [pick % 6 // 3 + _FIRST[0], pick % 3 + _FIRST[1], pick // (6 * _PARTS) + _FIRST[2]], -1
+        )  # (n, 12, 3)
         p = self.params.view(len(MOTIONS) * _PARTS, -1, 5)[pick // 6, which.T.gather(1, pick)]  # (n, 12, 5)
         for steps in (3, 8):  # all a little, then the best 3 to the end
             c, y = prompt.flatten(0, 1), x.repeat_interleave(p.shape[1], 0)
-            miss = lambda u, c=c, y=y: (self.world.render(c[:, 0], c[:, 1], self.world.trajectory(c[:, 2], u)) - y).flatten(1)
+            miss = lambda u, c=c, y=y: (
+                self.world.render(c[:, 0], c[:, 1], self.world.trajectory(c[:, 2], u)) - y
+            ).flatten(1)
             u, e = _fit(miss, p.flatten(0, 1), steps)
             e, order = e.view(n, -1).topk(3, 1, largest=False)
             prompt, p = (v.gather(1, order[..., None].expand(-1, -1, v.shape[2])) for v in (prompt, u.view_as(p)))
@@ -300,7 +338,9 @@ class Ruler:
         shape = error.amin(1).sum(0).flatten(0, 1).argmin(0)  # (n,) shade * 3 + shape, each frame at its own best place
         place = error.flatten(2, 3)[:, :, shape, torch.arange(n, device=x.device)].argmin(1).T  # (n, T)
         shape, frames = shape.repeat_interleave(T), x.transpose(1, 2).flatten(0, 1)[:, :, None]  # (n T, 1, 1, H, W)
-        miss = lambda at: (self.world.render(shape // 3 + _FIRST[0], shape % 3 + _FIRST[1], at[:, None]) - frames).flatten(1)
+        miss = lambda at: (
+            self.world.render(shape // 3 + _FIRST[0], shape % 3 + _FIRST[1], at[:, None]) - frames
+        ).flatten(1)
         path, e = _fit(miss, self.grid[place].flatten(0, 1), 4)
         # choice: a shape is seen where it explains a third of what stands out of the background (pure noise: at most a fifth).
         seen = e < 2 / 3 * (frames + 1).flatten(1).square().sum(1)
@@ -312,7 +352,9 @@ class Ruler:
         bank = self.paths.view(len(MOTIONS), -1, *path.shape[1:])[law]  # (n, M, T, 2)
         starts = (bank - path[:, None]).square().sum((2, 3)).topk(4, 1, largest=False).indices
         tokens, target = motion.repeat_interleave(4), path.repeat_interleave(4, 0)
-        _, e = _fit(lambda u: (self.world.trajectory(tokens, u) - target).flatten(1), self.params[starts].flatten(0, 1), 10)
+        _, e = _fit(
+            lambda u: (self.world.trajectory(tokens, u) - target).flatten(1), self.params[starts].flatten(0, 1), 10
+        )
         agreement = (-16 * (e.view(n, 4).amin(1) / path.shape[1]).sqrt()).exp()
         amount = self._amount(path)
         moves, rests = amount / self.least[law].clamp_min(1e-9), 1 - amount / self.least[1:].amin()
@@ -340,7 +382,9 @@ class Ruler:
                 free = real > 0.01  # a still shape has a place only
                 out[decode(prompt)] = (spread[free] / real[free]).clamp_max(1).mean().item()
         if not out:
-            raise ValueError(f"no prompt has 4 clips among these {len(c)}, so diversity cannot be judged; score several clips a prompt.")
+            raise ValueError(
+                f"no prompt has 4 clips among these {len(c)}, so diversity cannot be judged; score several clips a prompt."
+            )
         return out
 
     @torch.no_grad()

@@ -16,7 +16,9 @@ class GaussianMixture:
     def __init__(self, means, sigmas, weights=None, dtype=torch.float64):
         self.means, self.sigmas = torch.as_tensor(means, dtype=dtype), torch.as_tensor(sigmas, dtype=dtype)
         k = len(self.means)
-        self.weights = torch.full((k,), 1 / k, dtype=dtype) if weights is None else torch.as_tensor(weights, dtype=dtype)
+        self.weights = (
+            torch.full((k,), 1 / k, dtype=dtype) if weights is None else torch.as_tensor(weights, dtype=dtype)
+        )
 
     def sample(self, n: int, generator=None):
         """x (n, d)."""
@@ -93,5 +95,7 @@ class GaussianInnerFlow:
             return y_s - bcast(s, y_s) * self.average_velocity(y_s, s, r)
         q = torch.linspace(0, 1, 401, dtype=y_s.dtype)[:, None] * (s - r) + r  # (401, B)
         centred = (y_s - (1 - bcast(s, y_s)) * self.mean) / bcast(self.std(s), y_s)
-        mean_weight = torch.trapezoid((1 - q) * self.sigma**2 / self.std(q), dx=1 / 400, dim=0)  # E[y | Y(q)] - mean, per centred
+        mean_weight = torch.trapezoid(
+            (1 - q) * self.sigma**2 / self.std(q), dx=1 / 400, dim=0
+        )  # E[y | Y(q)] - mean, per centred
         return self.mean + bcast(mean_weight, y_s) * centred

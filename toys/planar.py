@@ -27,13 +27,17 @@ def _moon(u):
 
 _ANGLES = torch.arange(8) * math.pi / 4
 _CENTRES = 1.5 * torch.stack([_ANGLES.cos(), _ANGLES.sin()], -1)
-_CELLS = torch.tensor([(i, j) for i in range(4) for j in range(4) if (i + j) % 2 == 0]) - 2.0  # lower left corners, side 1
+_CELLS = (
+    torch.tensor([(i, j) for i in range(4) for j in range(4) if (i + j) % 2 == 0]) - 2.0
+)  # lower left corners, side 1
 
 
 def _two_arms(curve, sigma):
     def draw(n, g):
         label = torch.randint(2, (n,), generator=g)
-        x = curve(torch.rand(n, generator=g)) * (1 - 2 * label[:, None])  # the second arm is the first turned by half a turn
+        x = curve(torch.rand(n, generator=g)) * (
+            1 - 2 * label[:, None]
+        )  # the second arm is the first turned by half a turn
         return x + sigma * torch.randn(n, 2, generator=g), label
 
     def distance(x, label):
@@ -100,7 +104,9 @@ def off_support(data: PlanarData, x: torch.Tensor, label: torch.Tensor | None = 
 def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor, directions: int = 256) -> float:
     """Sliced 1-Wasserstein distance of two equally large samples (n, d): mean over directions of mean |sorted a - sorted b|."""
     if a.shape != b.shape:
-        raise ValueError(f"samples of shape {tuple(a.shape)} and {tuple(b.shape)} cannot be compared; draw as many of each.")
+        raise ValueError(
+            f"samples of shape {tuple(a.shape)} and {tuple(b.shape)} cannot be compared; draw as many of each."
+        )
     g = torch.Generator().manual_seed(0)
     w = torch.randn(a.shape[1], directions, generator=g)
     w = (w / w.norm(dim=0)).to(a.dtype)
@@ -124,7 +130,9 @@ class PlanarNet(tmd.Network):
     def embed(self, x):
         if x.ndim != 2 or x.shape[1] != self.dim:
             raise ValueError(f"points of shape {tuple(x.shape)} do not fit a network for (B, {self.dim}).")
-        waves = [f(k * x) for k in (1, 2, 4) for f in (torch.sin, torch.cos)]  # a plain linear layer blurs a curve's edge
+        waves = [
+            f(k * x) for k in (1, 2, 4) for f in (torch.sin, torch.cos)
+        ]  # a plain linear layer blurs a curve's edge
         return self.patch(torch.cat([x, *waves], -1))
 
     def context(self, c, x):
@@ -148,7 +156,8 @@ class PlanarDiscriminator(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)) for _ in range(heads)
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
+            for _ in range(heads)
         )
 
     def forward(self, features):

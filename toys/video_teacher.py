@@ -18,6 +18,7 @@ import torch
 
 import tmd_minimal as tmd
 from settings import command, write_json
+from toys import video_net
 from toys.moving_shapes import EMPTY, MOTIONS, SHADES, SHAPES, Ruler, World, encode
 
 # The rate is constant for two thirds of the updates and falls to zero in the last third.
@@ -34,7 +35,7 @@ def train(out: Path, recipe: dict, every: int) -> None:
     c = torch.stack([encode(" ".join(words)) for words in itertools.product(SHADES, SHAPES, MOTIONS)]).repeat(8, 1)
     x_1 = torch.randn(len(c), 1, FRAMES, PIXELS, PIXELS, generator=torch.Generator().manual_seed(10_000))
     torch.manual_seed(recipe["seed"])
-    net = tmd.VideoDiT(1, NETWORK["width"], NETWORK["depth"], NETWORK["heads"], NETWORK["patch"], words=EMPTY)
+    net = video_net.VideoDiT(1, NETWORK["width"], NETWORK["depth"], NETWORK["heads"], NETWORK["patch"], words=EMPTY)
     losses = []
 
     def on_step(phase, terms):
@@ -42,14 +43,23 @@ def train(out: Path, recipe: dict, every: int) -> None:
         if phase.step % every == 0 or phase.step == recipe["updates"]:
             clips = tmd.sample_teacher(phase.ema, x_1, c, c_neg, grid=tmd.make_grid(50, 1.0), guidance=GUIDANCE)
             score = {key: value for key, value in ruler.score(clips, c).items() if key not in ("clips", "prompts")}
-            phase.log.append({"updates": phase.step, "loss": sum(losses) / len(losses), "seconds": phase.seconds, **score})
+            phase.log.append(
+                {"updates": phase.step, "loss": sum(losses) / len(losses), "seconds": phase.seconds, **score}
+            )
             losses.clear()
-            write_json(out / "curve.json", {"recipe": recipe, "network": {**NETWORK, "patch": list(NETWORK["patch"])}, "curve": phase.log})
-            shown = "  ".join(f"{key} {score[key]:.3f}" for key in ("total", "quality", "semantic", "motion", "diversity"))
+            write_json(
+                out / "curve.json",
+                {"recipe": recipe, "network": {**NETWORK, "patch": list(NETWORK["patch"])}, "curve": phase.log},
+            )
+            shown = "  ".join(
+                f"{key} {score[key]:.3f}" for key in ("total", "quality", "semantic", "motion", "diversity")
+            )
             print(f"{phase.step} updates, {phase.seconds:.0f} s: loss {phase.log[-1]['loss']:.4f}  {shown}", flush=True)
 
     data = lambda n, generator: world.draw(n, generator)[:2]
-    tmd.train_teacher(net, data, c_neg=c_neg, path=str(out / "checkpoint.pt"), save_every=500, on_step=on_step, **recipe)
+    tmd.train_teacher(
+        net, data, c_neg=c_neg, path=str(out / "checkpoint.pt"), save_every=500, on_step=on_step, **recipe
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
