@@ -44,7 +44,7 @@ def wan():
     pytest.importorskip("diffusers")
     from diffusers import WanTransformer3DModel
 
-    from wan_scale.cost.plan import WAN
+    from wan_scale.cost.sizes import WAN
     from wan_scale.model import WanNetwork
 
     torch.manual_seed(0)

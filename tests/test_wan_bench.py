@@ -8,9 +8,12 @@ import torch
 pytest.importorskip("diffusers")
 import test_wan_plan
 
-from wan_scale import run, speed
+from wan_scale import bench, run, speed
 from wan_scale.config import preset
-from wan_scale.cost import bench, benchmarks, plan
+from wan_scale.cost import benchmarks
+from wan_scale.cost.plan import plan
+from wan_scale.cost.sizes import GB, WAN, discriminator
+from wan_scale.cost.work import UNITS, flops, measured_rates, step_work, time_of
 
 ON_A_CARD = {"forward, compiled", "sampling, graphed head", "stage 1, TF32", "stage 2, not compiled"}
 
@@ -34,7 +37,7 @@ def test_every_case_is_measured(record):
     """Rates, forward, both stages by their real loops, sampling at every (M, N), stock calls, the naive baseline and the VAE: seconds."""
     cases = record["cases"]
     assert {name for name, case in cases.items() if "failed" in case} == ON_A_CARD  # the preset runs on the CPU
-    assert {*plan.UNITS} - {"attention", "attention backward"} < {*cases["rates"]["seconds"]} == {*cases["rates"]["work"]}
+    assert {*UNITS} - {"attention", "attention backward"} < {*cases["rates"]["seconds"]} == {*cases["rates"]["work"]}
     assert {"native", "native, with backward"} <= {*cases["attention"]["seconds"]}
     for name in ("stage 2", "stage 2, naive", "stage 2, recomputed whole"):
         assert set(cases[name]["seconds"]) == {"student", "critic"}
@@ -49,8 +52,8 @@ def test_tables_of_a_run(record):
     table = rows(benchmarks.cases(record))[1:]
     assert len(table) == len(ON_A_CARD) + 3 * 2 + 2 + 5 + 2 + 1 and all(len(row) == 8 for row in table)
     (forward,) = rows(benchmarks.cases(record), "forward, stock call")
-    work = plan.step_work(record["config"], record["tokens"], "teacher", H=2)["teacher"]
-    assert float(forward[2]) == pytest.approx(plan.time_of(work, plan.rates(record)), rel=1e-3)
+    work = step_work(record["config"], record["tokens"], "teacher", H=2)["teacher"]
+    assert float(forward[2]) == pytest.approx(time_of(work, measured_rates(record)), rel=1e-3)
     assert float(forward[3].rstrip("%")) / 100 == pytest.approx(float(forward[2]) / float(forward[1]) - 1, abs=0.02)
     assert "| 1 | 2 | 1.50 |" in text and "within 15% for time" in text and "| weight gradients |" in text
 
@@ -180,7 +183,7 @@ def test_time_is_up(tmp_path):
 def made(**cases):
     """A record at 1.3B whose rates are test_wan_plan.made_record's; cases may be given without what all of them have."""
     extra = {"tf32": False, "micro_batch": 1, "H": 5, "N": 2, "last_tap": 29, "clip": [81, 480, 832], "torch": "2", "precision": "bfloat16",
-             "command": "bench", "discriminator": plan.discriminator(plan.WAN["1.3b"], (21, 60, 104), 384)}  # fmt: skip
+             "command": "bench", "discriminator": discriminator(WAN["1.3b"], (21, 60, 104), 384)}  # fmt: skip
     record = test_wan_plan.made_record(**extra)
     record["cases"]["rates"]["seconds"]["matmul"], record["cases"]["rates"]["work"]["matmul"] = 1.0, 800e12
     facts = {"attn": "cudnn", "compiled": True, "checkpointing": "selective", "lora": 0, "difference": True}
@@ -191,10 +194,10 @@ def made(**cases):
 def test_prediction_errors():
     """Times fabricated from the rates are predicted without error; slower ones and larger peaks are counted as misses, at the bars."""
     n, D = 32760, 1536
-    whole = plan.flops(plan.WAN["1.3b"], n)["whole"]
+    whole = flops(WAN["1.3b"], n)["whole"]
     forward = whole["linear"] / 700e12 + whole["attention"] / 600e12 + 30 * n * (42 * D + 4 * 8960) / 4e12
     native = whole["linear"] / 700e12 + whole["attention"] / 300e12 + 30 * n * (354 * D + 4 * 8960) / 4e12
-    peak = (2 * 1_418_996_800 + n * (8 * D + 4 * 8960)) / plan.GB
+    peak = (2 * 1_418_996_800 + n * (8 * D + 4 * 8960)) / GB
     record = made(**{
         "forward, compiled": {"seconds": forward, "peak_gb": peak / 1.09},
         "forward": {"seconds": forward / 1.16, "peak_gb": peak / 1.12},
@@ -218,7 +221,7 @@ def test_prediction_of_training(case, part, kind):
     record = made(**{case: {"seconds": {part: 1.0}}})
     spent, peak = benchmarks.predicted(record, case, part)
     held = {"compiled": True, "checkpointing": "selective", "disc_checkpointing": True, "batch": 1, "gpus": 1}
-    p = plan.plan("1.3b", rates=plan.rates(record), flow_map_share=1.0, **held)
+    p = plan("1.3b", rates=measured_rates(record), flow_map_share=1.0, **held)
     assert sum(spent.values()) == pytest.approx(p["seconds"][kind]) and peak == pytest.approx(p["peak"][kind])
     record["cases"][case]["difference"] = False
     assert (sum(benchmarks.predicted(record, case, part)[0].values()) < sum(spent.values())) == (kind == "stage1")

@@ -17,22 +17,19 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 import tmd_minimal as tmd
-from wan_scale.data import shards as data
+from wan_scale.data import shards, teacher
+from wan_scale.data.checks import MEAN_BOUND, Dropped, broken, check_normalised
+from wan_scale.data.files import HashedFile, atomic
+from wan_scale.data.folders import check_folder
 from wan_scale.data.prompts import NEGATIVE, read_prompts
-from wan_scale.data.reader import MEAN_BOUND, FastGenShards, Reader, check_normalised, pad_text
-from wan_scale.data.shards import (
-    Dropped,
-    broken,
-    check_folder,
-    encode_text,
-    encode_videos,
-    generate,
-    read_video,
-    summary,
-)
+from wan_scale.data.reader import FastGenShards, Reader
+from wan_scale.data.shards import summary
+from wan_scale.data.teacher import generate
+from wan_scale.data.text import encode_text, pad_text
+from wan_scale.data.videos import encode_videos, read_video
 from wan_scale.tiny import make_tiny
 
 SMALL = dict(frames=9, height=32, width=48, steps=2, guidance=2.0, flow_shift=3.0, shard_size=2)
@@ -67,12 +64,12 @@ def fake(monkeypatch):
     def encode(folder, files, **_):
         for path, texts in files.items():
             if not path.exists():
-                with data.atomic(path) as file:
-                    file.write(data.save({key: torch.ones(3, 32, dtype=torch.bfloat16) for key in texts}))
+                with atomic(path) as file:
+                    file.write(save({key: torch.ones(3, 32, dtype=torch.bfloat16) for key in texts}))
 
-    monkeypatch.setattr(data, "encode_text", encode)
-    monkeypatch.setattr(data, "load_teacher", lambda *_: lambda noise, text: noise)
-    monkeypatch.setattr(data, "free_memory", lambda: None)  # nothing to free, and collecting garbage takes longer than all the rest
+    monkeypatch.setattr(shards, "encode_text", encode)
+    monkeypatch.setattr(teacher, "load_teacher", lambda *_: lambda noise, text: noise)
+    monkeypatch.setattr(shards, "free_memory", lambda: None)  # nothing to free, and collecting garbage takes longer than all the rest
 
 
 def contents(folder: Path) -> dict:
@@ -309,7 +306,7 @@ def test_a_kill_at_any_moment_loses_at_most_the_clip_in_flight(fake, tiny, promp
             file.write("x")
         return noise
 
-    monkeypatch.setattr(data, "load_teacher", lambda *_: logged)
+    monkeypatch.setattr(teacher, "load_teacher", lambda *_: logged)
     monkeypatch.setattr(os, "fsync", lambda file: None)  # a killed process loses no written page; the disk's time is most of the test's
     generate(tiny, prompts, tmp_path / "whole", **how)
     want, was_killed, n = contents(tmp_path / "whole"), True, 0
@@ -338,7 +335,7 @@ def test_what_is_finished_is_not_made_again(tiny, prompts, made, tmp_path, monke
     out = shutil.copytree(made, tmp_path / "copy")
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(data, "load_teacher", None)
+        patch.setattr(teacher, "load_teacher", None)
         assert generate(tiny, prompts, out, kd=True, **SMALL) == 0
     assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
     (out / "shard-00001.safetensors").write_bytes(b"cut")
@@ -397,13 +394,13 @@ def test_host_memory_does_not_grow_with_the_clips(fake, tiny, tmp_path, monkeypa
     def watch():
         sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * page)
 
-    class Watched(data.HashedFile):
+    class Watched(HashedFile):
         def write(self, piece):
             super().write(piece)
             watch()
 
-    monkeypatch.setattr(data, "HashedFile", Watched)
-    monkeypatch.setattr(data, "load_teacher", lambda *_: lambda noise, text: watch() or noise)
+    monkeypatch.setattr(shards, "HashedFile", Watched)
+    monkeypatch.setattr(teacher, "load_teacher", lambda *_: lambda noise, text: watch() or noise)
     generate(tiny, path, tmp_path / "out", kd=True, frames=5, height=1024, width=1024, shard_size=40)
     assert len(sizes) > 100 and sum(p.stat().st_size for p in (tmp_path / "out").iterdir()) > 120e6
     assert max(sizes) - sizes[0] < 40e6
@@ -427,7 +424,7 @@ def test_the_filter_names_what_is_broken(g):
 def test_dropped_clips_are_counted_with_their_reason(fake, tiny, prompts, tmp_path, monkeypatch):
     """A hot and a flat clip are left out of the shard, listed in the sidecar, counted in the summary, and never made again."""
     spoil = iter([1.0, 9.0, 0.01, 0.01, 1.0])
-    monkeypatch.setattr(data, "load_teacher", lambda *_: lambda noise, text: noise * next(spoil))
+    monkeypatch.setattr(teacher, "load_teacher", lambda *_: lambda noise, text: noise * next(spoil))
     out = tmp_path / "out"
     assert generate(tiny, prompts, out, **SMALL) == 5
     cards = [json.loads((out / f"shard-0000{k}.json").read_text()) for k in range(3)]

@@ -19,7 +19,7 @@ from test_wan_train import assert_same_run
 from torch.distributed.fsdp import FSDPModule
 
 from wan_scale.config import preset
-from wan_scale.data import shards as data
+from wan_scale.data.teacher import generate
 from wan_scale.model import WanNetwork, load_transformer
 from wan_scale.tiny import make_tiny
 from wan_scale.training import dist, train, weights
@@ -36,7 +36,7 @@ def world(tmp_path_factory):
     shutil.copytree(root / "tiny", root / "cut", ignore=shutil.ignore_patterns("diffusion_pytorch_model.safetensors"))
     load_transformer(root / "tiny").save_pretrained(root / "cut" / "transformer", max_shard_size="100KB")
     (root / "prompts.txt").write_text("a red ball\na blue cube\na green cat runs\na small dog\n")
-    data.generate(root / "tiny", root / "prompts.txt", root / "data", frames=9, height=64, width=64, steps=2, shard_size=4)
+    generate(root / "tiny", root / "prompts.txt", root / "data", frames=9, height=64, width=64, steps=2, shard_size=4)
     return root
 
 

@@ -17,8 +17,11 @@ import test_wan_plan
 import wan_ranks
 
 from wan_scale.config import Wan, preset
-from wan_scale.cost import plan
-from wan_scale.data import shards as data
+from wan_scale.cost.memory import memory
+from wan_scale.cost.plan import plan
+from wan_scale.cost.report import report
+from wan_scale.cost.sizes import WAN, lora_parameters, parameters
+from wan_scale.data.teacher import generate
 from wan_scale.model import WanNetwork, load_transformer
 from wan_scale.pipeline import TMDWanPipeline
 from wan_scale.sampling import sample
@@ -36,7 +39,7 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("wan")
     model = make_tiny(root / "tiny")
     (root / "prompts.txt").write_text("a red ball\na blue cube\na green cat runs\na small dog\n")
-    data.generate(model, root / "prompts.txt", root / "data", frames=9, height=64, width=64, steps=2, shard_size=4)
+    generate(model, root / "prompts.txt", root / "data", frames=9, height=64, width=64, steps=2, shard_size=4)
     return root
 
 
@@ -288,7 +291,7 @@ def test_plan_counts_the_adapters(world):
     """plan's parameters of the student's own part and of both adapters are those of the real modules, at two H."""
     config = {**TRANSFORMER, "in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2), "cross_attn_norm": True}
     student, _, fake = roles(world)
-    found = plan.lora_parameters(config, H, RANK)
+    found = lora_parameters(config, H, RANK)
     count = lambda net, adapter: sum(p.numel() for name, p in net.named_parameters() if (".adapter." in name) == adapter)
     assert found == {"own": count(student, False), "student": count(student, True), "fake": count(fake, True)}
 
@@ -305,21 +308,21 @@ def test_live_block_estimate(rank):
     six, rope = torch.randn(1, 6, 256, requires_grad=True), (torch.randn(1, n, 1, 64), torch.randn(1, n, 1, 64))
     found = test_wan_plan.saved_bytes(lambda: block(h, text, six, rope), block.block)
     found -= 2 * sum(p.numel() for p in block.parameters())  # autocast's copies of A and B
-    assert plan.memory(config, n, "stage1", H=1, lora=rank)["block and discriminator at work"] == pytest.approx(
+    assert memory(config, n, "stage1", H=1, lora=rank)["block and discriminator at work"] == pytest.approx(
         found + n * 4 * 1024, rel=0.04
     )
 
 
 def test_plan_of_one_card():
     """14B trains on one card of 141 GB with adapters and not without; the report says so, and what the base costs."""
-    with_, without = (plan.plan("14b", gpus=1, lora=rank, disc_checkpointing=True) for rank in (64, 0))
+    with_, without = (plan("14b", gpus=1, lora=rank, disc_checkpointing=True) for rank in (64, 0))
     assert with_["fits"] and not without["fits"]
     terms = with_["memory"]["student"]
-    assert terms["shared base, bf16"] == 2 * plan.parameters(plan.WAN["14b"])["total"]
+    assert terms["shared base, bf16"] == 2 * parameters(WAN["14b"])["total"]
     assert with_["checkpoint bytes"] < without["checkpoint bytes"] / 5 and with_["seconds"]["critic"] < without["seconds"]["critic"]
-    text = plan.report("14b", gpus=1, lora=64, disc_checkpointing=True)
+    text = report("14b", gpus=1, lora=64, disc_checkpointing=True)
     assert "It fits." in text and "LoRA of rank 64" in text and "shared base" in text
-    two = plan.plan("14b", gpus=2, lora=64, disc_checkpointing=True)
+    two = plan("14b", gpus=2, lora=64, disc_checkpointing=True)
     assert two["memory"] == with_["memory"] and two["seconds"]["stage2"] == with_["seconds"]["stage2"] / 2  # every card holds all
 
 

@@ -17,7 +17,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import tmd_minimal as tmd
-from wan_scale.cost import plan as P
+from wan_scale.cost.memory import RESERVE, choose_checkpointing, memory
+from wan_scale.cost.plan import RUNS, advice, plan
+from wan_scale.cost.report import report
+from wan_scale.cost.sizes import GB, SCALES, WAN, discriminator, latent, parameters, student_parameters, tokens
+from wan_scale.cost.work import CHECKPOINTING, UNITS, flops, measured_rates, step_flops, step_work
 
 diffusers = pytest.importorskip("diffusers")
 from wan_scale import model as M  # noqa: E402
@@ -46,7 +50,7 @@ def network(config=TINY, checkpointing="full"):
 
 
 def data(n, generator):
-    return torch.randn(n, 16, *P.latent(*CLIP), generator=generator), torch.randn(n, TEXT, TINY["text_dim"], generator=generator)
+    return torch.randn(n, 16, *latent(*CLIP), generator=generator), torch.randn(n, TEXT, TINY["text_dim"], generator=generator)
 
 
 # ---- Parameters and FLOPs --------------------------------------------------------------------------------------------
@@ -59,7 +63,7 @@ size = lambda net: sum(p.numel() for p in net.parameters())
 def test_parameters_of_the_published_sizes(name, billions):
     """1.3B has 1.419 B parameters and 14B 14.288 B: exactly those of the stock transformer, built on the meta device."""
     with torch.device("meta"):
-        net, found = network(P.WAN[name]), P.parameters(P.WAN[name])
+        net, found = network(WAN[name]), parameters(WAN[name])
     assert found["total"] == size(net) and found["total"] / 1e9 == pytest.approx(billions, abs=5e-4)
     assert found["block"] == size(net.blocks[0]) and found["blocks"] == size(net.blocks)
 
@@ -69,38 +73,38 @@ def test_parameters_of_teacher_and_student(change):
     """The parts of the teacher and of the TMD student around it are exact, whatever the config."""
     config = TINY | change
     teacher = network(config)
-    student, found, added = tmd.TMDStudent(teacher, 3), P.parameters(config), P.student_parameters(config, 3)
+    student, found, added = tmd.TMDStudent(teacher, 3), parameters(config), student_parameters(config, 3)
     assert found["total"] == size(teacher) and found["block"] == size(teacher.blocks[0])
     assert found["output"] == size(teacher.transformer.proj_out) + teacher.transformer.scale_shift_table.numel()
     assert added["total"] == size(student) and added["span"] == size(student.span) and added["fusion"] == size(student.fuse)
-    assert P.student_parameters(config, 0)["total"] == size(teacher)
+    assert student_parameters(config, 0)["total"] == size(teacher)
 
 
 @pytest.mark.parametrize("frames, height, width, n", [(81, 480, 832, 32760), (81, 720, 1280, 75600), (1, 480, 832, 1560), (9, 64, 96, 72)])
 def test_tokens(frames, height, width, n):
     """The VAE and the patches leave 32,760 tokens of 81 frames of 480x832."""
-    assert P.tokens(P.WAN["1.3b"], frames, height, width) == n
+    assert tokens(WAN["1.3b"], frames, height, width) == n
 
 
 @pytest.mark.parametrize("name, linear, attention", [("1.3b", 82, 201), ("14b", 785, 893)])
 def test_forward_flops_at_full_size(name, linear, attention):
     """A forward costs 283 TFLOP at 1.3B and 1678 at 14B, as PyTorch counts on the first three blocks at full length."""
-    whole = P.flops(P.WAN[name], 32760)["whole"]
+    whole = flops(WAN[name], 32760)["whole"]
     assert whole["linear"] / 1e12 == pytest.approx(linear, rel=0.01) and whole["attention"] / 1e12 == pytest.approx(attention, rel=0.01)
-    config = P.WAN[name] | {"num_layers": 3}
+    config = WAN[name] | {"num_layers": 3}
     with torch.device("meta"):
         net, shapes = diffusers.WanTransformer3DModel(**config), ((1, 16, 21, 60, 104), (1,), (1, 512, 4096))
         inputs = [torch.empty(shape) for shape in shapes]
-    assert count(lambda: net(*inputs)) == P.flops(config, 32760, H=1)["whole"]["total"]
+    assert count(lambda: net(*inputs)) == flops(config, 32760, H=1)["whole"]["total"]
 
 
 @pytest.mark.parametrize("H", [0, 1, 3])
 def test_flops_of_the_parts(H):
     """Backbone, head and block cost what PyTorch counts; with H = 0 the backbone is the whole network."""
-    teacher, n = network(), P.tokens(TINY, *CLIP)
+    teacher, n = network(), tokens(TINY, *CLIP)
     student = tmd.TMDStudent(teacher, H) if H else tmd.PlainStudent(teacher)
     x, c = data(1, None)
-    t, part = torch.rand(1), P.flops(TINY, n, TEXT, H)
+    t, part = torch.rand(1), flops(TINY, n, TEXT, H)
     with torch.no_grad():
         m = []
         assert count(lambda: m.append(student.features(x, t, c))) == part["backbone"]["total"]
@@ -111,21 +115,21 @@ def test_flops_of_the_parts(H):
 def test_discriminator():
     """The discriminator's parameters are exact and its forward is PyTorch's count to 1 %, at an uneven size too; 67.9 M at 1.3B."""
     size = (3, 8, 20)
-    net, found = M.WanDiscriminator(12, 24, 2, hidden=40), P.discriminator(TINY, size, 24, taps=2, hidden=40)
+    net, found = M.WanDiscriminator(12, 24, 2, hidden=40), discriminator(TINY, size, 24, taps=2, hidden=40)
     assert sum(p.numel() for p in net.parameters()) == found["parameters"]
     features = [torch.randn(1, 12, *size)] * 2
     assert count(lambda: net(features)) == pytest.approx(found["flops"], rel=0.01)
     for name, millions in (("1.3b", 67.9), ("14b", 170.8)):
-        found = P.discriminator(P.WAN[name], (21, 60, 104), P.RUNS[name]["disc_width"])
+        found = discriminator(WAN[name], (21, 60, 104), RUNS[name]["disc_width"])
         assert found["parameters"] / 1e6 == pytest.approx(millions, abs=0.05)
-    assert tuple(M.WanDiscriminator.SCALES) == P.SCALES
+    assert tuple(M.WanDiscriminator.SCALES) == SCALES
 
 
 # ---- Steps: the real loops of tmd_minimal under PyTorch's counter ----------------------------------------------------
 
 
 def predicted(kind, n, **kw):
-    return sum(P.step_flops(TINY, n, kind, text=TEXT, attention_backward=2, fp32_slowdown=1, **kw).values())
+    return sum(step_flops(TINY, n, kind, text=TEXT, attention_backward=2, fp32_slowdown=1, **kw).values())
 
 
 @pytest.mark.parametrize("share, H", [(0.0, 1), (1.0, 1), (1.0, 3)])
@@ -135,7 +139,7 @@ def test_stage1_step(share, H):
     c_neg = torch.zeros(TEXT, TINY["text_dim"])
     student = tmd.TMDStudent(network(), H)
     found = count(lambda: tmd.train_stage1(student, data, how, cfg, c_neg=c_neg, progress=False))
-    assert found / 2 == pytest.approx(predicted("stage1", P.tokens(TINY, *CLIP), H=H, flow_map_share=share), rel=0.02)
+    assert found / 2 == pytest.approx(predicted("stage1", tokens(TINY, *CLIP), H=H, flow_map_share=share), rel=0.02)
 
 
 @pytest.mark.parametrize("N, H, taps", [(2, 1, (0, 2)), (3, 2, (1, 3)), (1, 0, (1, 3))])
@@ -149,14 +153,14 @@ def test_stage2_steps(N, H, taps):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         tmd.train_stage2(student, teacher, disc, data, how, cfg, taps=taps, c_neg=torch.zeros(TEXT, TINY["text_dim"]), progress=False,
                          on_step=lambda phase, terms: spent.append(counter.get_total_flops()))  # fmt: skip
-    shared = dict(N=N, H=H, last_tap=taps[-1], disc_flops=P.discriminator(TINY, P.latent(*CLIP), 12, taps=2, hidden=16)["flops"])
-    critic, update = (predicted(kind, P.tokens(TINY, *CLIP), **shared) for kind in ("critic", "student"))
+    shared = dict(N=N, H=H, last_tap=taps[-1], disc_flops=discriminator(TINY, latent(*CLIP), 12, taps=2, hidden=16)["flops"])
+    critic, update = (predicted(kind, tokens(TINY, *CLIP), **shared) for kind in ("critic", "student"))
     assert spent[0] == pytest.approx(critic, rel=0.02) and spent[1] - spent[0] == pytest.approx(update, rel=0.02)
 
 
 def test_kd_and_sampling():
     """A KD update and Algorithm 1 cost what the plan says, the sampler exactly."""
-    n, how, student = P.tokens(TINY, *CLIP), tmd.StudentConfig(M=1, N=2, H=1), tmd.TMDStudent(network(), 1)
+    n, how, student = tokens(TINY, *CLIP), tmd.StudentConfig(M=1, N=2, H=1), tmd.TMDStudent(network(), 1)
     pairs = lambda g: (data(1, g)[0], *data(1, g))
     found = count(lambda: tmd.train_kd(student, pairs, how, updates=1, lr=1e-4, progress=False))
     assert found == pytest.approx(predicted("kd", n, N=2, H=1), rel=0.02)
@@ -168,23 +172,23 @@ def test_kd_and_sampling():
 
 def test_step_arithmetic():
     """Fused attention's backward costs 2.5 forwards; the fp32 passes of stage 1 count as often as they are slower, or not at all."""
-    block = P.flops(TINY, 72, TEXT, 1)["block"]
-    fused, plain = (sum(P.step_flops(TINY, 72, "kd", H=1, N=1, text=TEXT, attention_backward=b).values()) for b in (2.5, 2))
+    block = flops(TINY, 72, TEXT, 1)["block"]
+    fused, plain = (sum(step_flops(TINY, 72, "kd", H=1, N=1, text=TEXT, attention_backward=b).values()) for b in (2.5, 2))
     assert fused - plain == pytest.approx(4 * 0.5 * block["attention"])
-    step = lambda **kw: P.step_flops(TINY, 72, "stage1", H=1, text=TEXT, **kw)
+    step = lambda **kw: step_flops(TINY, 72, "stage1", H=1, text=TEXT, **kw)
     slow, fast = (step(fp32_slowdown=k)["finite difference, fp32"] for k in (3, 1))
-    assert slow == pytest.approx(3 * fast) == pytest.approx(0.25 * 6 * P.flops(TINY, 72, TEXT, 1)["head"]["total"])
+    assert slow == pytest.approx(3 * fast) == pytest.approx(0.25 * 6 * flops(TINY, 72, TEXT, 1)["head"]["total"])
     two = step(fp32_slowdown=1, together=2)["finite difference, fp32"]
     assert two / fast == pytest.approx((1 - 0.75**2) / 0.25)  # of two clips at once, at least one
-    waits = {gpus: P.plan("1.3b", gpus=gpus)["terms"]["stage1"]["finite difference, fp32"] for gpus in (1, 64)}
+    waits = {gpus: plan("1.3b", gpus=gpus)["terms"]["stage1"]["finite difference, fp32"] for gpus in (1, 64)}
     assert waits[64] == pytest.approx(4 * waits[1], rel=1e-6)
     assert "finite difference, fp32" not in step(flow_map_share=0.0) and "pass for c_neg" not in step(guidance=False)
 
 
-@pytest.mark.parametrize("mode", P.CHECKPOINTING)
+@pytest.mark.parametrize("mode", CHECKPOINTING)
 def test_what_is_computed_again(mode):
     """A stage 1 and a KD update cost what the plan says in every mode: nothing again, all but attention, or all."""
-    how, n = tmd.StudentConfig(M=1, N=2, H=1), P.tokens(TINY, *CLIP)
+    how, n = tmd.StudentConfig(M=1, N=2, H=1), tokens(TINY, *CLIP)
     student, one = tmd.TMDStudent(network(checkpointing=mode), 1), tmd.Stage1Config(updates=1, batch=1, flow_map_share=1.0)
     pairs = lambda g: (data(1, g)[0], *data(1, g))
     run = {
@@ -192,7 +196,7 @@ def test_what_is_computed_again(mode):
         "kd": lambda: tmd.train_kd(student, pairs, how, updates=1, lr=1e-4, progress=False),
     }
     for kind, update in run.items():
-        said = P.step_flops(TINY, n, kind, text=TEXT, H=1, fp32_slowdown=1, flow_map_share=1.0, checkpointing=mode)
+        said = step_flops(TINY, n, kind, text=TEXT, H=1, fp32_slowdown=1, flow_map_share=1.0, checkpointing=mode)
         assert count(update, SDPBackend.FLASH_ATTENTION) == pytest.approx(sum(said.values()), rel=0.02)
 
 
@@ -226,7 +230,7 @@ def test_moved_bytes():
             forward = moved.bytes
             out.sum().backward()
         found[n] = forward, moved.bytes - forward
-    work = {g: P.step_work(WIDE, 1024, "kd", H=0, N=1, checkpointing=g)["backbone, trained"]["bytes"] for g in ("none", "full")}
+    work = {g: step_work(WIDE, 1024, "kd", H=0, N=1, checkpointing=g)["backbone, trained"]["bytes"] for g in ("none", "full")}
     forward, backward = (b - a for a, b in zip(*found.values()))
     assert work["full"] - work["none"] == pytest.approx(2 * forward, rel=0.03)  # of two blocks
     assert work["none"] == pytest.approx(2 * (forward + backward), rel=0.03)
@@ -263,10 +267,10 @@ def test_live_block_estimate():
         rope = torch.randn(1, n, 1, 64), torch.randn(1, n, 1, 64)
         copies = 2 * sum(p.numel() for p in block.parameters() if p.ndim == 2)  # autocast's, which the plan counts by themselves
         size[ffn] = saved_bytes(partial(block, h.requires_grad_(), text, six, rope), block) - copies
-        assert P.memory(config, n, "stage1", H=1)["block and discriminator at work"] == pytest.approx(size[ffn], rel=0.08)
+        assert memory(config, n, "stage1", H=1)["block and discriminator at work"] == pytest.approx(size[ffn], rel=0.08)
     assert size[2048] - size[1024] == pytest.approx(n * 4 * 1024, rel=0.01)
-    assert P.memory(P.WAN["1.3b"], 32760, "stage1")["block and discriminator at work"] / P.GB == pytest.approx(4.3, abs=0.05)
-    assert P.memory(P.WAN["14b"], 32760, "stage1")["block and discriminator at work"] / P.GB == pytest.approx(12.4, abs=0.05)
+    assert memory(WAN["1.3b"], 32760, "stage1")["block and discriminator at work"] / GB == pytest.approx(4.3, abs=0.05)
+    assert memory(WAN["14b"], 32760, "stage1")["block and discriminator at work"] / GB == pytest.approx(12.4, abs=0.05)
 
 
 @pytest.mark.parametrize("N", [1, 3])
@@ -275,43 +279,43 @@ def test_rollout_graph_estimate(N):
     config = {**WIDE, "num_layers": 6}
     student = tmd.TMDStudent(network(config), 4)
     clip = (17, 256, 256)
-    n, size = P.tokens(config, *clip), P.latent(*clip)
+    n, size = tokens(config, *clip), latent(*clip)
     x, c = torch.randn(1, 16, *size), torch.randn(1, 8, TINY["text_dim"])
     grids = {"outer_grid": tmd.make_grid(2, 5.0), "inner_grid": tmd.make_grid(N, 5.0)}
     found = saved_bytes(lambda: tmd.generate(student, x, c, **grids), student)
-    terms = P.memory(config, n, "student", N=N, H=4)
+    terms = memory(config, n, "student", N=N, H=4)
     assert terms["block inputs"] + terms["outside blocks"] == pytest.approx(found, rel=0.05)
 
 
 def test_states_by_hand():
     """At 1.3B on one card: 16 bytes a parameter and the average for the student, AdamW and weights for the critics, 2 for the teacher."""
-    one = P.memory(P.WAN["1.3b"], 32760, "student", disc=67.9e6, disc_bytes=0)
+    one = memory(WAN["1.3b"], 32760, "student", disc=67.9e6, disc_bytes=0)
     student, teacher = 1_431_200_320, 1_418_996_800
     assert one["student, weights"] + one["student, AdamW"] + one["gradients"] == 16 * student and one["student, average"] == 4 * student
     assert one["fake score, weights"] + one["fake score, AdamW"] == 12 * teacher and one["teacher, bf16"] == 2 * teacher
     hidden = 32760 * 1536 * 2  # bf16
     assert one["block inputs"] == (25 + 2 * 5 + 30) * hidden  # backbone, head twice, the teacher on the way to its last tap
-    critic = P.memory(P.WAN["1.3b"], 32760, "critic", disc=67.9e6)
+    critic = memory(WAN["1.3b"], 32760, "critic", disc=67.9e6)
     assert critic["gradients"] == 4 * (teacher + 67.9e6)
-    eight = P.memory(P.WAN["1.3b"], 32760, "student", gpus=8, disc=67.9e6, shard_teacher=False)
+    eight = memory(WAN["1.3b"], 32760, "student", gpus=8, disc=67.9e6, shard_teacher=False)
     assert eight["student, AdamW"] == one["student, AdamW"] / 8 and eight["teacher, bf16"] == 2 * teacher
     assert eight["discriminator, weights and AdamW"] == one["discriminator, weights and AdamW"] == 12 * 67.9e6
     block = 46_440_704
-    two = P.memory(P.WAN["1.3b"], 32760, "stage1", gpus=2)["gathered for use"]
+    two = memory(WAN["1.3b"], 32760, "stage1", gpus=2)["gathered for use"]
     assert one["gathered for use"] == 2 * block and two == 2 * block + 4 * (2 + 2 + 5) * block + 4 * (student - 30 * block)
-    assert not {"teacher, bf16", "fake score, weights", "discriminator, weights and AdamW"} & {*P.memory(P.WAN["1.3b"], 32760, "stage1")}
+    assert not {"teacher, bf16", "fake score, weights", "discriminator, weights and AdamW"} & {*memory(WAN["1.3b"], 32760, "stage1")}
 
 
-@pytest.mark.parametrize("name", P.WAN)
+@pytest.mark.parametrize("name", WAN)
 def test_memory_falls_with_gpus_and_rises_with_work(name):
     """More GPUs never take more memory each; longer clips, more inner steps and a whole teacher always do."""
-    peak = lambda **kw: P.plan(name, **kw)["peak"]
+    peak = lambda **kw: plan(name, **kw)["peak"]
     for kind in ("stage1", "student", "critic"):
         sizes = [peak(gpus=g)[kind] for g in (1, 2, 4, 8, 16, 32, 64)]
         assert sizes == sorted(sizes, reverse=True)
         assert peak(frames=41)[kind] < peak()[kind] < peak(height=720, width=1280)[kind]
     assert peak(N=2)["student"] < peak(N=4)["student"]
-    one, two = P.plan(name), P.plan(name, micro_batch=2)
+    one, two = plan(name), plan(name, micro_batch=2)
     assert one["peak"]["stage1"] < two["peak"]["stage1"] and one["seconds"]["stage2"] == two["seconds"]["stage2"]
     assert peak()["critic"] < peak(shard_teacher=False)["critic"] and peak(disc_checkpointing=True)["critic"] < peak()["critic"]
 
@@ -343,8 +347,8 @@ class Peak(TorchDispatchMode):
 def test_peak_of_real_updates(mode, micro):
     """What a stage 1, a student's and a critics' update of the real loops hold at their peak, weights and AdamW too, is the plan to 7 %."""
     config, H, clip, tapped = {**WIDE, "num_attention_heads": 2, "ffn_dim": 768, "num_layers": 4}, 1, (9, 192, 192), (1, 3)
-    n, disc = P.tokens(config, *clip), P.discriminator(config, P.latent(*clip), 32, taps=2, hidden=16)
-    x, c, peaks = torch.randn(1, 16, *P.latent(*clip)), torch.randn(1, 8, 32), {}
+    n, disc = tokens(config, *clip), discriminator(config, latent(*clip), 32, taps=2, hidden=16)
+    x, c, peaks = torch.randn(1, 16, *latent(*clip)), torch.randn(1, 8, 32), {}
 
     def on_step(phase, terms):
         peaks["stage1" if "tm_mf" in terms else "student" if "vsd" in terms else "critic"] = tracked.peak
@@ -369,74 +373,74 @@ def test_peak_of_real_updates(mode, micro):
                 tmd.train_stage2(student, teacher, critic, data, how, two, taps=tapped, fake_score=fake, **kw)
         for kind in ("stage1",) if stage == 1 else ("student", "critic"):
             more = {"disc": disc["parameters"] if stage == 2 else 0, "disc_bytes": disc["live"]}
-            said = P.memory(config, n, kind, H=H, last_tap=3, checkpointing=mode, accumulated=micro > 1, **more)
+            said = memory(config, n, kind, H=H, last_tap=3, checkpointing=mode, accumulated=micro > 1, **more)
             assert sum(said.values()) == pytest.approx(peaks[kind] + outside, rel=0.07), kind
 
 
 # ---- Checkpointing, sharding, rates ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", P.WAN)
+@pytest.mark.parametrize("name", WAN)
 def test_modes_trade_memory_for_time(name):
     """Keeping more takes more memory and less time: none, selective, full, in this order, for every step."""
-    plans = [P.plan(name, gpus=1, checkpointing=mode) for mode in P.CHECKPOINTING]
+    plans = [plan(name, gpus=1, checkpointing=mode) for mode in CHECKPOINTING]
     for kind in ("stage1", "student", "critic"):
         a, b, c = (p["peak"][kind] for p in plans)
         assert a > b > c
         a, b, c = (p["seconds"][kind] for p in plans)
         assert a < b < c
     small = {"gpus": 1, "disc_checkpointing": True}
-    for mode in P.CHECKPOINTING:
+    for mode in CHECKPOINTING:
         assert (
-            P.plan(name, **small, checkpointing=mode, compiled=True)["peak"]["student"]
-            < P.plan(name, **small, checkpointing=mode)["peak"]["student"]
+            plan(name, **small, checkpointing=mode, compiled=True)["peak"]["student"]
+            < plan(name, **small, checkpointing=mode)["peak"]["student"]
         )
 
 
 def card_of(need):
     """GB of the card that just holds `need` bytes."""
-    return 1.0001 * need / (1 - P.RESERVE) / P.GB
+    return 1.0001 * need / (1 - RESERVE) / GB
 
 
 def test_advice_of_more_cards_and_cut_clips():
     """14B on 8 cards of 80 GB: fewer cards than whole clips need do, if they share clips; that plan fits."""
     how = {"card_gb": 80, "compiled": True, "disc_checkpointing": True}
-    text = P.advice("14b", gpus=8, **how)
+    text = advice("14b", gpus=8, **how)
     cards, cut = map(int, re.search(r"take (\d+) GPUs and cut each clip over (\d)", text).groups())
     whole = int(re.search(r"take (\d+) GPUs, the fewest", text)[1])
-    assert 8 < cards < whole and P.plan("14b", gpus=cards, context_parallel=cut, **how)["fits"]
+    assert 8 < cards < whole and plan("14b", gpus=cards, context_parallel=cut, **how)["fits"]
 
 
 def test_chosen_checkpointing():
     """The fastest mode that fits is taken, exactly at its own need, by plan and by choose_checkpointing; the report says so."""
-    need = {mode: max(P.plan("1.3b", gpus=1, checkpointing=mode)["peak"].values()) for mode in P.CHECKPOINTING}
-    for mode in P.CHECKPOINTING:
-        p = P.plan("1.3b", gpus=1, checkpointing="auto", card_gb=card_of(need[mode]))
+    need = {mode: max(plan("1.3b", gpus=1, checkpointing=mode)["peak"].values()) for mode in CHECKPOINTING}
+    for mode in CHECKPOINTING:
+        p = plan("1.3b", gpus=1, checkpointing="auto", card_gb=card_of(need[mode]))
         assert p["checkpointing"] == mode and p["fits"]
     held = {"H": 5, "N": 2, "disc": 67.9e6}
-    least = max(sum(P.memory(P.WAN["1.3b"], 32760, kind, checkpointing="selective", **held).values()) for kind in ("student", "critic"))
-    pick = lambda budget: P.choose_checkpointing(P.WAN["1.3b"], 32760, budget, ("student", "critic"), **held)
+    least = max(sum(memory(WAN["1.3b"], 32760, kind, checkpointing="selective", **held).values()) for kind in ("student", "critic"))
+    pick = lambda budget: choose_checkpointing(WAN["1.3b"], 32760, budget, ("student", "critic"), **held)
     assert pick(least) == "selective" and pick(least - 1) == "full" == pick(0)
-    assert "Checkpointing: selective (chosen" in P.report("1.3b", gpus=1, checkpointing="auto")
-    assert "Checkpointing: full; the backward" in P.report("1.3b", gpus=1)
-    text = P.report("1.3b", gpus=1, card_gb=card_of(need["full"]), checkpointing="selective")
+    assert "Checkpointing: selective (chosen" in report("1.3b", gpus=1, checkpointing="auto")
+    assert "Checkpointing: full; the backward" in report("1.3b", gpus=1)
+    text = report("1.3b", gpus=1, card_gb=card_of(need["full"]), checkpointing="selective")
     assert "IT DOES NOT FIT" in text and "with --checkpointing auto" in text
 
 
 def test_sharding_and_offloading():
     """HSDP divides by the cards of one copy; an offloaded teacher leaves its blocks in use; both are offered where they help."""
-    peak = lambda **kw: P.plan("14b", gpus=16, **kw)["memory"]["student"]
+    peak = lambda **kw: plan("14b", gpus=16, **kw)["memory"]["student"]
     assert (
-        peak(shard_over=8)["student, AdamW"] == 2 * peak()["student, AdamW"] == P.plan("14b", gpus=8)["memory"]["student"]["student, AdamW"]
+        peak(shard_over=8)["student, AdamW"] == 2 * peak()["student, AdamW"] == plan("14b", gpus=8)["memory"]["student"]["student, AdamW"]
     )
-    assert peak(shard_over=16) == peak() and P.plan("14b", gpus=16, shard_over=8)["seconds"] == P.plan("14b", gpus=16)["seconds"]
-    here, away = (P.plan("1.3b", gpus=1, offload_teacher=away)["memory"]["critic"] for away in (False, True))
-    teacher = P.parameters(P.WAN["1.3b"])
+    assert peak(shard_over=16) == peak() and plan("14b", gpus=16, shard_over=8)["seconds"] == plan("14b", gpus=16)["seconds"]
+    here, away = (plan("1.3b", gpus=1, offload_teacher=away)["memory"]["critic"] for away in (False, True))
+    teacher = parameters(WAN["1.3b"])
     assert "teacher, bf16" not in away and here["teacher, bf16"] == 2 * teacher["total"]
     assert away["gathered for use"] - here["gathered for use"] == 2 * (teacher["total"] - 28 * teacher["block"])
-    room = lambda name, **kw: card_of(max(P.plan(name, **kw)["peak"].values()))
-    assert "with --shard-over 0" in P.report("14b", gpus=16, card_gb=room("14b", gpus=16), shard_over=4)
-    assert "with --offload-teacher" in P.report("1.3b", gpus=1, card_gb=room("1.3b", gpus=1, offload_teacher=True))
+    room = lambda name, **kw: card_of(max(plan(name, **kw)["peak"].values()))
+    assert "with --shard-over 0" in report("14b", gpus=16, card_gb=room("14b", gpus=16), shard_over=4)
+    assert "with --offload-teacher" in report("1.3b", gpus=1, card_gb=room("1.3b", gpus=1, offload_teacher=True))
 
 
 def made_record(**changed):
@@ -456,7 +460,7 @@ def made_record(**changed):
         "card": "A card",
         "date": "2026-11-23",
         "tokens": 32760,
-        "config": P.WAN["1.3b"],
+        "config": WAN["1.3b"],
         "attn": "cudnn",
         "cases": cases,
         **changed,
@@ -465,7 +469,7 @@ def made_record(**changed):
 
 def test_rates_of_a_record():
     """plan.rates gives the card's rates back, of the backend and the float32 asked for, and a sentence where one is missing."""
-    rate = P.rates(made_record())
+    rate = measured_rates(made_record())
     known = {
         "linear": 700,
         "weight gradients": 500,
@@ -475,25 +479,25 @@ def test_rates_of_a_record():
         "fp32 attention": 20,
         "bytes": 4,
     }
-    assert {unit: rate[unit] / 1e12 for unit in known} == pytest.approx(known) and set(P.UNITS) == {*known, "convolution"}
-    assert P.rates(made_record(), tf32=True)["fp32 linear"] == pytest.approx(350e12)
-    assert P.rates(made_record(), attn="native")["attention"] == pytest.approx(300e12)
+    assert {unit: rate[unit] / 1e12 for unit in known} == pytest.approx(known) and set(UNITS) == {*known, "convolution"}
+    assert measured_rates(made_record(), tf32=True)["fp32 linear"] == pytest.approx(350e12)
+    assert measured_rates(made_record(), attn="native")["attention"] == pytest.approx(300e12)
     with pytest.raises(ValueError, match=r"no measured rate of linear, .*; give a JSON that `bench` wrote, or --tflops.$"):
-        P.rates({"cases": {}})
+        measured_rates({"cases": {}})
 
 
 def test_plan_by_measured_rates():
     """With measured rates every second of the plan is work over the rate of its unit, and the report names the card."""
-    rate, n = P.rates(made_record()), 32760
-    p = P.plan("1.3b", gpus=1, rates=rate, compiled=True, checkpointing="selective")
-    whole, D = P.flops(P.WAN["1.3b"], n)["whole"], 1536
+    rate, n = measured_rates(made_record()), 32760
+    p = plan("1.3b", gpus=1, rates=rate, compiled=True, checkpointing="selective")
+    whole, D = flops(WAN["1.3b"], n)["whole"], 1536
     forward = whole["linear"] / 700e12 + whole["attention"] / 600e12 + 30 * n * (42 * D + 4 * 8960) / 4e12
     assert p["forward"] == pytest.approx(forward) and p["teacher sampling"] == pytest.approx(100 * forward)
-    head = P.flops(P.WAN["1.3b"], n)["head"]
+    head = flops(WAN["1.3b"], n)["head"]
     difference = 0.25 * 2 * (head["linear"] / 50e12 + head["attention"] / 20e12 + n * (5 * (42 * D + 4 * 8960) + 116 * D) / 4e12)
     assert p["terms"]["stage1"]["finite difference, fp32"] == pytest.approx(difference)
     assert p["seconds"]["stage1"] == pytest.approx(64 * sum(p["terms"]["stage1"].values()))
-    text = P.report("1.3b", gpus=1, rates=rate)
+    text = report("1.3b", gpus=1, rates=rate)
     assert "rates measured on A card with the shapes of 1.3b, 2026-11-23" in text and "not measured" not in text
     assert max(map(len, text.splitlines())) <= 140
 
@@ -512,16 +516,16 @@ def test_plan_command_by_measured_rates(tmp_path, capsys):
 
 def test_one_big_card_holds_the_small_model():
     """1.3B fits one 141 GB card, and the report says so; the same run on a 24 GB card does not."""
-    text = P.report("1.3b", gpus=1, card_gb=141)
-    assert P.plan("1.3b", gpus=1, card_gb=141)["fits"] and "It fits." in text and "TOO MUCH" not in text
-    assert "NOT FIT" in P.report("1.3b", gpus=1, card_gb=24)
+    text = report("1.3b", gpus=1, card_gb=141)
+    assert plan("1.3b", gpus=1, card_gb=141)["fits"] and "It fits." in text and "TOO MUCH" not in text
+    assert "NOT FIT" in report("1.3b", gpus=1, card_gb=24)
 
 
 @pytest.mark.parametrize("name, gpus, card", [("14b", 1, 141), ("14b", 8, 141), ("14b", 8, 80), ("1.3b", 1, 80), ("1.3b", 2, 48)])
 def test_advice_holds(name, gpus, card):
     """Where it does not fit, the GPUs that the advice names are the fewest that do, and the clip that it names the longest."""
-    text = P.report(name, gpus=gpus, card_gb=card)
-    fits = lambda **kw: P.plan(name, card_gb=card, **{"gpus": gpus, **kw})["fits"]
+    text = report(name, gpus=gpus, card_gb=card)
+    fits = lambda **kw: plan(name, card_gb=card, **{"gpus": gpus, **kw})["fits"]
     assert not fits() and "IT DOES NOT FIT" in text and "TOO MUCH" in text
     more, frames = (
         re.search(pattern, text) for pattern in (r"take (\d+) GPUs, the fewest", r"keep \d+ and shorten the clips to (\d+) frames")
@@ -538,24 +542,24 @@ def test_advice_holds(name, gpus, card):
 
 def test_advice_is_the_least_change():
     """A card that is short by one latent frame is told to drop four frames."""
-    peak = max(P.plan("1.3b", gpus=1, frames=77)["peak"].values()) / P.GB
-    assert "clips to 77 frames" in P.advice("1.3b", gpus=1, card_gb=1.0001 * peak / (1 - P.RESERVE))
+    peak = max(plan("1.3b", gpus=1, frames=77)["peak"].values()) / GB
+    assert "clips to 77 frames" in advice("1.3b", gpus=1, card_gb=1.0001 * peak / (1 - RESERVE))
 
 
 def test_no_way_out():
     """Cards on which nothing helps are told so."""
-    assert "No number of such cards" in P.report("14b", gpus=8, card_gb=6)
+    assert "No number of such cards" in report("14b", gpus=8, card_gb=6)
 
 
 def test_times_add_up():
     """Updates times seconds make the hours, twice the GPUs or the rate halve them, and stage 2 is a mean over 1 and 4 iterations."""
-    one, two, fast = P.plan("1.3b", gpus=1), P.plan("1.3b", gpus=2), P.plan("1.3b", gpus=1, tflops=800)
+    one, two, fast = plan("1.3b", gpus=1), plan("1.3b", gpus=2), plan("1.3b", gpus=1, tflops=800)
     seconds = one["seconds"]
     assert one["hours"]["stage2"] == pytest.approx(4000 * (seconds["student"] + 4 * seconds["critic"]) / 5 / 3600)
     assert seconds["student"] == pytest.approx(64 * sum(one["steps"]["student"].values()) / 400e12)
     assert two["hours"]["stage2"] == pytest.approx(one["hours"]["stage2"] / 2) == pytest.approx(fast["hours"]["stage2"])
     published = {("1.3b", 1): 12000, ("1.3b", 2): 4000, ("14b", 1): 5000, ("14b", 2): 1000}
-    assert {key: P.plan(key[0], M=key[1])["iterations"]["stage2"] for key in published} == published
+    assert {key: plan(key[0], M=key[1])["iterations"]["stage2"] for key in published} == published
 
 
 @pytest.mark.parametrize(
@@ -563,29 +567,29 @@ def test_times_add_up():
 )
 def test_sampling_seconds(name, grid, seconds):
     """At 474 TFLOP/s the transformer's share of sampling takes 0.70 s at M1N2 to 1.39 s at M2N2 for 1.3B, 8 s for 14B."""
-    assert P.plan(name, tflops=474)["sampling"][grid] == pytest.approx(seconds, rel=0.02)
+    assert plan(name, tflops=474)["sampling"][grid] == pytest.approx(seconds, rel=0.02)
 
 
 def test_rollout_costs_what_the_paper_says():
     """A second inner step adds under 17 % to the student's update (N2H5 on 1.3B, section 3.2)."""
-    one, two = (sum(P.plan("1.3b", N=N)["steps"]["student"].values()) for N in (1, 2))
+    one, two = (sum(plan("1.3b", N=N)["steps"]["student"].values()) for N in (1, 2))
     assert 1 < two / one < 1.17
 
 
 def test_report_of_a_folder_and_of_the_baseline():
     """A config.json gives the preset's report; DMD2-v has no stage 1 and no inner steps; a tiny config works."""
-    as_json = {**P.WAN["1.3b"], "patch_size": [1, 2, 2], "_class_name": "WanTransformer3DModel", "image_dim": None, "eps": 1e-6}
-    assert P.report(as_json) == P.report("1.3b")
-    text = P.report("1.3b", H=0, N=1, M=1)
+    as_json = {**WAN["1.3b"], "patch_size": [1, 2, 2], "_class_name": "WanTransformer3DModel", "image_dim": None, "eps": 1e-6}
+    assert report(as_json) == report("1.3b")
+    text = report("1.3b", H=0, N=1, M=1)
     assert "DMD2-v" in text and "kd: 10,000 updates" in text and "effective NFE 1.00" in text
     assert "stage1" not in text and "stage 1" not in text
-    text = P.report(TINY, gpus=1, card_gb=8, tflops=0.05, H=1, frames=9, height=64, width=96, batch=4, clips=8)
+    text = report(TINY, gpus=1, card_gb=8, tflops=0.05, H=1, frames=9, height=64, width=96, batch=4, clips=8)
     assert "It fits." in text and "72 tokens" in text
 
 
 def test_the_report_says_what_it_is():
     """The report calls its times estimates at the given rate, and shows the effective NFE of the paper's settings."""
-    text = P.report("1.3b", tflops=350)
+    text = report("1.3b", tflops=350)
     assert "Estimates from FLOP counts at 350 TFLOP/s" in text and "not measured" in text
     for nfe in ("1.17", "1.50", "2.33", "3.00"):
         assert f"effective NFE {nfe}" in text
@@ -608,18 +612,18 @@ BAD = [
 def test_bad_settings(settings, message):
     """Settings that cannot run are a ValueError of one sentence that names them."""
     with pytest.raises(ValueError, match=message) as e:
-        P.report(**settings)
+        report(**settings)
     assert str(e.value).endswith(".") and "\n" not in str(e.value)
 
 
 def test_bad_kinds():
     """A step or a memory of no known kind is a ValueError that lists them, not zero."""
-    for call in (lambda: P.step_flops(TINY, 72, "stage3", H=1), lambda: P.memory(TINY, 72, "kd", H=1)):
+    for call in (lambda: step_flops(TINY, 72, "stage3", H=1), lambda: memory(TINY, 72, "kd", H=1)):
         with pytest.raises(ValueError, match="choose one of 'stage1'"):
             call()
 
 
 def test_needs_no_torch():
     """The arithmetic imports in well under a second, for it loads neither torch nor diffusers."""
-    code = "import sys; from wan_scale import plan; plan.plan('14b'); assert not {'torch', 'diffusers'} & set(sys.modules)"
+    code = "import sys; from wan_scale.cost.plan import plan; plan('14b'); assert not {'torch', 'diffusers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[1], timeout=30)

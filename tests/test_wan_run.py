@@ -12,11 +12,11 @@ from diffusers import WanPipeline
 
 from wan_scale import run
 from wan_scale.config import preset
-from wan_scale.data.shards import NEGATIVE
+from wan_scale.data.prompts import NEGATIVE
+from wan_scale.pictures import write_video
 from wan_scale.pipeline import TMDWanPipeline
 from wan_scale.sampling import sample
 from wan_scale.sampling.cheap_metrics import read_video
-from wan_scale.sampling.pictures import write_video
 from wan_scale.training import train
 
 FEW = [

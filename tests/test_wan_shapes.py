@@ -8,8 +8,8 @@ import torch
 
 from toys.moving_shapes import WORDS, encode
 from wan_scale import shapes
+from wan_scale.data.files import read_json
 from wan_scale.data.reader import Reader
-from wan_scale.data.shards import read_json
 from wan_scale.model import WanNetwork, load_transformer
 
 

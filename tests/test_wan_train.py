@@ -15,8 +15,9 @@ pytest.importorskip("diffusers")
 import wan_ranks
 
 from wan_scale.config import PRESETS, Wan, preset
-from wan_scale.cost import plan
-from wan_scale.data import shards as data
+from wan_scale.cost.plan import plan
+from wan_scale.cost.report import report
+from wan_scale.data.teacher import generate
 from wan_scale.model import WanDiscriminator
 from wan_scale.tiny import make_tiny
 from wan_scale.training import logs, train
@@ -40,8 +41,8 @@ def world(tmp_path_factory):
     model = make_tiny(root / "tiny")
     (root / "prompts.txt").write_text("a red ball\na blue cube\na green cat runs\na small dog\nthe ball up\nthe cat sits\n")
     clip = {"frames": 9, "height": 64, "width": 64, "steps": 2, "shard_size": 3}
-    data.generate(model, root / "prompts.txt", root / "data", **clip)
-    data.generate(model, root / "prompts.txt", root / "pairs", kd=True, skip_layer=1, **clip)
+    generate(model, root / "prompts.txt", root / "data", **clip)
+    generate(model, root / "prompts.txt", root / "pairs", kd=True, skip_layer=1, **clip)
     return root
 
 
@@ -137,12 +138,12 @@ def test_kill_while_a_checkpoint_is_written(world, tmp_path, monkeypatch):
             raise Interrupted
         replace(source, target)
 
-    monkeypatch.setattr("wan_scale.phase.os.replace", die)
+    monkeypatch.setattr("wan_scale.training.phase.os.replace", die)
     with pytest.raises(Interrupted):
         train.stage1(killed)
     left = sorted(f.name for f in (killed.folder("stage1", "checkpoints")).iterdir())
     assert left == ["step-00000002", "step-00000004.tmp"]
-    monkeypatch.setattr("wan_scale.phase.os.replace", replace)
+    monkeypatch.setattr("wan_scale.training.phase.os.replace", replace)
     train.stage1(killed)
     assert weights(whole.folder("stage1")) == weights(killed.folder("stage1"))
     assert len(complete(killed.folder("stage1", "checkpoints"))) == 2
@@ -335,10 +336,10 @@ def test_auto_checkpointing_is_what_plan_proposes(world, tmp_path, capsys):
         job = train.Training(cfg, "stage1", world / "data")
         student = job.place(train.make_student(cfg, cfg.how()))
         config = dict(student.net.transformer.config)
-        wanted = plan.plan(config, **cfg.planned())["checkpointing"]
+        wanted = plan(config, **cfg.planned())["checkpointing"]
         assert student.net.checkpointing == wanted == {8.0: "none", 0.001: "full"}[gb]
         assert f"checkpointing {wanted}, chosen by `plan`" in capsys.readouterr().out
-        assert f"Checkpointing: {wanted}" in plan.report(config, **cfg.planned())
+        assert f"Checkpointing: {wanted}" in report(config, **cfg.planned())
 
 
 def test_log_and_previews(world, tmp_path):

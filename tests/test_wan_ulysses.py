@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 
 from wan_scale import speed
 from wan_scale.config import WanStudentConfig, preset
-from wan_scale.cost import plan
-from wan_scale.data import shards as data
+from wan_scale.cost.plan import plan
+from wan_scale.cost.report import report
+from wan_scale.data.teacher import generate
 from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels, load_transformer
 from wan_scale.tiny import make_tiny
 from wan_scale.training import dist, train, ulysses
@@ -171,7 +172,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("wan")
     make_tiny(root / "tiny", num_attention_heads=4, attention_head_dim=12)
     (root / "prompts.txt").write_text("a red ball\na blue cube\na green cat runs\na small dog\n")
-    data.generate(root / "tiny", root / "prompts.txt", root / "data", frames=9, height=64, width=64, steps=2, shard_size=4)
+    generate(root / "tiny", root / "prompts.txt", root / "data", frames=9, height=64, width=64, steps=2, shard_size=4)
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([__name__])
     with pytest.MonkeyPatch.context() as patch:
@@ -248,7 +249,7 @@ def test_compiled_blocks(root):
 
 def test_plan():
     """Cards that share a clip: activations over K, the student's times as before but for the whole discriminator, fewer groups to feed."""
-    one, four = (plan.plan("14b", gpus=16, context_parallel=K) for K in (1, 4))
+    one, four = (plan("14b", gpus=16, context_parallel=K) for K in (1, 4))
     a, b = one["memory"]["student"], four["memory"]["student"]
     assert b["block inputs"] == a["block inputs"] / 4 and b["outside blocks"] == a["outside blocks"] / 4
     assert {key: b[key] for key in b if "block" not in key} == {key: a[key] for key in a if "block" not in key}
@@ -257,14 +258,14 @@ def test_plan():
     assert four["seconds"]["stage1"] < one["seconds"]["stage1"]  # fewer clips at once, so rarer one that needs the derivative
     extra = 3 * 64 / 16 * one["steps"]["student"]["discriminator, with input gradient"] / 400e12
     assert four["seconds"]["student"] == pytest.approx(one["seconds"]["student"] + extra)
-    few, many = (plan.plan("14b", gpus=gpus, context_parallel=8) for gpus in (256, 512))
+    few, many = (plan("14b", gpus=gpus, context_parallel=8) for gpus in (256, 512))
     assert many["seconds"]["stage1"] == pytest.approx(few["seconds"]["stage1"] / 2, rel=1e-3)
-    text = plan.report("14b", gpus=8, card_gb=141)
+    text = report("14b", gpus=8, card_gb=141)
     found = int(re.search(r"cut each clip over (\d) GPUs with --context-parallel", text)[1])
-    assert plan.plan("14b", gpus=8, card_gb=141, context_parallel=found)["fits"] and "on each 2 that share" in plan.report(
+    assert plan("14b", gpus=8, card_gb=141, context_parallel=found)["fits"] and "on each 2 that share" in report(
         gpus=8, context_parallel=2
     )
     for words, settings in {"12 heads": {"context_parallel": 8}, "6 GPUs": {"gpus": 6, "context_parallel": 4}, "6 groups of 4": {
             "gpus": 24, "context_parallel": 4}, "is 0": {"context_parallel": 0}}.items():  # fmt: skip
         with pytest.raises(ValueError, match=words):
-            plan.plan("1.3b", **settings)
+            plan("1.3b", **settings)

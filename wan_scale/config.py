@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 import tmd_minimal as tmd
-from toys.ladder import option
+from settings import Settings, option
+from wan_scale.cost.work import CHECKPOINTING
 
 # What a machine or a run's look decides, and no weight depends on: may change between two starts of the same training.
 OF_THE_MACHINE = (
@@ -39,121 +41,101 @@ class WanStudentConfig(tmd.StudentConfig):
 
 
 @dataclass
-class Wan:
+class Wan(Settings):
     """Settings of the whole ladder. Defaults are the paper's for 1.3B (Table 7) where it gives one."""
 
-    model: str = option("", "folder of Wan2.1-T2V weights in the Hugging Face layout; the preset tiny makes its own")
-    out: str = option("runs/wan", "everything is written below this folder; the presets have their own")
-    data: str = option("", "folder of latent shards; empty: OUT/data")
-    prompts: str = option("", "prompt file: one prompt a line, or JSONL with prompt and seed")
-    videos: str = option("", "data from a folder of videos with captions, instead of the teacher's own samples")
+    GROUPS: ClassVar = (
+        "run", "model", "clip", "data", "student", "training", "stage 1", "stage 2", "baseline", "teacher", "memory and speed",
+        "sampling", "log", "plan",
+    )  # fmt: skip
 
-    frames: int = option(81, "frames of a clip, 4 k + 1; paper: 81")
-    height: int = option(480, "pixels, a multiple of 16; paper: 480")
-    width: int = option(832, "pixels, a multiple of 16; paper: 832")
-    flow_shift: float = option(3.0, "timestep shift of the teacher's sampler (Wan's own for 480p)")
-    sampler: str = option("unipc", "teacher's sampler: unipc or euler")
-    data_steps: int = option(50, "teacher's sampling steps")
-    data_guidance: float = option(5.0, "teacher's guidance in sampling")
-    clips: int = option(0, "make only so many clips (0: one for every prompt)")
-    shard_size: int = option(64, "clips a shard")
-    verify: bool = option(False, "compare checksums of shards when training first reads them, also where data exceed 50 GB")
-    kd_clips: int = option(10000, "pairs for the baseline's KD warm-up (M = 1); paper: 10k")
-    skip_layer: int = option(10, "block that skip-layer guidance leaves out in KD pairs, -1 for none; paper: 10")
+    out: str = option("runs/wan", "everything is written below this folder; the presets have their own", "run")
+    device: str = option("auto", "auto, cpu or cuda", "run", choices=("auto", "cpu", "cuda"))
 
-    M: int = option(2, "outer transitions; paper: 1, 2")
-    N: int = option(2, "inner steps of the flow head; paper: 2, 4")
-    H: int = option(5, "blocks of the flow head; paper: 5")
-    fusion: str = option("gated", "gated or concat; paper: gated")
-    outer_shift: float = option(10.0, "timestep shift of the outer grid; paper: 10")
-    inner_shift: float = option(10.0, "timestep shift of the inner grid; paper: 10")
+    model: str = option("", "folder of Wan2.1-T2V weights in the Hugging Face layout; the preset tiny makes its own", "model")
 
-    global_batch: int = option(64, "clips an update, over all GPUs and accumulation; paper: 64")
-    micro_batch: int = option(1, "clips a GPU holds at once")
-    stage1_updates: int = option(3000, "updates of stage 1; paper: 3k")
-    stage1_lr: float = option(3e-5, "learning rate of stage 1; paper: 3e-5 (1.3B), 1e-5 (14B)")
-    stage1_guidance: float = option(3.0, "guidance of stage 1; paper: 3")
-    adaptive_c: float = option(1.0, "c / d of the adaptive loss; paper: 1 (1.3B), 1e-5 (14B)")
-    kd_updates: int = option(10000, "updates of the baseline's KD warm-up, at M = 1; paper: 10k (1.3B), 5k (14B)")
-    kd_lr: float = option(7e-5, "learning rate of the KD warm-up; paper: 7e-5")
-    stage2_iterations: int = option(0, "iterations of stage 2 (0: the paper's for this M: 4k, at M = 1 12k; 14B 1k, 5k)")
-    stage2_lr: float = option(1e-5, "learning rate of student, fake score and discriminator; paper: 1e-5")
-    stage2_guidance: float = option(5.0, "teacher's guidance in stage 2; paper: 5")
-    dmd_shift: float = option(5.0, "timestep shift of t in stage 2; paper: 5")
-    gan_weight: float = option(0.03, "weight of the GAN term; paper: 0.03")
-    taps: str = option("15,22,29", "teacher blocks whose features the discriminator sees; paper: 15,22,29 (1.3B), 19,29,39 (14B)")
-    disc_width: int = option(384, "width of the discriminator's convolutions (384: 67.9 M at 1.3B)")
-    lora: int = option(0, "rank of LoRAs on one frozen transformer, which student, teacher and fake score share; 0: full training")
-    lora_scale: float = option(10.0, "strength of the adapters: B A counts so many times")
-    teacher_updates: int = option(0, "updates of `teacher`: flow matching from scratch, for folders made by hand")
-    teacher_lr: float = option(1e-3, "its learning rate")
+    frames: int = option(81, "frames of a clip, 4 k + 1; paper: 81", "clip")
+    height: int = option(480, "pixels, a multiple of 16; paper: 480", "clip")
+    width: int = option(832, "pixels, a multiple of 16; paper: 832", "clip")
 
-    student: str = option("tmd", "whom sample, export and eval take: tmd, dmd2v or teacher")
-    sample_prompts: int = option(16, "sample so many of the prompts, the first (0: all)")
-    samples_per_prompt: int = option(1, "videos a prompt, each from its own seed (VBench asks for 5)")
-    vbench_info: str = option("", "VBench_full_info.json, to sample VBench's prompts under VBench's file names")
-    vbench_results: str = option("", "folder of VBench's *_eval_results.json, to be scored")
+    prompts: str = option("", "prompt file: one prompt a line, or JSONL with prompt and seed", "data")
+    data: str = option("", "folder of latent shards; empty: OUT/data", "data")
+    videos: str = option("", "folder of videos with captions, to train on instead of the teacher's own samples", "data")
+    clips: int = option(0, "make only so many clips (0: one for every prompt)", "data", least=0)
+    shard_size: int = option(64, "clips a shard", "data", least=1)
+    data_steps: int = option(50, "the teacher's sampling steps", "data", least=1)
+    data_guidance: float = option(5.0, "the teacher's guidance in sampling", "data")
+    sampler: str = option("unipc", "the teacher's sampler: unipc or euler", "data", choices=("unipc", "euler"))
+    flow_shift: float = option(3.0, "timestep shift of the teacher's sampler; Wan's own for 480p: 3", "data", above=0)
+    verify: bool = option(False, "compare checksums when training first reads a shard, also where data exceed 50 GB", "data")
 
-    seed: int = option(0, "seed of weights, data order and draws")
-    device: str = option("auto", "auto, cpu or cuda")
-    precision: str = option("auto", "bf16 (compute; the weights stay fp32) or fp32; auto: bf16 on a GPU")
-    tf32: bool = option(
-        False, "let the float32 finite difference of stage 1 use TF32 on a GPU: several times faster there, 10 bits of mantissa"
-    )
-    checkpointing: str = option(
-        "none",
-        "what of a block the backward pass computes again: none, selective (all but attention), full, or auto: by memory (1.3b, 14b)",
-    )
-    attn: str = option("auto", "attention backend: native, cudnn, flash or flex; auto: the fastest on this card, measured at the start")
-    graph: str = option("auto", "replay the flow head as a CUDA graph in sampling: off, or auto: on a GPU")
-    compile: str = option("auto", "on or off: compile the blocks; auto: on a GPU")
-    shard_over: int = option(0, "GPUs over which one copy of the weights is cut; the other GPUs repeat it (HSDP); 0: all")
-    offload_teacher: bool = option(False, "keep the frozen teacher in host memory and fetch it block by block")
-    context_parallel: int = option(1, "GPUs that share one clip, by heads and tokens: 1, 2, 4 or 8 (1.3B: 12 heads, so 1, 2 or 4)")
-    save_every: int = option(100, "updates between two checkpoints")
-    preview_every: int = option(250, "updates between two previews of fixed prompts, with alarms")
-    preview_prompts: int = option(4, "prompts of a preview, two seeds each")
-    log_every: int = option(10, "updates between two lines of the log")
-    gpus: int = option(1, "GPUs, for plan")
-    card_gb: float = option(141.0, "memory of a card in GB, for plan")
-    tflops: float = option(400.0, "achieved bf16 TFLOP/s of a card, for plan")
-    rates: str = option("", "JSON that `bench` wrote on such a card: plan with its measured rates instead of --tflops")
-    bench_minutes: float = option(9.0, "minutes of bench: a case that would start later is left out")
+    N: int = 2
+    fusion: str = option("gated", "how the head joins y_s to the main feature: gated or concat; paper: gated", "student")
+
+    global_batch: int = option(64, "clips an update, over all GPUs and gradient accumulation; paper: 64", "training", least=1)
+    micro_batch: int = option(1, "clips a GPU holds at once", "training", least=1)
+    lora: int = option(0, "rank of LoRAs on one frozen transformer for all roles; 0: full training", "training", least=0)
+    lora_scale: float = option(10.0, "strength of the adapters: B A counts so many times", "training", above=0)
+    precision: str = option("auto", "bf16 (compute; the weights stay fp32) or fp32; auto: bf16 on a GPU", "training",
+                            choices=("auto", "bf16", "fp32"))  # fmt: skip
+    save_every: int = option(100, "updates between two checkpoints", "training", least=1)
+
+    stage1_guidance: float = option(3.0, "guidance of stage 1; paper: 3", "stage 1")
+    adaptive_c: float = option(1.0, "c / d of the adaptive loss; paper: 1 (1.3B), 1e-5 (14B)", "stage 1")
+
+    stage2_iterations: int = option(0, "iterations; 0: the paper's (4k, at M = 1 12k; 14B: 1k, 5k)", "stage 2", least=0)
+    stage2_guidance: float = option(5.0, "the teacher's guidance in stage 2; paper: 5", "stage 2")
+    taps: str = option("15,22,29", "teacher blocks whose features the discriminator sees; paper: 15,22,29; 14B: 19,29,39", "stage 2")
+    disc_width: int = option(384, "width of the discriminator's convolutions (384: 67.9 M at 1.3B)", "stage 2")
+
+    kd_clips: int = option(10000, "pairs of the KD warm-up of DMD2-v at M = 1; paper: 10k", "baseline")
+    kd_updates: int = option(10000, "updates of the KD warm-up; paper: 10k (1.3B), 5k (14B)", "baseline", least=0)
+    kd_lr: float = option(7e-5, "learning rate of the KD warm-up; paper: 7e-5", "baseline", above=0)
+    skip_layer: int = option(10, "block that skip-layer guidance leaves out in KD pairs, -1: none; paper: 10", "baseline")
+
+    teacher_updates: int = option(0, "updates of `teacher`: flow matching from scratch, for folders made by hand", "teacher", least=0)
+
+    checkpointing: str = option("none", "activation checkpointing of a block: none, selective (all but attention), full, or auto: "
+                                "the fastest that fits (1.3b, 14b)", "memory and speed", choices=("auto", *CHECKPOINTING))  # fmt: skip
+    shard_over: int = option(0, "GPUs that one copy of the weights is sharded over (FSDP; fewer than all: HSDP); 0: all",
+                             "memory and speed", least=0)  # fmt: skip
+    context_parallel: int = option(1, "GPUs that share one clip, by heads and tokens: 1, 2, 4 or 8 (1.3B has 12 heads: 1, 2 or 4)",
+                                   "memory and speed", least=1)  # fmt: skip
+    offload_teacher: bool = option(False, "keep the frozen teacher in host memory and fetch it block by block", "memory and speed")
+    attn: str = option("auto", "attention backend: native, cudnn, flash or flex; auto: the fastest on this GPU, measured at the start",
+                       "memory and speed", choices=("auto", "cudnn", "flash", "flex", "native"))  # fmt: skip
+    compile: str = option("auto", "compile the blocks: on or off; auto: on a GPU", "memory and speed", choices=("auto", "on", "off"))
+    graph: str = option("auto", "replay the flow head as a CUDA graph in sampling: off, or auto: on a GPU", "memory and speed",
+                        choices=("auto", "off"))  # fmt: skip
+    tf32: bool = option(False, "let stage 1's float32 finite difference use TF32 on a GPU: several times faster, 10 bits of mantissa",
+                        "memory and speed")  # fmt: skip
+
+    student: str = option("tmd", "the student of sample, export and eval: tmd, dmd2v or teacher", "sampling",
+                          choices=("tmd", "dmd2v", "teacher"))  # fmt: skip
+    sample_prompts: int = option(16, "sample so many of the prompts, the first (0: all)", "sampling")
+    samples_per_prompt: int = option(1, "videos a prompt, each from its own seed (VBench asks for 5)", "sampling")
+    vbench_info: str = option("", "VBench_full_info.json, to sample VBench's prompts under VBench's file names", "sampling")
+    vbench_results: str = option("", "folder of VBench's *_eval_results.json, to be scored", "sampling")
+
+    log_every: int = option(10, "updates between two lines of the log", "log", least=1)
+    preview_every: int = option(250, "updates between two previews of fixed prompts, with alarms; 0: none", "log", least=0)
+    preview_prompts: int = option(4, "prompts of a preview, two seeds each", "log")
+
+    gpus: int = option(1, "GPUs, for plan", "plan", least=1)
+    card_gb: float = option(141.0, "memory of a GPU in GB, for plan", "plan", above=0)
+    tflops: float = option(400.0, "bf16 TFLOP/s that a GPU achieves, for plan", "plan", above=0)
+    rates: str = option("", "JSON that `bench` wrote on such a GPU: plan with its measured rates instead of --tflops", "plan")
+    bench_minutes: float = option(9.0, "minutes of bench: a case that would start later is left out", "plan", above=0)
 
     def __post_init__(self):
+        super().__post_init__()
         if self.frames % 4 != 1 or self.frames < 1:
             raise ValueError(f"frames is {self.frames}; Wan's VAE takes 4 k + 1 frames (81, or 9 for a try).")
         if self.height % 16 or self.width % 16 or min(self.height, self.width) < 16:
-            raise ValueError(f"clips of {self.height}x{self.width} do not fit Wan's patches; height and width must be multiples of 16.")
-        least = {"micro_batch": 1, "global_batch": 1, "shard_size": 1, "data_steps": 1, "gpus": 1, "save_every": 1, "log_every": 1}
-        least |= {"context_parallel": 1, "lora": 0, "shard_over": 0}
-        for name, low in (least | {"clips": 0, "stage1_updates": 0, "kd_updates": 0, "stage2_iterations": 0, "preview_every": 0}).items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}.")
-        for name in (
-            "lora_scale",
-            "flow_shift",
-            "stage1_lr",
-            "stage2_lr",
-            "kd_lr",
-            "teacher_lr",
-            "dmd_shift",
-            "card_gb",
-            "tflops",
-            "bench_minutes",
-        ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
-        tmd.choose("sampler", self.sampler, ("unipc", "euler"))
-        tmd.choose("device", self.device, ("auto", "cpu", "cuda"))
-        tmd.choose("precision", self.precision, ("auto", "bf16", "fp32"))
-        tmd.choose("student", self.student, ("tmd", "dmd2v", "teacher"))
-        tmd.choose("attn", self.attn, ("auto", "cudnn", "flash", "flex", "native"))
-        tmd.choose("compile", self.compile, ("auto", "on", "off"))
-        tmd.choose("graph", self.graph, ("auto", "off"))
-        tmd.choose("checkpointing", self.checkpointing, ("auto", "none", "selective", "full"))
+            size = f"{self.height}x{self.width}"
+            raise ValueError(f"clips of {size} do not fit Wan's patches; height and width must be multiples of 16.")
         if self.lora and self.offload_teacher:
-            raise ValueError("with --lora the teacher is the base that all share and stays on the card; leave --offload-teacher away.")
+            raise ValueError("with --lora the teacher is the base that all share and stays on the GPU; drop --offload-teacher.")
         try:
             self.tap_blocks = tuple(int(i) for i in self.taps.split(","))
         except ValueError:

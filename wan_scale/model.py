@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tmd_minimal as tmd
 from wan_scale import speed
+from wan_scale.cost.work import CHECKPOINTING
 from wan_scale.training import ulysses
 
 
@@ -47,7 +48,7 @@ class WanNetwork(tmd.Network):
         super().__init__()
         if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
             raise ValueError("this is an image-to-video checkpoint; give a text-to-video one (Wan2.1-T2V-1.3B or -14B).")
-        tmd.choose("checkpointing", checkpointing, speed.CHECKPOINTING)
+        tmd.choose("checkpointing", checkpointing, CHECKPOINTING)
         self.transformer, self.checkpointing, self.tables, self.cards = transformer, checkpointing, {}, 1
         self.frozen, self.prompt = False, (None, None)
 

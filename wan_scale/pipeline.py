@@ -13,7 +13,12 @@ from contextlib import nullcontext
 from typing import ClassVar
 
 import torch
-from diffusers import ConfigMixin, ModelMixin, WanPipeline, WanTransformer3DModel  # ModelMixin by name: the loader looks for it here
+from diffusers import (  # ModelMixin by name: the loader looks for it here
+    ConfigMixin,
+    ModelMixin,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 
@@ -21,6 +26,7 @@ import tmd_minimal as tmd
 from wan_scale import speed
 from wan_scale.config import WanStudentConfig
 from wan_scale.model import WanNetwork
+from wan_scale.pictures import decode
 
 HOW = ("M", "N", "H", "fusion", "target", "field", "outer", "outer_shift", "inner_shift")  # what sampling needs of a StudentConfig
 
@@ -123,13 +129,3 @@ class _Timed:
 
     def __init__(self, student, clock):
         self.features, self.head = clock("backbone", student.features), clock("head", student.head)
-
-
-def decode(vae, video_processor, latents, output_type: str = "np"):
-    """Normalised latents (B, 16, T, H, W) -> video, one clip at a time, by the VAE's own mean and deviation."""
-    shape = (1, -1, 1, 1, 1)
-    mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents.device)
-    std = torch.tensor(vae.config.latents_std).view(shape).to(latents.device)
-    raw = (latents.float() * std + mean).to(vae.dtype)
-    frames = torch.cat([vae.decode(clip[None], return_dict=False)[0] for clip in raw])
-    return video_processor.postprocess_video(frames, output_type=output_type)

@@ -32,7 +32,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, so that this runs as a script from anywhere
 
-from toys import ladder
+from settings import command as run_command
+from settings import parser
 from wan_scale.config import PRESETS, Wan, preset
 
 COMMANDS = ("plan", "data", "stage1", "stage2", "kd", "dmd2v", "sample", "export", "eval", "bench", "teacher")
@@ -56,7 +57,7 @@ the green ball in the sea, the small ball jumps""".replace("\n", " ").split(", "
 
 def parse(argv=None):
     """(command or None, settings, the names given on the command line, dry run?)."""
-    p = ladder.parser(Wan, __doc__)
+    p = parser(Wan, __doc__)
     p.usage = "run.py [COMMAND] [--preset tiny|1.3b|14b] [options]"
     p.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND", help=f"one of {', '.join(COMMANDS)}; none: the ladder")
     p.add_argument("--preset", choices=tuple(PRESETS), help="tiny, 1.3b or 14b: Table 7's settings (default: 1.3b)")
@@ -89,7 +90,7 @@ def tiny_world(cfg: Wan) -> Wan:
 def make_data(cfg: Wan, kd: bool = False) -> None:
     """Shards, once: their own manifest says whether they are these."""
     from wan_scale import speed
-    from wan_scale.data import shards as data
+    from wan_scale.data import shards, teacher, videos
     from wan_scale.training import dist
 
     device = dist.start(cfg.device)
@@ -97,7 +98,7 @@ def make_data(cfg: Wan, kd: bool = False) -> None:
     clip = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width, "shard_size": cfg.shard_size}
     out = cfg.folder("kd-pairs") if kd else cfg.shards
     if cfg.videos and not kd:
-        data.encode_videos(cfg.model, cfg.videos, out, limit=cfg.clips or None, **clip, **where)
+        videos.encode_videos(cfg.model, cfg.videos, out, limit=cfg.clips or None, **clip, **where)
     else:
 
         def fast(transformer):
@@ -106,10 +107,10 @@ def make_data(cfg: Wan, kd: bool = False) -> None:
         how = {"fast": fast, "steps": cfg.data_steps, "guidance": cfg.data_guidance, "flow_shift": cfg.flow_shift, "sampler": cfg.sampler}
         # choice: KD pairs from noise that the training data have not seen
         more = {"kd": True, "seed_offset": 1_000_000, "skip_layer": None if cfg.skip_layer < 0 else cfg.skip_layer} if kd else {}
-        data.generate(cfg.model, cfg.prompts, out, limit=(cfg.kd_clips if kd else cfg.clips) or None, **how, **more, **clip, **where)
+        teacher.generate(cfg.model, cfg.prompts, out, limit=(cfg.kd_clips if kd else cfg.clips) or None, **how, **more, **clip, **where)
     dist.barrier()
     if dist.rank() == 0:
-        print(data.summary(out), flush=True)
+        print(shards.summary(out), flush=True)
 
 
 def evaluate(cfg: Wan, folders=None) -> None:
@@ -128,21 +129,23 @@ def evaluate(cfg: Wan, folders=None) -> None:
 
 def size_of(name: str) -> dict:
     """The transformer's config of a preset."""
-    from wan_scale.cost.plan import WAN
+    from wan_scale.cost.sizes import WAN
     from wan_scale.tiny import TRANSFORMER
 
     return WAN[name] if name in WAN else {**WAN["1.3b"], **TRANSFORMER}
 
 
 def bench(cfg: Wan, name: str) -> None:
-    from wan_scale.cost import bench, benchmarks
+    from wan_scale import bench
+    from wan_scale.cost import benchmarks
 
     out = None if name != "tiny" else cfg.folder("bench")  # a laptop's numbers are nobody's benchmark
     print(benchmarks.markdown([bench.run(cfg, size_of(name), name, out)]))
 
 
 def plan(cfg: Wan, name: str) -> None:
-    from wan_scale.cost import plan
+    from wan_scale.cost.report import report
+    from wan_scale.cost.work import measured_rates
 
     given = Path(cfg.model) / "transformer" / "config.json" if cfg.model else None
     if given and not given.exists():
@@ -150,8 +153,8 @@ def plan(cfg: Wan, name: str) -> None:
     model = json.loads(given.read_text()) if given else size_of(name)
     if cfg.rates and not Path(cfg.rates).is_file():
         raise RuntimeError(f"{cfg.rates} is missing; give a JSON of bench_results/ with --rates, or leave it away.")
-    rates = plan.rates(json.loads(Path(cfg.rates).read_text()), cfg.tf32) if cfg.rates else None
-    print(plan.report(model, rates=rates, **cfg.planned()))
+    rates = measured_rates(json.loads(Path(cfg.rates).read_text()), cfg.tf32) if cfg.rates else None
+    print(report(model, rates=rates, **cfg.planned()))
 
 
 def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:
@@ -168,7 +171,7 @@ def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:
     elif not cfg.model or (not cfg.prompts and not cfg.videos and command in (None, "data", "sample")):
         print(NEEDS)
         raise RuntimeError("give --model and --prompts, or --preset tiny.")
-    from wan_scale.data.shards import check_folder, free_memory
+    from wan_scale.data.folders import check_folder, free_memory
     from wan_scale.sampling import sample
     from wan_scale.training import dist, train
 
@@ -206,7 +209,7 @@ def main(argv=None) -> int:
         warnings.filterwarnings("ignore", words)
     for key, value in quiet.items():  # everything is read from the folder given
         os.environ.setdefault(key, value)
-    status = ladder.command("wan_scale", lambda: explain(lambda: work(command, name, given, dry)))
+    status = run_command("wan_scale", lambda: explain(lambda: work(command, name, given, dry)))
     if status and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         os._exit(status)  # at once: taking the group down could wait for ranks that wait for this one

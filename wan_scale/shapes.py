@@ -19,15 +19,17 @@ import torch
 from safetensors.torch import save
 
 import tmd_minimal as tmd
-from toys import ladder
+from settings import command
 from toys.moving_shapes import SHADES, SHAPES, WORDS, Ruler, World, encode
 from wan_scale.config import Wan
-from wan_scale.data.shards import atomic, fill, finished, open_out, write_json
+from wan_scale.data.files import atomic, write_json
+from wan_scale.data.manifest import open_out
+from wan_scale.data.shards import fill, finished
 from wan_scale.tiny import make_tiny
 from wan_scale.training import train, weights
 
 WORLD = World(8, 12)  # frames, pixels
-# choice: of five motions the two that a teacher learns in minutes; data.py drops clips that are still
+# choice: of five motions the two that a teacher learns in minutes; data/checks.py drops clips that are still
 PROMPTS = [" ".join(words) for words in itertools.product(SHADES, SHAPES, ("straight", "circle"))]
 EMPTY_PROMPT = "any any any"
 MEAN, STD = -0.87, 0.35  # of a pixel of this world
@@ -69,7 +71,7 @@ def make_shapes_folder(folder: str | Path, seed: int = 0) -> Path:
 
 
 def write_shards(out: str | Path, clips: int, seed: int = 0, shard_size: int = 512) -> int:
-    """Rendered clips and their text in data.py's layout, resumable; a clip depends on its prompt and seed alone. Returns those made now."""
+    """Rendered clips and their text in the layout of data/shards.py, resumable; a clip depends on its prompt and seed alone. Returns those made now."""
     out = Path(out)
     records = [{"prompt": PROMPTS[i % len(PROMPTS)], "seed": seed * clips + i} for i in range(clips)]
     manifest = {
@@ -147,7 +149,7 @@ def main(argv=None) -> int:
     args = p.parse_args(argv)
     torch.set_num_threads(1)  # so small that a second thread only waits
     cfg = settings(args.out or f"runs/wan-shapes{'-quick' * args.quick}", seed=args.seed, **(QUICK if args.quick else {}))
-    return ladder.command("wan_scale.shapes", lambda: run(cfg, 12 if args.quick else 192))
+    return command("wan_scale.shapes", lambda: run(cfg, 12 if args.quick else 192))
 
 
 if __name__ == "__main__":

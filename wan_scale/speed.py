@@ -20,11 +20,10 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from wan_scale.cost import plan
+from wan_scale.cost.sizes import tokens
 from wan_scale.training import dist
 
 BACKENDS = {"native": "native", "cudnn": "_native_cudnn", "flash": "_native_flash", "flex": "flex"}  # --attn: diffusers' name
-CHECKPOINTING = ("none", "selective", "full")
 
 
 # ---- Attention -------------------------------------------------------------------------------------------------------
@@ -235,9 +234,9 @@ def chosen(cfg, config: dict, device, dtype, backward: bool) -> dict:
     if attn == "auto" and device.type == "cpu":
         attn = "native"
     elif attn == "auto":
-        tokens = plan.tokens(config, cfg.frames, cfg.height, cfg.width)
+        n = tokens(config, cfg.frames, cfg.height, cfg.width)
         heads = config["num_attention_heads"] // cfg.context_parallel
-        times = attention_times(heads, config["attention_head_dim"], tokens, device, dtype, backward, compiled)
+        times = attention_times(heads, config["attention_head_dim"], n, device, dtype, backward, compiled)
         attn = fastest(times)
         words = ", of " + ", ".join(f"{k}: {v}" if isinstance(v, str) else f"{k} {1000 * v:.1f} ms" for k, v in times.items())
     dist.say(f"attention {attn}{words}; blocks {'compiled' if compiled else 'not compiled'}")

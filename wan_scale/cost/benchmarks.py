@@ -2,7 +2,7 @@
 
     print(markdown([json.load(open("wan_scale/bench_results/1.3b-nvidia-h200-2026-11-23.json"))]))
 
-The plan predicts from the record's own micro-benchmarks (plan.rates), so its error is that of its arithmetic, not of a data sheet.
+The plan predicts from the record's own micro-benchmarks (measured_rates), so its error is that of its arithmetic, not of a data sheet.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import math
 from pathlib import Path
 
 import tmd_minimal as tmd
-from wan_scale.cost import plan
+from wan_scale.cost.memory import memory
+from wan_scale.cost.sizes import GB
+from wan_scale.cost.work import UNITS, flops, measured_rates, step_work
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench_results"
 TIME, MEMORY = 0.15, 0.10  # errors of the plan that are within the bars
@@ -41,7 +43,7 @@ def update(case: dict) -> float:
 def rate_share(record: dict) -> float:
     """Share of the card's own bf16 matmul rate that the fastest forward reaches."""
     rates = record["cases"]["rates"]
-    work = plan.flops(record["config"], record["tokens"], H=record["H"])["whole"]["total"]
+    work = flops(record["config"], record["tokens"], H=record["H"])["whole"]["total"]
     fastest = min(case["seconds"] for case in ran(record, "forward").values())
     return work / fastest / (rates["work"]["matmul"] / rates["seconds"]["matmul"])
 
@@ -72,11 +74,11 @@ def difference(record: dict) -> tuple[float, str]:
 
 percent, ratio, gb, sec = "{:.0%}".format, "{:.2f}x".format, "{:.1f} GB".format, "{:.3f} s".format
 quickest = lambda record: min(s["M1N2"] for case in ran(record, "sampling").values() if "M1N2" in (s := case["seconds"]))
-memory = lambda record: max(record["cases"]["stage 2"]["peak_gb"].values())
+stage2_peak = lambda record: max(record["cases"]["stage 2"]["peak_gb"].values())
 BARS = (  # size, what, bound, whether it is the least (else the most), the number of a record, how it is written
     ("1.3b", "forward, share of the card's bf16 matmul rate", 0.65, True, rate_share, percent),
     ("1.3b", "stage 2 iteration against the naive baseline, at equal memory", 1.3, True, against_naive, ratio),
-    ("1.3b", "stage 2 at batch 1, peak memory", 75.0, False, memory, gb),
+    ("1.3b", "stage 2 at batch 1, peak memory", 75.0, False, stage2_peak, gb),
     ("1.3b", "sample at M = 1, N = 2, transformer", 0.60, False, quickest, sec),
     ("14b", "sample at M = 1, N = 2, transformer", 3.4, False, quickest, sec),
     ("1.3b", "inner steps over (N-1) H / L, above it", 0.05, False, rollout, percent),
@@ -105,7 +107,7 @@ def bars(records: list[dict]) -> list[str]:
 
 
 def predicted(record: dict, name: str, part: str = "") -> tuple[dict, float] | None:
-    """(seconds by unit of plan.UNITS, bytes at the peak) of a case's part by the record's own rates, or None where the plan has none."""
+    """(seconds by unit of UNITS, bytes at the peak) of a case's part by the record's own rates, or None where the plan has none."""
     case, config, n = record["cases"][name], record["config"], record["tokens"]
     kinds = {"forward": "teacher", "sampling": "sample", "stage 1": "stage1", "stage 2": part}
     kind = next((kind for start, kind in kinds.items() if name.startswith(start)), None)
@@ -116,15 +118,15 @@ def predicted(record: dict, name: str, part: str = "") -> tuple[dict, float] | N
     M, N = (1, record["N"]) if kind != "sample" else (int(v) for v in part[1:].split("N"))
     how |= {"N": N, "last_tap": record["last_tap"], "checkpointing": case.get("checkpointing", "full"), "lora": case.get("lora", 0)}
     shown = {"disc_flops": record["discriminator"]["flops"], "flow_map_share": float(case.get("difference", True))}
-    work = plan.step_work(config, n, kind, M=M, **how, **shown)
+    work = step_work(config, n, kind, M=M, **how, **shown)
     tf32, clips = case.get("tf32", record["tf32"]), record["micro_batch"] if training else 1
-    rate = plan.rates(record, tf32, case["attn"])
-    spent = dict.fromkeys(plan.UNITS, 0.0)
+    rate = measured_rates(record, tf32, case["attn"])
+    spent = dict.fromkeys(UNITS, 0.0)
     for units in work.values():
         for unit, amount in units.items():
             spent[unit] += clips * amount / rate[unit]
     disc = {"disc": record["discriminator"]["parameters"], "disc_bytes": record["discriminator"]["live"]} if part else {}
-    peak = plan.memory(config, n, kind, micro_batch=clips, accumulated=False, **how, **disc)
+    peak = memory(config, n, kind, micro_batch=clips, accumulated=False, **how, **disc)
     return spent, sum(peak.values())
 
 
@@ -158,7 +160,7 @@ def cases(record: dict) -> list[str]:
                 spent, total = guess[0], sum(guess[0].values())
                 time = error("time", s, total, TIME)
                 if peak and "graphed" not in name:  # a graph holds its own memory
-                    space = error("memory", peak, guess[1] / plan.GB, MEMORY)
+                    space = error("memory", peak, guess[1] / GB, MEMORY)
                 where = ", ".join(f"{unit} {t / total:.0%}" for unit, t in sorted(spent.items(), key=lambda u: -u[1]) if t > 0.02 * total)
             rows.append(f"| {name} {part} | {s:.4g} | {time} | {f'{peak:.1f}' if peak else ''} | {space} | {where} |".replace("  |", " |"))
         if name != "attention":

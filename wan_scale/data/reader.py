@@ -1,4 +1,4 @@
-"""Training batches from the shards that data.py writes, read by position so that any resume and any number of ranks see the same data."""
+"""Training batches from the shards that shards.py writes, read by position so that any resume and any number of ranks see the same data."""
 
 from __future__ import annotations
 
@@ -11,76 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-# Statistics of latents over a whole folder, by channel. Normalised ones lie near (0, 1); the bounds leave room for few or odd clips.
-MEAN_BOUND, STD_BOUNDS = 2.0, (0.02, 4.0)
+from wan_scale.data.checks import check_normalised, pooled_statistics
+from wan_scale.data.files import file_sha256, read_json
+from wan_scale.data.manifest import manifest_digest
+from wan_scale.data.text import pad_text
+
 AGAIN = "delete it and its .json and run `data` again"
-LABELS = {"model", "versions"}  # of the manifest: for people; a renamed model folder or a newer library is no other data
-
-
-def pad_text(text: torch.Tensor, length: int) -> torch.Tensor:
-    """Zero-pad text tokens (n, text_dim) to (length, text_dim), as Wan takes them; ValueError if they are more."""
-    if len(text) > length:
-        raise ValueError(f"a text of {len(text)} tokens does not fit text_length = {length}; give at least {len(text)}.")
-    return F.pad(text, (0, 0, 0, length - len(text)))
-
-
-def manifest_digest(manifest: dict) -> str:
-    """sha256 of what a folder's manifest promises."""
-    kept = {key: value for key, value in manifest.items() if key not in LABELS}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object; ValueError in one sentence if the file is missing or broken."""
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; give a folder that `data` has made.") from None
-    except ValueError:
-        raise ValueError(f"{path} is not JSON; copy or make it again.") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object; copy or make it again.")
-    return value
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def pooled_statistics(cards: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation by channel over all clips of the given sidecars: (C,), (C,) float64."""
-    cards = [card for card in cards if card["clips"]]
-    n = torch.tensor([len(card["clips"]) for card in cards], dtype=torch.float64)[:, None]
-    mean, std = (torch.tensor([card[key] for card in cards], dtype=torch.float64) for key in ("mean", "std"))  # (shards, C)
-    total = (n * mean).sum(0) / n.sum()
-    return total, ((n * (std**2 + mean**2)).sum(0) / n.sum() - total**2).clamp_min(0).sqrt()
-
-
-def check_normalised(mean: torch.Tensor, std: torch.Tensor, vae_mean, vae_std) -> None:
-    """ValueError if latents with these statistics (C,) look as they came out of the VAE, or like nothing a teacher can have made.
-
-    The raw latents of a VAE have its mean and std, normalised ones 0 and 1: whichever is nearer over all channels together.
-    """
-
-    def distance(m, s):
-        return (((mean - m) / s) ** 2 + (std.clamp_min(1e-6) / s).log() ** 2).mean()
-
-    vae_mean, vae_std = torch.as_tensor(vae_mean, dtype=mean.dtype), torch.as_tensor(vae_std, dtype=mean.dtype)
-    fix = "store (z - latents_mean) / latents_std of the VAE"
-    if distance(vae_mean, vae_std) < min(1, distance(torch.zeros_like(mean), torch.ones_like(std))):
-        raise ValueError(f"the latents look raw: their channels have the VAE's own means and deviations; {fix}.")
-    bad = [i for i, (m, s) in enumerate(zip(mean, std)) if not (abs(m) <= MEAN_BOUND and STD_BOUNDS[0] <= s <= STD_BOUNDS[1])]
-    if bad:
-        worst = f"mean {mean[bad[0]]:.2f} and standard deviation {std[bad[0]]:.2f} in channel {bad[0]}"
-        raise ValueError(f"the latents do not look normalised ({worst}, {len(bad)} such of {len(mean)}); {fix}.")
 
 
 class Reader:

@@ -1,0 +1,1 @@
+"""A finished student to videos, to a folder to load elsewhere, and to a score sheet."""

@@ -16,14 +16,14 @@ from tqdm import tqdm
 import tmd_minimal as tmd
 from wan_scale import speed
 from wan_scale.config import Wan
-from wan_scale.data.prompts import read_prompts
-from wan_scale.data.reader import file_sha256
-from wan_scale.data.shards import NEGATIVE, check_folder
+from wan_scale.data.files import file_sha256
+from wan_scale.data.folders import check_folder
+from wan_scale.data.prompts import NEGATIVE, read_prompts
 from wan_scale.model import load_transformer
+from wan_scale.pictures import contact_sheet, write_video
 from wan_scale.pipeline import HOW, TMDWanModel, TMDWanPipeline
 from wan_scale.sampling import vbench
 from wan_scale.sampling.cheap_metrics import read_video
-from wan_scale.sampling.pictures import contact_sheet, write_video
 from wan_scale.training import dist, lora, weights
 from wan_scale.training.train import compute_dtype
 

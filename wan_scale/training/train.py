@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 import tmd_minimal as tmd
 from wan_scale import speed
 from wan_scale.config import Wan, WanStudentConfig
-from wan_scale.cost import plan
+from wan_scale.cost.plan import plan
+from wan_scale.cost.sizes import GB
+from wan_scale.data.folders import check_folder
 from wan_scale.data.reader import Reader
-from wan_scale.data.shards import check_folder
 from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels, load_transformer
-from wan_scale.pipeline import decode
-from wan_scale.sampling.pictures import contact_sheet
+from wan_scale.pictures import contact_sheet, decode
 from wan_scale.training import dist, logs, lora, ulysses, weights
 from wan_scale.training.phase import Feed, WanPhase, mixed
 
@@ -175,10 +175,10 @@ class Training:
         if cfg.checkpointing != "auto":
             return cfg.checkpointing
         on_card = self.device.type == "cuda"
-        size = torch.cuda.get_device_properties(self.device).total_memory / plan.GB if on_card else cfg.card_gb
+        size = torch.cuda.get_device_properties(self.device).total_memory / GB if on_card else cfg.card_gb
         H = 0 if self.name in ("kd", "dmd2v") else cfg.H
         these = cfg.planned(gpus=dist.world(), card_gb=size, H=H, N=cfg.N if H else 1, compiled=compiled)
-        mode = dist.agreed(plan.plan(config, **these)["checkpointing"])
+        mode = dist.agreed(plan(config, **these)["checkpointing"])
         dist.say(f"checkpointing {mode}, chosen by `plan` for {dist.world()} x {size:.3g} GB")
         return mode
 

@@ -23,15 +23,17 @@ import torch.nn.functional as F
 import tmd_minimal as tmd
 from wan_scale import speed
 from wan_scale.config import Wan, preset
-from wan_scale.cost import plan
 from wan_scale.cost.benchmarks import RESULTS
-from wan_scale.data.shards import write_json
+from wan_scale.cost.memory import RESERVE, choose_checkpointing, memory
+from wan_scale.cost.sizes import GB, WAN, discriminator, known, latent, tokens
+from wan_scale.cost.work import measured_rates, step_work, time_of
+from wan_scale.data.files import write_json
 from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels
 from wan_scale.training import dist, lora, train, weights
 from wan_scale.training.phase import Feed, WanPhase
 
-LOOKED_AT = (  # by what is measured: a setting of these that is not the preset's makes a variant
-    "frames height width N H micro_batch lora taps disc_width precision tf32 checkpointing attn compile device card_gb bench_minutes"
+LOOKED_AT = (  # by what is measured: a setting of these that is not the preset's makes a variant, named in this order
+    "frames height width N H micro_batch taps disc_width lora device precision tf32 checkpointing attn compile card_gb bench_minutes"
 ).split()
 GRIDS = (1, 2), (1, 1), (1, 4), (2, 2), (4, 1)  # (M, N), by value
 
@@ -44,18 +46,18 @@ class Bench:
         self.device = dist.start(cfg.device)
         self.cuda = self.device.type == "cuda"
         self.dtype = train.compute_dtype(cfg, self.device)
-        self.shape = (config["in_channels"], *plan.latent(cfg.frames, cfg.height, cfg.width))
-        self.tokens, self.D = plan.tokens(config, cfg.frames, cfg.height, cfg.width), plan.known(config)["D"]
+        self.shape = (config["in_channels"], *latent(cfg.frames, cfg.height, cfg.width))
+        self.tokens, self.D = tokens(config, cfg.frames, cfg.height, cfg.width), known(config)["D"]
         self.card = torch.cuda.get_device_name() if self.cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
         self.attn = self.attn_forward = "native" if cfg.attn == "auto" else cfg.attn  # until the case "attention" has chosen
         self.compiled = cfg.compile == "on" or (cfg.compile == "auto" and self.cuda)
-        budget = (torch.cuda.get_device_properties(0).total_memory if self.cuda else cfg.card_gb * plan.GB) * (1 - plan.RESERVE)
-        self.disc = disc = plan.discriminator(config, self.shape[1:], cfg.disc_width, len(cfg.tap_blocks))
+        budget = (torch.cuda.get_device_properties(0).total_memory if self.cuda else cfg.card_gb * GB) * (1 - RESERVE)
+        self.disc = disc = discriminator(config, self.shape[1:], cfg.disc_width, len(cfg.tap_blocks))
         held = {"H": cfg.H, "N": cfg.N, "micro_batch": cfg.micro_batch, "disc": disc["parameters"], "disc_bytes": disc["live"]}
         held |= {"accumulated": False, "compiled": self.compiled}
-        smallest = max(sum(plan.memory(config, self.tokens, kind, **held).values()) for kind in ("student", "critic"))
+        smallest = max(sum(memory(config, self.tokens, kind, **held).values()) for kind in ("student", "critic"))
         self.lora = cfg.lora or 64 * (smallest > budget)  # what one card cannot train in full is measured with adapters
-        chosen = plan.choose_checkpointing(config, self.tokens, budget, lora=self.lora, **held)
+        chosen = choose_checkpointing(config, self.tokens, budget, lora=self.lora, **held)
         self.mode = chosen if cfg.checkpointing == "auto" else cfg.checkpointing
         torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
 
@@ -68,11 +70,11 @@ class Bench:
     def expected(self, kind: str, attn: str, tf32: bool = False, **how) -> float:
         """Seconds of such a step by `plan` and the rates measured here; 0 as long as there are none."""
         try:
-            rate = plan.rates(self.record, tf32, attn)
+            rate = measured_rates(self.record, tf32, attn)
         except (ValueError, KeyError):
             return 0.0
         how = {"H": self.cfg.H, "N": self.cfg.N, "last_tap": self.cfg.tap_blocks[-1], "disc_flops": self.disc["flops"], **how}
-        return sum(plan.time_of(work, rate) for work in plan.step_work(self.config, self.tokens, kind, **how).values())
+        return sum(time_of(work, rate) for work in step_work(self.config, self.tokens, kind, **how).values())
 
     def affordable(self, seconds: float = 0) -> None:
         """RuntimeError where that is more than what is left."""
@@ -87,7 +89,7 @@ class Bench:
         return {"seconds": seconds, "n": n, **self.peak()}
 
     def peak(self) -> dict:
-        return {"peak_gb": torch.cuda.max_memory_allocated() / plan.GB} if self.cuda else {}
+        return {"peak_gb": torch.cuda.max_memory_allocated() / GB} if self.cuda else {}
 
     def transformer(self, dtype: torch.dtype):
         """The stock transformer with random weights, made where it will live; in bf16 what diffusers keeps in float32 is float32."""
@@ -120,7 +122,7 @@ class Bench:
         return {"seconds": ran, "reasons": reasons, "attn": self.attn, "attn_forward": self.attn_forward}
 
     def rates(self) -> dict:
-        """What the card does of each of plan.UNITS a second, attention apart, at the sizes of one block; "matmul": of the largest kind."""
+        """What the card does of each of UNITS a second, attention apart, at the sizes of one block; "matmul": of the largest kind."""
         n, D, wide, heads = self.tokens, self.D, self.config["ffn_dim"], self.config["num_attention_heads"]
         make = lambda *shape, dtype=self.dtype: torch.randn(*shape, device=self.device, dtype=dtype)
         pairs = [(D, D)] * 6 + [(D, wide), (wide, D)]  # a block's linear layers
@@ -155,7 +157,7 @@ class Bench:
         channels = self.D // 4
         disc = WanDiscriminator(channels, self.cfg.disc_width, 1).to(self.device)
         feature = make(1, channels, *self.shape[1:]).requires_grad_()
-        amount = 3 * plan.discriminator(self.config, self.shape[1:], self.cfg.disc_width, taps=1)["flops"]
+        amount = 3 * discriminator(self.config, self.shape[1:], self.cfg.disc_width, taps=1)["flops"]
 
         def both_ways():
             with torch.enable_grad(), train.compute(self.cfg, self.device):
@@ -301,14 +303,14 @@ def run(cfg: Wan, config: dict, name: str, out: Path | None = None, repeats: int
     """Every case of a size on this machine; OUT/<name>-<card>-<date>.json grows as they come. Returns the record."""
     bench = Bench(cfg, config, repeats)
     record = {"size": name, "card": bench.card, "date": date.today().isoformat(), "torch": torch.__version__}
-    usual = asdict(preset(name))
-    given = {key.replace("_", "-"): value for key, value in asdict(cfg).items() if key in LOOKED_AT and value != usual[key]}
+    usual, ours = asdict(preset(name)), asdict(cfg)
+    given = {key.replace("_", "-"): ours[key] for key in LOOKED_AT if ours[key] != usual[key]}
     given = [key if value is True else f"{key} {value}" for key, value in given.items()]
     record["command"] = " --".join([f"python wan_scale/run.py bench --preset {name}", *given])
     record |= {"precision": str(bench.dtype).removeprefix("torch."), "tf32": cfg.tf32, "micro_batch": cfg.micro_batch}
     record |= {"tokens": bench.tokens, "clip": [cfg.frames, cfg.height, cfg.width], "H": cfg.H, "N": cfg.N, "last_tap": cfg.tap_blocks[-1]}
-    record["discriminator"] = plan.discriminator(config, bench.shape[1:], cfg.disc_width, len(cfg.tap_blocks))
-    record |= {"config": {key: config[key] for key in plan.WAN["1.3b"]}, "cases": {}}
+    record["discriminator"] = discriminator(config, bench.shape[1:], cfg.disc_width, len(cfg.tap_blocks))
+    record |= {"config": {key: config[key] for key in WAN["1.3b"]}, "cases": {}}
     bench.record = record
     variant = record["variant"] = [words for words in given if not words.startswith("bench-minutes")]
     plain = lambda text: "".join(ch if ch.isalnum() else "-" for ch in text).strip("-").lower()

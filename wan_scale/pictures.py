@@ -1,4 +1,4 @@
-"""Frames on paper and in mp4."""
+"""From latents to frames, and frames on a contact sheet or in an mp4."""
 
 from __future__ import annotations
 
@@ -6,13 +6,26 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
+
+
+def decode(vae, video_processor, latents, output_type: str = "np"):
+    """Normalised latents (B, 16, T, H, W) -> video, one clip at a time, by the VAE's own mean and deviation."""
+    shape = (1, -1, 1, 1, 1)
+    mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents.device)
+    std = torch.tensor(vae.config.latents_std).view(shape).to(latents.device)
+    raw = (latents.float() * std + mean).to(vae.dtype)
+    frames = torch.cat([vae.decode(clip[None], return_dict=False)[0] for clip in raw])
+    return video_processor.postprocess_video(frames, output_type=output_type)
 
 
 def contact_sheet(rows: list[tuple[str, str, np.ndarray]], path: Path, columns: int = 6) -> Path:
     """A row of frames for each (title or "", label, frames (T, H, W, 3) in [0, 1]), evenly picked."""
-    from toys.ladder import pyplot
+    import matplotlib
 
-    plt = pyplot()
+    matplotlib.use("Agg")  # draws to files alone, so that no screen is needed
+    from matplotlib import pyplot as plt
+
     tall = rows[0][2].shape[1] / rows[0][2].shape[2]
     size = (1.9 * columns, (1.9 * tall + 0.25) * len(rows))
     fig, axes = plt.subplots(len(rows), columns, squeeze=False, layout="constrained", figsize=size)

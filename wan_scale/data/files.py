@@ -1,0 +1,82 @@
+"""Files of a data folder: they appear whole or not at all, are hashed while they are written, and are read with one clear sentence on error."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; ValueError in one sentence if the file is missing or broken."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; give a folder that `data` has made.") from None
+    except ValueError:
+        raise ValueError(f"{path} is not JSON; copy or make it again.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object; copy or make it again.")
+    return value
+
+
+@contextmanager
+def atomic(path: Path, temporary: Path | None = None):
+    """A binary file to write; it appears as `path` whole, when the block has ended."""
+    temporary = temporary or path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: dict) -> None:
+    with atomic(path) as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode())
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+class HashedFile:
+    """Counts and hashes what is written to a file, so that a shard is written once and never read back."""
+
+    def __init__(self, file):
+        self.file, self.digest, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.digest.update(data)
+        self.size += len(data)
+
+
+def write_safetensors(file, entries: list, load) -> None:
+    """Write tensors one after another, holding one at a time; entries are (name, dtype name, dtype, shape), load(name) -> tensor."""
+    header, end = {}, 0
+    for name, code, dtype, shape in entries:
+        start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name, _, dtype, shape in entries:
+        tensor = load(name)
+        if tensor.dtype != dtype or tensor.shape != torch.Size(shape):
+            raise RuntimeError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {tuple(shape)}; delete out/parts and run again."
+            )
+        file.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
