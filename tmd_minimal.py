@@ -258,7 +258,8 @@ class Network(nn.Module):
     def taps(self, x_t, t, c, blocks) -> list[torch.Tensor]:
         """Hidden states after the given blocks (0-based, increasing), stopping at the last of them."""
         if not blocks or list(blocks) != sorted(set(blocks)) or blocks[0] < 0 or blocks[-1] >= len(self.blocks):
-            raise ValueError(f"feature blocks {list(blocks)} do not fit; give rising ones below {len(self.blocks)}.")
+            last = len(self.blocks) - 1
+            raise ValueError(f"feature blocks {list(blocks)} do not fit; give increasing ones of blocks 0 to {last}.")
         e, found = self.modulate(self.time(t), self.context(c, x_t)), [self.embed(x_t)]
         for before, i in zip((-1, *blocks), blocks):
             found.append(self.run(found[-1], e, before + 1, i + 1))

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import tmd_minimal as tmd
-from toys.ladder import Ladder, workers, write_json
+from settings import write_json
+from toys.ladder import Ladder, workers
 
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 

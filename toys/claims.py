@@ -23,7 +23,8 @@ import torch
 from tqdm import tqdm
 
 import tmd_minimal as tmd
-from toys.ladder import Ladder, baseline_budget, workers, write_json
+from settings import write_json
+from toys.ladder import Ladder, baseline_budget, workers
 
 SEEDS = (0, 1, 2)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 import tmd_minimal as tmd
-from toy_2d import QUICK, PlanarLadder, Toy
 from toys import claims
 from toys.claims import SEEDS, Rung, show, summary, verdict
-from toys.ladder import BLUE, GREY, INK, ORANGE, pyplot
+from toys.drawing import BLUE, GREY, INK, ORANGE, pyplot
 from toys.oracles import ExactStudent, GaussianMixture
 from toys.planar import _CENTRES, sliced_wasserstein
+from toys.plane import QUICK, PlanarLadder, Toy
 
 SCORES = {"swd": -1, "off_support": -1}
 SIZE = {

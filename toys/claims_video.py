@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from toy_video import QUICK, SIZES, ToyVideo, VideoLadder
 from toys import claims
 from toys.claims import Rung, show, summary
-from toys.ladder import BLUE, INK, ORANGE, pyplot
+from toys.drawing import BLUE, INK, ORANGE, pyplot
 from toys.moving_shapes import MOTIONS
+from toys.tiny_video import QUICK, SIZES, ToyVideo, VideoLadder
 
 M2 = {"M": 2}
 

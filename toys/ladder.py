@@ -1,65 +1,49 @@
-"""What the toy rungs share around the method: settings, one run's ladder of phases, its folder, its command line.
+"""One run's ladder: teacher, stage 1, stage 2 and the DMD2-v baseline, trained on one data set and judged by one ruler.
 
-A rung brings a dataclass of Settings and a Ladder (its data, its networks, its ruler). The algorithm itself is in tmd_minimal.py.
+A rung brings a dataclass of ToySettings and a Ladder (its data, networks and ruler). The method is in tmd_minimal.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
-import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 import tmd_minimal as tmd
-
-INK, GREY, BLUE, ORANGE = "#1b2a41", "#b8bfca", "#2c6fbb", "#d9722e"  # data and axes, teacher, students
-
-
-def option(default, text):
-    """A dataclass field with its help text, which argparse shows."""
-    return field(default=default, metadata={"help": text})
+from settings import Settings, option, write_json
 
 
 @dataclass
-class Settings:
-    """Base of a rung's settings: the rung lists the fields, this checks them and turns them into tmd_minimal's configs."""
+class ToySettings(Settings):
+    """What the toy rungs have in common. A rung adds its data and restates the defaults that fit it."""
+
+    H: int = 2
+    depth: int = option(6, "blocks of the network", "network", least=3)
+    width: int = option(64, "channels of the network", "network", least=2)
+    outer: str = option("deterministic", "outer transition: deterministic (Eq. 18) or renoised (Eq. 19)", "student")
+    inner_shift: float = 1.0
+    teacher_updates: int = option(2500, "updates of the teacher", "teacher", least=1)
+    batch: int = option(64, "samples per update; paper: 64", "training", least=1)
+    guidance: float = option(1.0, "teacher's guidance; 1 is none; paper: 5 in stage 2", "training")
+    s_shift: float = option(1.0, "timestep shift of s in stage 1; paper: 3", "stage 1", above=0)
+    iterations: int = option(2400, "iterations of stage 2, every 5th the student's; paper: 4000 to 12000", "stage 2", 1)
+    samples: int = option(10000, "samples per model in scores and pictures", "run", least=1)
 
     def __post_init__(self):
+        super().__post_init__()
         if not 1 <= self.H < self.depth:
-            raise ValueError(
-                f"the flow head has H = {self.H} blocks of a network of {self.depth}; choose 1 <= H < depth."
-            )
-        least = {
-            "batch": 1,
-            "teacher_updates": 1,
-            "iterations": 1,
-            "samples": 1,
-            "width": 2,
-            "depth": 3,
-            "stage1_updates": 0,
-        }
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}.")
-        for name in ("teacher_lr", "stage1_lr", "stage2_lr", "outer_shift", "inner_shift", "s_shift", "dmd_shift"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
+            told = f"the flow head has H = {self.H} blocks of a network of {self.depth}"
+            raise ValueError(f"{told}; choose 1 <= H < depth.")
         self.student_config(), self.stage1_config(), self.stage2_config()  # their own checks
-
-    def without(self, *names: str) -> dict:
-        """The settings as a dict, less the output folder (a machine's own) and `names`."""
-        return {key: value for key, value in asdict(self).items() if key not in ("out", *names)}
 
     def student_config(self, **kw) -> tmd.StudentConfig:
         base = {key: getattr(self, key) for key in ("M", "N", "H", "outer_shift", "inner_shift", "outer")}
@@ -67,31 +51,26 @@ class Settings:
 
     def stage1_config(self, **kw) -> tmd.Stage1Config:
         # choice: a shorter average than the paper-sized default, for a stage of a thousand updates
-        base = {
-            "updates": self.stage1_updates,
-            "batch": self.batch,
-            "lr": self.stage1_lr,
-            "s_shift": self.s_shift,
-            "ema": 0.995,
-        }
-        return tmd.Stage1Config(**{**base, "guidance": self.guidance, **kw})
+        base = {"updates": self.stage1_updates, "lr": self.stage1_lr, "s_shift": self.s_shift, "ema": 0.995}
+        return tmd.Stage1Config(**{**base, "batch": self.batch, "guidance": self.guidance, **kw})
 
     def stage2_config(self, **kw) -> tmd.Stage2Config:
-        base = {"iterations": self.iterations, "batch": self.batch, "lr": self.stage2_lr, "dmd_shift": self.dmd_shift}
-        return tmd.Stage2Config(**{**base, "guidance": self.guidance, "gan_weight": self.gan_weight, **kw})
+        base = {"iterations": self.iterations, "lr": self.stage2_lr, "dmd_shift": self.dmd_shift}
+        more = {"batch": self.batch, "guidance": self.guidance, "gan_weight": self.gan_weight}
+        return tmd.Stage2Config(**{**base, **more, **kw})
 
 
-# ---- The ladder: teacher -> stage 1 -> stage 2, and the baseline. A finished phase is not run again. ------------------
+# ---- The ladder. A finished phase is not run again. ------------------------------------------------------------------
 
 
 class Ladder:
-    """One run's data, sampling noise, networks and ruler, so that every model is trained on and judged by the same things.
+    """One run's data, sampling noise, networks and ruler: every model is trained on and judged by the same things.
 
-    A rung sets `c_neg`, `x_1` (n, *D) and `c` (n, *C) or None, `taps`, and writes `data(n, generator) -> x, c`, `network()`,
-    `discriminator()` and `score(samples, c) -> {name: float}`.
+    A rung sets `c_neg`, `x_1` (n, *D), `c` (n, *C) or None and `taps`, and writes `data(n, generator) -> x, c`,
+    `network()`, `discriminator()` and `score(samples, c) -> {name: float}`.
     """
 
-    settings = Settings  # the rung's dataclass
+    settings = ToySettings  # the rung's dataclass
     of_teacher = ()  # the settings that a teacher depends on
     t_shift = 1.0  # timestep shift of the teacher's training
     save_every, curve_samples, kd_count, kd_steps = 500, 2048, 10_000, 50  # paper: 10k KD pairs, 50 steps
@@ -105,6 +84,8 @@ class Ladder:
     def conditions(self, n=None):
         return None if self.c is None else self.c[:n]
 
+    # -- sampling and judging
+
     def student_samples(self, student, how: tmd.StudentConfig, n=None, trace=None, **kw):
         """The student's samples from the run's own noise and conditions."""
         settings = {key: getattr(how, key) for key in ("outer_grid", "inner_grid", "target", "field", "outer")} | kw
@@ -113,6 +94,7 @@ class Ladder:
             return tmd.sample(student, self.x_1[:n], self.conditions(n), generator=generator, trace=trace, **settings)
 
     def teacher_samples(self, teacher, steps, n=None, method="euler"):
+        """The teacher's samples from the same noise and conditions, in so many steps."""
         grid = tmd.make_grid(steps, 1.0)  # choice: an even grid; at toy size no part of the path is much more curved
         more = {"grid": grid, "guidance": self.cfg.guidance, "method": method}
         with self.precision():
@@ -127,81 +109,67 @@ class Ladder:
         seconds = time.perf_counter() - start
         return {**facts, **self.score(samples, self.c), "sample_seconds": seconds, "seed": self.cfg.seed}, samples
 
+    # -- training
+
     def fit_teacher(self, folder: Path, **run):
         """Train the teacher, or load it: (EMA, phase)."""
         cfg = self.cfg
         tmd.seed_everything(cfg.seed)
         config = {key: getattr(cfg, key) for key in self.of_teacher}
-        more = {
-            "updates": cfg.teacher_updates,
-            "batch": cfg.batch,
-            "lr": cfg.teacher_lr,
-            "t_shift": self.t_shift,
-            "seed": cfg.seed,
-        }
+        more = {"updates": cfg.teacher_updates, "batch": cfg.batch, "lr": cfg.teacher_lr, "t_shift": self.t_shift}
+        how = {"c_neg": self.c_neg, "config": config, "path": str(folder / "teacher.pt"), "seed": cfg.seed}
         with self.precision():
-            return tmd.train_teacher(self.network(), self.data, c_neg=self.c_neg, config=config, path=str(folder / "teacher.pt"),
-                                     **more, **run)  # fmt: skip
+            return tmd.train_teacher(self.network(), self.data, **more, **how, **run)
 
-    def fit_student(self, teacher, name: str, how: tmd.StudentConfig, stage1: tmd.Stage1Config | None, stage2: tmd.Stage2Config | None,
-                    folder: Path | None, kd_updates: int = 0, curve: int = 0, kind: dict | None = None, **run) -> dict:  # fmt: skip
+    def fit_student(self, teacher, name: str, how: tmd.StudentConfig, stage1: tmd.Stage1Config | None,
+                    stage2: tmd.Stage2Config | None, folder: Path | None, kd_updates: int = 0, curve: int = 0,
+                    kind: dict | None = None, **run) -> dict:  # fmt: skip
         """Stage 1 (or KD warm-up) and stage 2 of one student; plain when how.H is 0. `kind` goes to discriminator().
 
-        Returns {"student", "stage1" (the student after it, or None), "curve" (score against updates), "seconds", ...}.
+        `curve` scores are taken during stage 2. Returns {"student", "stage1" (the student after it, or None),
+        "curve" (score against updates), "seconds", "stage1_seconds", "updates"}.
         """
         cfg = self.cfg
         # by the name of the option, which the error of another run's checkpoint tells
         config = {f"--{key}": value for key, value in cfg.without("samples", *self.only_shown).items()}
         common = {"seed": cfg.seed, "config": config, **run}
+        path = lambda phase: str(folder / f"{name}.{phase}.pt") if folder else None
+        found = {"stage1": None, "stage1_seconds": 0.0, "seconds": 0.0, "updates": 0, "curve": []}
+
         tmd.seed_everything(cfg.seed)  # choice: every phase starts from the run's one seed
         student = tmd.TMDStudent(teacher, how.H, how.fusion, how.gate_init) if how.H else tmd.PlainStudent(teacher)
         student.to(self.device).requires_grad_(True)
-        seconds, stage1_seconds, updates, after_stage1, log = 0.0, 0.0, 0, None, []
 
-        def path(phase):
-            return str(folder / f"{name}.{phase}.pt") if folder else None
-
-        if stage1:
+        if stage1:  # TM-MF: the head learns the inner flow as a flow map
+            settings = {"c_neg": self.c_neg, "path": path("stage1"), **common}
             with self.precision():
-                after_stage1, phase = tmd.train_stage1(
-                    student, self.data, how, stage1, c_neg=self.c_neg, path=path("stage1"), **common
-                )
-            student.load_state_dict(after_stage1.state_dict())  # choice: stage 2 starts from the average of stage 1
-            seconds, stage1_seconds, updates = phase.seconds, phase.seconds, stage1.updates
-        if kd_updates:
-            made = []
-
-            def pairs(g):
-                if not made:  # at the first update, so that a finished warm-up does not make them again and its seconds count them
-                    made.extend(self.kd_pairs(teacher))
-                noise, clean, c = made
-                i = torch.randint(len(noise), (cfg.batch,), generator=g, device=g.device)
-                return noise[i], clean[i], None if c is None else c[i]
-
+                found["stage1"], phase = tmd.train_stage1(student, self.data, how, stage1, **settings)
+            student.load_state_dict(found["stage1"].state_dict())  # choice: stage 2 starts from the average of stage 1
+            found |= {"seconds": phase.seconds, "stage1_seconds": phase.seconds, "updates": stage1.updates}
+        if kd_updates:  # the baseline's warm-up on the teacher's samples
+            pairs, settings = self.kd_pairs(teacher), {"updates": kd_updates, "lr": cfg.stage1_lr, "path": path("kd")}
             with self.precision():
-                ema, phase = tmd.train_kd(
-                    student, pairs, how, updates=kd_updates, lr=cfg.stage1_lr, path=path("kd"), **common
-                )
+                ema, phase = tmd.train_kd(student, pairs, how, **settings, **common)
             student.load_state_dict(ema.state_dict())
-            seconds, updates = phase.seconds, kd_updates
-        if stage2:
-            discriminator = self.discriminator(**(kind or {}))
-            every = max(1, stage2.iterations // curve) if curve else 0
+            found |= {"seconds": phase.seconds, "updates": kd_updates}
+        if not stage2:
+            return {"student": found["stage1"], **found}
 
-            def on_step(phase, terms):
-                if every and (phase.step % every == 0 or phase.step == 1):
-                    n = min(self.curve_samples, len(self.x_1))
-                    scores = self.score(self.student_samples(phase.ema, how, n=n), self.conditions(n))
-                    phase.log.append({"updates": updates + phase.step, **scores})
+        every, before = (max(1, stage2.iterations // curve) if curve else 0), found["updates"]
 
-            with self.precision():
-                student, phase = tmd.train_stage2(student, teacher, discriminator, self.data, how, stage2, taps=self.taps,
-                                                  c_neg=self.c_neg, path=path("stage2"), on_step=on_step, **common)  # fmt: skip
-            seconds, updates, log = seconds + phase.seconds, updates + stage2.iterations, phase.log
-        else:
-            student = after_stage1
-        return {"student": student, "stage1": after_stage1, "stage1_seconds": stage1_seconds, "seconds": seconds,
-                "updates": updates, "curve": log}  # fmt: skip
+        def on_step(phase, terms):
+            if every and (phase.step % every == 0 or phase.step == 1):
+                n = min(self.curve_samples, len(self.x_1))
+                scores = self.score(self.student_samples(phase.ema, how, n=n), self.conditions(n))
+                phase.log.append({"updates": before + phase.step, **scores})
+
+        # DMD2-v: the student's samples are matched to the teacher's distribution while the head is rolled out
+        settings = {"taps": self.taps, "c_neg": self.c_neg, "path": path("stage2"), "on_step": on_step, **common}
+        discriminator = self.discriminator(**(kind or {}))
+        with self.precision():
+            student, phase = tmd.train_stage2(student, teacher, discriminator, self.data, how, stage2, **settings)
+        found |= {"seconds": found["seconds"] + phase.seconds, "updates": before + stage2.iterations}
+        return {**found, "student": student, "curve": phase.log}
 
     def fit_baseline(self, teacher, checkpoints: Path, **run) -> dict:
         """DMD2-v with TMD's budget."""
@@ -210,7 +178,7 @@ class Ladder:
         return self.fit_student(teacher, "dmd2v", plain, None, stage2, checkpoints, kd_updates=kd, **run)
 
     def fit_both(self, teacher, checkpoints: Path, curve: int, progress: bool) -> tuple[dict, dict]:
-        """TMD and its baseline: on a CPU each on a core of its own, DMD2-v in a process beside, on a GPU one after the other."""
+        """TMD and its baseline. On a CPU each has a core, DMD2-v in a second process; on a GPU they take turns."""
         cfg, run = self.cfg, {"curve": curve, "save_every": self.save_every, "progress": progress}
         stage1 = cfg.stage1_config() if cfg.stage1_updates else None
         student = (teacher, "tmd", cfg.student_config(), stage1, cfg.stage2_config(), checkpoints)
@@ -223,17 +191,34 @@ class Ladder:
         return ours, self.fit_baseline(teacher, checkpoints, **{**run, "progress": False})  # finished: loaded
 
     def kd_pairs(self, teacher):
-        """KD pairs: noise, the teacher's sample from it, condition."""
+        """What the KD warm-up draws from: pairs(generator) -> noise, the teacher's sample from it, condition."""
+        made = []
+
+        def pairs(generator):
+            if not made:  # at the first update: a finished warm-up does not make them again, and its seconds count them
+                made.extend(self.trajectories(teacher))
+            noise, clean, c = made
+            i = torch.randint(len(noise), (self.cfg.batch,), generator=generator, device=generator.device)
+            return noise[i], clean[i], None if c is None else c[i]
+
+        return pairs
+
+    def trajectories(self, teacher):
+        """All KD pairs of a run: noise, the teacher's sample from it, condition."""
         g = torch.Generator(self.device).manual_seed(self.cfg.seed + 20_000)
         _, c = self.data(self.kd_count, g)
         noise = torch.randn(self.kd_count, *self.x_1.shape[1:], generator=g, device=self.device)
         more = {"grid": tmd.make_grid(self.kd_steps, 1.0), "guidance": self.cfg.guidance}
         parts = zip(noise.split(self.kd_chunk), [None] * len(noise) if c is None else c.split(self.kd_chunk))
-        return noise, torch.cat([tmd.sample_teacher(teacher, x_1, part, self.c_neg, **more) for x_1, part in parts]), c
+        clean = [tmd.sample_teacher(teacher, x_1, part, self.c_neg, **more) for x_1, part in parts]
+        return noise, torch.cat(clean), c
 
 
-def baseline_budget(cfg: Settings, stage2: tmd.Stage2Config) -> tuple[int, tmd.Stage2Config]:
-    """DMD2-v gets the updates that TMD spends on stage 1: as KD warm-up at M = 1, else as more iterations (Table 4: KD hurts there)."""
+def baseline_budget(cfg: ToySettings, stage2: tmd.Stage2Config) -> tuple[int, tmd.Stage2Config]:
+    """DMD2-v gets the updates that TMD spends on stage 1.
+
+    At M = 1 it gets them as KD warm-up, else as more iterations, for KD hurts there (Table 4).
+    """
     if cfg.M == 1:
         return cfg.stage1_updates, stage2
     return 0, replace(stage2, iterations=stage2.iterations + cfg.stage1_updates)
@@ -247,13 +232,13 @@ def train_baseline(ladder: type[Ladder], cfg, run: dict) -> None:
 
 
 def workers(n: int) -> ProcessPoolExecutor:
-    """n processes that end with this one; a worker that is killed is an error (BrokenProcessPool), not a wait for ever."""
+    """n processes that end with this one. A killed worker is an error (BrokenProcessPool), not an endless wait."""
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(n, mp_context=context, initializer=leave_with_parent, initargs=(os.getpid(),))
 
 
 def leave_with_parent(parent: int) -> None:
-    """In a worker: end when the parent is gone, so that a killed run leaves nobody behind; Ctrl-C is the parent's to handle."""
+    """In a worker: end when the parent is gone, so that a killed run leaves nobody behind. Ctrl-C is the parent's."""
 
     def watch():
         while os.getppid() == parent:
@@ -264,90 +249,32 @@ def leave_with_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-# ---- Files and the command line --------------------------------------------------------------------------------------
-
-
-def pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def write_json(path: Path, value) -> None:
-    """Atomically, so that a kill never leaves half a file."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+# ---- The output folder -----------------------------------------------------------------------------------------------
 
 
 def open_folder(out: str, config: dict, resume: bool) -> Path:
     """Make the output folder, or enter it; RuntimeError in one sentence if it is unwritable or holds another run."""
-    folder, old = Path(out), None
+    folder, old, another = Path(out), None, "another folder with --out"
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         if (folder / "config.json").exists():
             try:
                 old = json.loads((folder / "config.json").read_text())
             except ValueError as e:
-                raise RuntimeError(
-                    f"{folder}/config.json is not readable JSON; choose another folder with --out."
-                ) from e
+                raise RuntimeError(f"{folder}/config.json is not readable JSON; choose {another}.") from e
             if not isinstance(old, dict):
-                raise RuntimeError(f"{folder}/config.json is not a run's settings; choose another folder with --out.")
+                raise RuntimeError(f"{folder}/config.json is not a run's settings; choose {another}.")
         probe = folder / ".write-test"
         probe.touch()
         probe.unlink()
     except OSError as e:
-        raise RuntimeError(f"cannot write to {folder} ({e.strerror}); choose another folder with --out.") from e
+        raise RuntimeError(f"cannot write to {folder} ({e.strerror}); choose {another}.") from e
     if old is not None and old != config:
         changed = ", ".join(f"--{k.replace('_', '-')} {old.get(k)}" for k in sorted(config) if old.get(k) != config[k])
-        raise RuntimeError(
-            f"{folder} holds a run with {changed or 'other settings'}; give the same settings, or another folder with --out."
-        )
+        told = f"{folder} holds a run with {changed or 'other settings'}"
+        raise RuntimeError(f"{told}; give the same settings, or {another}.")
     if old is not None and not resume:  # the same run from the start, which gives the same numbers again
         for file in (folder / "checkpoints").glob("*.pt"):
             file.unlink()
     write_json(folder / "config.json", config)
     return folder
-
-
-def redraw(draw, folder: Path, *args) -> None:
-    """Draw a run's pictures again; RuntimeError if its numbers are not there or not whole."""
-    try:
-        draw(folder, *args)
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as e:
-        raise RuntimeError(
-            f"{folder} holds no whole run to draw ({type(e).__name__}); run the command without --redraw first."
-        ) from e
-
-
-def parser(settings: type, doc: str, **modes: str) -> argparse.ArgumentParser:
-    """A command line with a switch per mode and an option per field of the settings, defaults shown."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, text in modes.items():
-        p.add_argument(f"--{name}", action="store_true", help=text)
-    for f in fields(settings):
-        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
-        if f.type == "bool":
-            p.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
-        else:
-            kind, shown = {"int": int, "float": float, "str": str}[f.type], f.default if f.default != "" else "-"
-            more = {"type": kind, "default": argparse.SUPPRESS, "metavar": f.type.upper()}
-            p.add_argument(flag, help=f"{text} (default: {shown})", **more)
-    return p
-
-
-def command(name: str, work) -> int:
-    """Run `work` as a command: its exit status; every error is one sentence on stderr."""
-    try:
-        work()
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command with --resume goes on from the last checkpoint.", file=sys.stderr)
-        return 130
-    except (ValueError, RuntimeError, FloatingPointError, OSError) as e:
-        print(f"{name}: {e}", file=sys.stderr)
-        return 1
-    return 0

@@ -3,7 +3,7 @@
     python -m toys.video_teacher                  # goes on where it was stopped; runs/video_teacher/
     python -m toys.video_teacher --updates 200 --every 100 --out runs/video_teacher-try    # to see that it works
 
-The world has a few modes a motion (moving_shapes.World(modes="few")), so that a network of a million parameters can learn it.
+The world has a few modes a motion, World(modes="few"), so that a network of a million parameters can learn it.
 Every so many updates the EMA is scored: curve.json holds the ruler's numbers against the updates.
 """
 
@@ -19,7 +19,8 @@ import torch
 import tmd_minimal as tmd
 from settings import command, write_json
 from toys import video_net
-from toys.moving_shapes import EMPTY, MOTIONS, SHADES, SHAPES, Ruler, World, encode
+from toys.moving_shapes import EMPTY, MOTIONS, SHADES, SHAPES, World, encode
+from toys.ruler import Ruler
 
 # The rate is constant for two thirds of the updates and falls to zero in the last third.
 RECIPE = {"updates": 45_000, "batch": 32, "lr": 3e-3, "decay": 1 / 3, "ema": 0.999, "seed": 0}

@@ -1,0 +1,183 @@
+"""The ladder on tiny videos: its settings, its clips and prompts, its networks, its ruler."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import tmd_minimal as tmd
+from settings import option
+from toys import video_net
+from toys.ladder import Ladder, ToySettings
+from toys.moving_shapes import EMPTY, MOTIONS, SHADES, SHAPES, World, encode
+from toys.ruler import Ruler
+
+PROMPTS = [" ".join(words) for words in itertools.product(SHADES, SHAPES, MOTIONS)]
+SIZES = {
+    "tiny": {},
+    "small": {"frames": 16, "pixels": 32, "width": 256, "depth": 10, "heads": 8, "batch": 64, "teacher_updates": 8000,
+              "kd_count": 4000, "taps": "4,7,9", "H": 3, "stage1_updates": 1500, "iterations": 5000, "teacher_lr": 1e-3,
+              "samples": 960},
+}  # fmt: skip
+QUICK = {"frames": 6, "pixels": 12, "width": 32, "heads": 4, "depth": 3, "H": 1, "taps": "0,1", "teacher_updates": 60,
+         "stage1_updates": 10, "iterations": 30, "batch": 16, "samples": 120, "kd_count": 32,
+         "kd_steps": 4}  # fmt: skip
+
+
+@dataclass
+class ToyVideo(ToySettings):
+    """One run of the moving shapes, sized for two CPU cores. REFERENCE.md says why a value is not the paper's."""
+
+    size: str = option("", "tiny (default on a CPU) or small (default on a GPU); sets the other defaults", "run")
+    frames: int = option(8, "frames of a clip", "clips")
+    pixels: int = option(12, "side of a frame in pixels", "clips")
+    patch_frames: int = option(2, "frames of a patch", "network", least=1)
+    patch_pixels: int = option(4, "side of a patch in pixels", "network", least=1)
+    heads: int = option(4, "attention heads", "network", least=1)
+    M: int = 1
+    batch: int = 32
+    # choice: a weaker guidance than the paper's, which saturates shapes this small
+    guidance: float = 2.0
+    stage1_guidance: float = option(2.0, "guidance of stage 1; paper: 3", "stage 1")
+    teacher_updates: int = 8000
+    stage1_updates: int = 300
+    iterations: int = 1200
+    # choice: learning rates for a network of half a million parameters; the paper's are for 1.3 B
+    teacher_lr: float = 3e-3
+    stage1_lr: float = 1e-4  # of the KD warm-up too
+    stage2_lr: float = 1e-3
+    # choice: timestep shifts for a thousand numbers; the paper's are for two million
+    dmd_shift: float = 1.0
+    discriminator: str = option("conv3d", "discriminator heads: conv3d (paper), conv1d2d or attention", "stage 2",
+                                choices=("conv3d", "conv1d2d", "attention"))  # fmt: skip
+    taps: str = option("2,4", "teacher blocks that the discriminator reads, from 0; paper: 15,22,29 of 30", "stage 2")
+    curve: int = option(8, "scores taken during stage 2", "run", least=0)
+    samples: int = option(240, "clips per model in scores and pictures, spread over the 30 prompts", "run")
+    # choice: fewer and shorter trajectories of the KD warm-up, made anew in every run
+    kd_count: int = option(1000, "teacher trajectories of the KD warm-up; paper: 10000", "baseline", least=1)
+    kd_steps: int = option(25, "steps of each of them; paper: 50", "baseline", least=1)
+    prompts: str = option("", "prompts of the contact sheet, separated by commas; default one per motion", "run")
+
+    def __post_init__(self):
+        tmd.choose("size", self.size, ("", *SIZES))
+        self.size = self.size or default_size()
+        self.out = self.out or f"runs/toy_video/{self.size}"
+        for name in ("frames", "pixels"):
+            size, patch = getattr(self, name), getattr(self, f"patch_{name}")
+            if patch < 1 or size % patch:
+                told = f"{name} is {size} and the patch {patch}"
+                raise ValueError(f"{told}; choose {name} as a multiple of patch_{name}.")
+        if self.heads < 1 or self.width % (2 * self.heads) or self.width < 6 * self.heads or self.width % 4:
+            told = f"width is {self.width}; it must be a multiple of 4 and of twice the {self.heads} heads"
+            raise ValueError(f"{told}, at least 6 a head (rope).")
+        if not all(block.strip().isdigit() and int(block) < self.depth for block in self.taps.split(",")):
+            told = f"taps is {self.taps!r}; give block numbers from 0 to {self.depth - 1}"
+            raise ValueError(f"{told}, as in 2,4.")
+        if self.samples < 4 * len(PROMPTS):
+            told = f"samples is {self.samples}; the ruler needs at least {4 * len(PROMPTS)}"
+            raise ValueError(f"{told}, four clips for each prompt.")
+        World(self.frames, self.pixels), [encode(prompt) for prompt in self.shown()]  # their own checks
+        if unnamed := [prompt for prompt in self.shown() if prompt not in PROMPTS]:
+            raise ValueError(f"the prompt {unnamed[0]!r} leaves a word open; name shade, shape and motion.")
+        super().__post_init__()
+
+    def shown(self) -> list[str]:
+        """Prompts of the contact sheet."""
+        if self.prompts:
+            return [prompt.strip() for prompt in self.prompts.split(",")]
+        return [f"{SHADES[(i + 1) % 2]} {SHAPES[i % 3]} {motion}" for i, motion in enumerate(MOTIONS)]
+
+    def stage1_config(self, **kw) -> tmd.Stage1Config:
+        return super().stage1_config(**{"guidance": self.stage1_guidance, **kw})
+
+
+def default_size() -> str:
+    """The size that fits this machine."""
+    return "small" if torch.cuda.is_available() else "tiny"
+
+
+class VideoLadder(Ladder):
+    """The ladder of moving shapes: clips, prompts, video transformers, the ruler."""
+
+    settings = ToyVideo
+    of_teacher = ("seed", "frames", "pixels", "patch_frames", "patch_pixels", "width", "depth", "heads", "batch",
+                  "teacher_updates", "teacher_lr")  # fmt: skip
+    only_shown, kd_chunk, curve_samples = ("prompts", "curve"), 1000, 10_000
+
+    def __init__(self, cfg: ToyVideo):
+        super().__init__(cfg)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device == "cuda":
+            self.precision = self.precision_of("cuda")
+            compile_blocks()
+        self.world = World(cfg.frames, cfg.pixels)
+        self.ruler = Ruler(self.world)
+        self.kd_count, self.kd_steps = cfg.kd_count, cfg.kd_steps
+        self.taps = tuple(sorted({int(block) for block in cfg.taps.split(",")}))
+        self.c_neg = torch.full((3,), EMPTY, device=self.device)
+        every = torch.stack([encode(prompt) for prompt in PROMPTS]).to(self.device)
+        self.c = every.repeat(-(-cfg.samples // len(PROMPTS)), 1)  # every prompt equally often
+        g = torch.Generator(self.device).manual_seed(cfg.seed + 10_000)
+        self.x = self.world.draw(len(self.c), g, self.c)[0]
+        self.x_1 = torch.randn(self.x.shape, generator=g, device=self.device)
+
+    @staticmethod
+    def precision_of(device: str):
+        """bf16 products under fp32 master weights; tmd_minimal keeps states and losses in fp32.
+
+        NO CACHE: the context spans a whole training, and cached casts would stay the weights of its first step.
+        """
+        return partial(torch.autocast, device, dtype=torch.bfloat16, cache_enabled=False)
+
+    def data(self, n, generator):
+        """What the trainings draw from: clips (n, 1, T, H, W) and prompts (n, 3)."""
+        return self.world.draw(n, generator)[:2]
+
+    def network(self):
+        cfg = self.cfg
+        patch = (cfg.patch_frames, cfg.patch_pixels, cfg.patch_pixels)
+        return video_net.VideoDiT(1, cfg.width, cfg.depth, cfg.heads, patch, words=EMPTY).to(self.device)
+
+    def discriminator(self, kind: str | None = None):
+        return video_net.VideoDiscriminator(self.cfg.width, len(self.taps), kind or self.cfg.discriminator).to(
+            self.device
+        )
+
+    def floor(self) -> dict:
+        """The score of the data itself."""
+        return self.score(self.x, self.c)
+
+    def score(self, clips, c) -> dict:
+        """The ruler's means, and those of each motion law under "laws"."""
+        with torch.autocast(self.device, enabled=False):  # the ruler measures in fp32, also in the middle of a training
+            return {k: v for k, v in self.ruler.score(clips, c).items() if k not in ("clips", "prompts")}
+
+
+def published() -> tuple[VideoLadder, dict]:
+    """The run that results/ shows: its ladder, and its networks "teacher", "stage1", "tmd" and "dmd2v"."""
+    results = Path(__file__).resolve().parents[1] / "results/toy_video"
+    cfg = ToyVideo(**json.loads((results / "metrics.json").read_text())["config"])
+    bench, how, found = VideoLadder(cfg), cfg.student_config(), {}
+    for name, state in tmd.safe_load(results / "weights.pt").items():
+        net = bench.network()
+        net = {"teacher": net, "dmd2v": tmd.PlainStudent(net)}.get(name) or tmd.TMDStudent(net, how.H, how.fusion)
+        net.load_state_dict(state)
+        found[name] = net.requires_grad_(False)
+    return bench, found
+
+
+def compile_blocks() -> None:
+    """Compile the forward of a transformer block, once for all networks, so that a GPU's elementwise passes fuse."""
+    if not hasattr(video_net.DiTBlock, "eager"):
+        torch._dynamo.config.recompile_limit = (
+            64  # with and without gradient, autocast (du/ds runs without), and by batch size
+        )
+        video_net.DiTBlock.eager, video_net.DiTBlock.forward = (
+            video_net.DiTBlock.forward,
+            torch.compile(video_net.DiTBlock.forward),
+        )
