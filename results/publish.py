@@ -1,4 +1,4 @@
-"""Copy the measured numbers and pictures from runs/ to results/ and set the tables of README.md and RESULTS.md from them: make publish.
+"""make publish: copy measured numbers and pictures from runs/ to results/, write the tables of the pages from them.
 
 No number in these tables is typed by hand; tests/test_docs.py checks that they are the ones written here.
 """
@@ -11,9 +11,7 @@ import shutil
 from pathlib import Path
 
 import tmd_minimal as tmd
-import toy_2d
-import toy_video
-from toys import bench, claims, claims_2d, claims_video
+from toys import bench, claims, claims_2d, claims_video, plane_pictures, video_pictures
 from wan_scale.config import preset
 from wan_scale.cost import benchmarks as wan_bench
 from wan_scale.cost import plan as wan
@@ -54,25 +52,43 @@ def load(name: str) -> dict:
 
 def front() -> dict[str, str]:
     """Every table of README.md by the name of its marker, from results/ alone."""
+    metrics = load("toy_2d/metrics.json")
+    shown = ("data", "teacher_50", "teacher_2", "dmd2v", "tmd")  # toys/README.md has the other rows
+    return {"metrics": plane_pictures.markdown({"models": {name: metrics["models"][name] for name in shown}})}
+
+
+def rungs() -> dict[str, str]:
+    """Every table of toys/README.md."""
     return {
-        "metrics": toy_2d.markdown(load("toy_2d/metrics.json")),
-        "video": toy_video.markdown(load("toy_video/metrics.json")),
+        "metrics": plane_pictures.markdown(load("toy_2d/metrics.json")),
+        "video": video_pictures.markdown(load("toy_video/metrics.json")),
         "overview": overview(),
     }
 
 
 def overview() -> str:
-    """What became of each of the paper's claims on each rung: how many of its rows hold, by the verdicts of claims.json."""
+    """What became of each claim of the paper on each rung: how many of its rows hold, by claims.json."""
     rows = {rung: load(f"{rung}/claims.json")["rows"] for rung in ("toy_2d", "toy_video")}
 
     def became(rung, claim):
         mine = [row for row in rows[rung] if row["claim"] == claim]
-        verdicts, exact = [row["verdict"] for row in mine], sum(row["setting"].startswith("exact oracle") for row in mine)
-        counts = {what: sum(v.startswith(what) for v in verdicts) for what in ("holds", "does not hold", "inconclusive", "not run")}
-        return (", ".join(f"{what} {n}" for what, n in counts.items() if n) or "-") + f" ({exact} of them by exact oracles)" * bool(exact)
+        verdicts, exact = (
+            [row["verdict"] for row in mine],
+            sum(row["setting"].startswith("exact oracle") for row in mine),
+        )
+        counts = {
+            what: sum(v.startswith(what) for v in verdicts)
+            for what in ("holds", "does not hold", "inconclusive", "not run")
+        }
+        return (
+            ", ".join(f"{what} {n}" for what, n in counts.items() if n) or "-"
+        ) + f" ({exact} of them by exact oracles)" * bool(exact)
 
     lines = ["| the paper's claim | points in the plane | moving shapes |", "|---|---|---|"]
-    lines += [f"| {claim}: {text} | {became('toy_2d', claim)} | {became('toy_video', claim)} |" for claim, text in CLAIMS.items()]
+    lines += [
+        f"| {claim}: {text} | {became('toy_2d', claim)} | {became('toy_video', claim)} |"
+        for claim, text in CLAIMS.items()
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -89,18 +105,27 @@ def tables() -> dict[str, str]:
 
 
 def plans() -> dict[str, str]:
-    """The tables of wan_scale/README.md: what the two presets take, by the plan's own arithmetic; students judged on moving shapes."""
+    """The tables of wan_scale/README.md: what two presets take, by plan.py's arithmetic; students on moving shapes."""
     rows = [
-        "| | GPUs | computed again | memory a GPU, GB | fits | stage 1 | stage 2 (M = 2) | GPU-hours | 500k clips, GPU-hours | disk |",
+        "| | GPUs | checkpointing | GB per GPU | fits | stage 1 | stage 2 (M = 2) | GPU-hours "
+        "| 500k clips, GPU-hours | disk |",
         "|---" * 10 + "|",
     ]
-    for name, gpus, size, lora in (("1.3b", 1, 80, 0), ("1.3b", 8, 80, 0), ("14b", 1, 141, 64), ("14b", 8, 141, 0), ("14b", 64, 80, 0)):
+    for name, gpus, size, lora in (
+        ("1.3b", 1, 80, 0),
+        ("1.3b", 8, 80, 0),
+        ("14b", 1, 141, 64),
+        ("14b", 8, 141, 0),
+        ("14b", 64, 80, 0),
+    ):
         p = wan.plan(name, **preset(name, gpus=gpus, card_gb=size, lora=lora).planned())
         peak, fits = max(p["peak"].values()) / wan.GB, "yes" if p["fits"] else "no"
         times = " | ".join(wan.duration(3600 * p["hours"][stage]) for stage in ("stage1", "stage2"))
         costs = f"{sum(p['hours'].values()) * gpus:,.0f} | {p['clip hours']:,.0f} | {p['clip bytes'] / wan.GB:,.0f} GB"
         what = f"{name}, adapters" if lora else name
-        rows.append(f"| {what} | {gpus} of {size} GB | {p['checkpointing']} | {peak:.0f} | {fits} | {times} | {costs} |")
+        rows.append(
+            f"| {what} | {gpus} of {size} GB | {p['checkpointing']} | {peak:.0f} | {fits} | {times} | {costs} |"
+        )
     shapes = json.loads((RESULTS / "wan_shapes/scores.json").read_text())["models"]
     keys = ("total", "quality", "semantic", "motion", "diversity")
     judged = [f"| model | effective NFE | {' | '.join(keys)} |", "|---" * (len(keys) + 2) + "|"]
@@ -116,31 +141,42 @@ def plans() -> dict[str, str]:
 def benchmarks() -> str:
     """wan_scale/BENCHMARKS.md from the JSON files of `run.py bench`."""
     records = [json.loads(file.read_text()) for file in sorted(wan_bench.RESULTS.glob("*.json"))]
-    return "# Measured on cards\n\nWritten by `make publish` from [`bench_results/`](bench_results).\n\n" + wan_bench.markdown(records)
+    return (
+        "# Measured on GPUs\n\nWritten by `make publish` from [`bench_results/`](bench_results).\n\n"
+        + wan_bench.markdown(records)
+    )
 
 
 def weights() -> None:
-    """results/toy_video/weights.pt: the averages of `make video`'s teacher and students in half precision, for toy_video.published()."""
+    """results/toy_video/weights.pt: the EMA of `make video`'s teacher and students in half precision, for tiny_video.published()."""
     folder = RUNS / "toy_video/tiny/checkpoints"
     names = {"teacher": "teacher", "stage1": "tmd.stage1", "tmd": "tmd.stage2", "dmd2v": "dmd2v.stage2"}
     if all((folder / f"{file}.pt").exists() for file in names.values()):
-        average = lambda file: {key: value.half() for key, value in tmd.safe_load(folder / f"{file}.pt")["parts"]["ema"].items()}
+        average = lambda file: {
+            key: value.half() for key, value in tmd.safe_load(folder / f"{file}.pt")["parts"]["ema"].items()
+        }
         tmd.atomic_save({name: average(file) for name, file in names.items()}, RESULTS / "toy_video/weights.pt")
 
 
 def poorer(run: Path, result: Path) -> bool:
     """Whether `run` is of claims that lack a row which was published: it was made from a part of the jobs."""
     new, old = run.parent / "claims.json", result.parent / "claims.json"
-    measured = lambda file: {(r["claim"], r["setting"]) for r in json.loads(file.read_text())["rows"] if r["verdict"] != "not run"}
+    measured = lambda file: {
+        (r["claim"], r["setting"]) for r in json.loads(file.read_text())["rows"] if r["verdict"] != "not run"
+    }
     return run.parent.name.startswith("claims") and old.exists() and new.exists() and not measured(new) >= measured(old)
 
 
 def fill(text: str, found: dict[str, str]) -> str:
     """Replace what stands between <!-- NAME --> and <!-- /NAME --> by the table of that name."""
     for name, table in found.items():
-        text, n = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, t=table: m[1] + t + m[2], text, flags=re.S)
+        text, n = re.subn(
+            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, t=table: m[1] + t + m[2], text, flags=re.S
+        )
         if n != 1:
-            raise ValueError(f"the page has {n} places for the table {name!r}; it needs one <!-- {name} --> ... <!-- /{name} -->.")
+            raise ValueError(
+                f"the page has {n} places for the table {name!r}; it needs one <!-- {name} --> ... <!-- /{name} -->."
+            )
     return text
 
 
@@ -151,7 +187,10 @@ def collect() -> None:
         if not run.exists():  # what was not run again stays as it was published
             continue
         if poorer(run, result):
-            print(f"{result} is kept: {run} lacks rows that were measured; run the jobs that are missing (--claims) and publish again.")
+            print(
+                f"{result} is kept: {run} lacks rows that were measured; "
+                "run the jobs that are missing (--claims) and publish again."
+            )
             continue
         result.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(run, result)
@@ -160,8 +199,9 @@ def collect() -> None:
 def main() -> None:
     collect()
     weights()
-    for readme, found in ((Path("README.md"), front()), (Path("RESULTS.md"), tables()), (Path("wan_scale/README.md"), plans())):
-        readme.write_text(fill(readme.read_text(), found))
+    pages = {"README.md": front, "toys/README.md": rungs, "RESULTS.md": tables, "wan_scale/README.md": plans}
+    for page, found in pages.items():
+        Path(page).write_text(fill(Path(page).read_text(), found()))
     Path("wan_scale/BENCHMARKS.md").write_text(benchmarks())
 
 

@@ -1,4 +1,4 @@
-"""The README says what the code does: equation map, commands, choices, tables, links."""
+"""The pages say what the code does: equation map, choices, commands, tables, links; and say it in plain words."""
 
 import json
 import re
@@ -7,11 +7,43 @@ from pathlib import Path
 
 import pytest
 
+import settings
+
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
-RESULTS = (ROOT / "RESULTS.md").read_text()
-WAN = (ROOT / "wan_scale" / "README.md").read_text()
+NAMES = (
+    "README.md",
+    "REFERENCE.md",
+    "RESULTS.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "toys/README.md",
+    "wan_scale/README.md",
+)
+PAGES = {name: (ROOT / name).read_text() for name in NAMES}
+README, REFERENCE, RESULTS = PAGES["README.md"], PAGES["REFERENCE.md"], PAGES["RESULTS.md"]
+TOYS, WAN = PAGES["toys/README.md"], PAGES["wan_scale/README.md"]
 CODE = (ROOT / "tmd_minimal.py").read_text()
+every_page = pytest.mark.parametrize("name", NAMES)
+
+RETIRED = {  # what these pages once said: what they say now
+    r"(?<!model )(?<![-\w])cards?(?![-\w])": "GPU (a model card is diffusers' term)",
+    r"\brecomput\w*|\bcomputed again\b": "activation checkpointing",
+    r"\bthe derivative\b": "the finite difference, or du/ds",
+    r"\bthe average's\b|\baveraged weights\b|\bsharded average\b": "EMA",
+    r"\ba launch\b|\bone launch\b": "CUDA graph",
+    r"\bevaluations a sample\b|\bonce a transition\b|\bclips a card\b|\bprompt a line\b": "per",
+    r"\bfor want of\b|\bat hand\b": "plain words",
+}
+
+
+def paper_to_code():
+    return REFERENCE[REFERENCE.index("## Paper to code") : REFERENCE.index("## Differences from the paper")]
+
+
+def bare(text):
+    """A page without what is written by `make publish` and without code blocks."""
+    text = re.sub(r"<!-- (\S+) -->\n.*?<!-- /\1 -->", "", text, flags=re.S)
+    return re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
 
 
 def equations(text):
@@ -29,9 +61,8 @@ def algorithms(text):
 
 
 def test_equation_map_code_and_tests_cite_the_same_equations():
-    """The README's map, tmd_minimal.py and the tests cite the same equations and algorithms, and each function of the map exists."""
-    start, end = README.index("## Paper to code"), README.index("## Differences from the paper")
-    table = README[start:end]
+    """REFERENCE.md's map, the code and the tests cite the same equations and algorithms; the map's functions exist."""
+    table = paper_to_code()
     tests = "".join(f.read_text() for f in sorted((ROOT / "tests").glob("test_*.py")) if f.name != "test_docs.py")
     assert equations(table) == equations(CODE) == equations(tests)
     assert algorithms(table) == algorithms(CODE) == algorithms(tests) == {"1", "2"}
@@ -41,40 +72,45 @@ def test_equation_map_code_and_tests_cite_the_same_equations():
 
 def test_equations_are_cited_on_the_line_that_implements_them():
     """Each equation of the map appears in the docstring, the body or a comment of the function that the map names."""
-    for line in README[README.index("## Paper to code") : README.index("## Differences from the paper")].splitlines():
+    for line in paper_to_code().splitlines():
         cells = line.split("|")
         cited, names = (equations(cells[1]), re.findall(r"`(\w+)`", cells[2])) if len(cells) == 4 else (None, None)
         if cited and names:
-            bodies = "".join(re.search(rf"(?ms)^(def|class) {n}\b.*?(?=^(def|class|#) ?|\Z)", CODE).group() for n in names)
+            bodies = "".join(
+                re.search(rf"(?ms)^(def|class) {n}\b.*?(?=^(def|class|#) ?|\Z)", CODE).group() for n in names
+            )
             assert cited <= equations(bodies), f"{names} do not cite {sorted(cited - equations(bodies))}"
 
 
 def test_every_choice_is_listed():
-    """Every `# choice:` tag has a row in "Differences from the paper" whose key stands beside the tag, and every row has a tag."""
-    section = README[README.index("## Differences from the paper") : README.index("## Traps")]
+    """Every `# choice:` tag has a row in "Differences from the paper", its key beside the tag; every row has a tag."""
+    section = REFERENCE[REFERENCE.index("## Differences from the paper") : REFERENCE.index("## Traps")]
     rows = set(re.findall(r"^\| `([^`]+)` \|", section, re.M))
     used = set()
-    for file in ("tmd_minimal.py", "ladder.py", "planar.py", "toy_2d.py", "toy_video.py"):
+    toys = [f"toys/{file.name}" for file in sorted((ROOT / "toys").glob("*.py"))]
+    assert len(toys) > 8
+    for file in ("tmd_minimal.py", "settings.py", *toys, "toy_2d.py", "toy_video.py"):
         lines = (ROOT / file).read_text().splitlines()
         for i, line in enumerate(lines):
             if "choice:" in line:
                 window = "\n".join(lines[max(i - 1, 0) : i + 4])
                 keys = {key for key in rows if key in window}
-                assert keys, f"{file}:{i + 1} is a choice without a row in the README: {line.strip()}"
+                assert keys, f"{file}:{i + 1} is a choice without a row in REFERENCE.md: {line.strip()}"
                 used |= keys
     assert rows == used, f"rows without a tag: {rows - used}"
 
 
 def test_every_command_of_the_readme_parses():
-    """Each `python toy_....py ...` line is accepted by its command line, and each make target exists."""
+    """Each `python toy_....py ...` is accepted by its command line and each make target exists, in text and blocks."""
     import toy_2d
     import toy_video
 
     parsers = {"toy_2d.py": toy_2d.parser(), "toy_video.py": toy_video.parser()}
-    contributing = (ROOT / "CONTRIBUTING.md").read_text()
-    text = README + RESULTS + contributing + CODE + "".join((ROOT / name).read_text() for name in parsers)
+    pages = "".join(PAGES.values())
+    text = pages + CODE + "".join((ROOT / name).read_text() for name in parsers)
     lines = re.findall(r"^\s*(python toy_\w+\.py[^#\n]*|make [\w-]+)", text, re.M)
-    assert len(lines) > 6
+    assert len(lines) > 20
+    lines += re.findall(r"`(python toy_\w+\.py[^`\n]*|make [\w-]+)`", pages)
     makefile = (ROOT / "Makefile").read_text()
     for line in lines:
         words = shlex.split(line)
@@ -88,7 +124,7 @@ def test_every_choice_of_wan_scale_is_listed():
     """The same for wan_scale/: each tag has a row in its README whose key stands beside the tag, and each row a tag."""
     rows = set(re.findall(r"^\| `([^`]+)` ", WAN[WAN.index("## Choices of this rung") :], re.M))
     used = set()
-    for file in sorted((ROOT / "wan_scale").glob("*.py")):
+    for file in sorted((ROOT / "wan_scale").rglob("*.py")):
         for i, line in enumerate(file.read_text().splitlines()):
             if "choice:" in line:
                 keys = {key for key in rows if key in line}
@@ -102,7 +138,10 @@ def test_every_command_of_wan_scale_parses():
     pytest.importorskip("diffusers")
     from wan_scale import run
 
-    lines = re.findall(r"(?:python|torchrun --nproc-per-node 8) (wan_scale/run\.py[^#\n`]*)", WAN + README + run.__doc__ + run.NEEDS)
+    lines = re.findall(
+        r"(?:python|torchrun --nproc-per-node 8) (wan_scale/run\.py[^#\n`]*)",
+        "".join(PAGES.values()) + run.__doc__ + run.NEEDS,
+    )
     assert len(lines) > 12
     for line in lines:
         run.parse(shlex.split(line)[1:])
@@ -116,12 +155,13 @@ def test_plan_of_the_readme_is_the_plan():
 
 
 def test_tables_are_the_measured_ones(monkeypatch):
-    """The tables of README.md and RESULTS.md are what the commands write from the committed JSON files: no number is typed by hand."""
+    """The tables of the pages are what the commands write from the committed JSON files: no number is typed by hand."""
     from results import publish
     from toys import claims, claims_2d, claims_video
 
     monkeypatch.chdir(ROOT)
-    assert publish.fill(README, publish.front()) == README and publish.fill(RESULTS, publish.tables()) == RESULTS
+    for page, tables in ((README, publish.front()), (TOYS, publish.rungs()), (RESULTS, publish.tables())):
+        assert publish.fill(page, tables) == page
     for name, rung in (("toy_2d", claims_2d.RUNG), ("toy_video", claims_video.rung("tiny"))):
         result = json.loads((ROOT / f"results/{name}/claims.json").read_text())
         assert (ROOT / f"results/{name}/claims.md").read_text() == claims.markdown(rung, result)
@@ -141,7 +181,11 @@ def test_claims_of_a_part_of_the_jobs_are_not_published(tmp_path, monkeypatch):
         (folder / "claims.json").write_text(json.dumps({"rows": rows}))
     assert publish.poorer(run, result) and not publish.poorer(result, run)
     assert not publish.poorer(tmp_path / "runs/tiny/curves.png", result)
-    copies = {"claims.md": "claims-tiny/claims.md", "claims.json": "claims-tiny/claims.json", "new/curves.png": "tiny/curves.png"}
+    copies = {
+        "claims.md": "claims-tiny/claims.md",
+        "claims.json": "claims-tiny/claims.json",
+        "new/curves.png": "tiny/curves.png",
+    }
     for name, value in {"RUNS": tmp_path / "runs", "RESULTS": tmp_path / "results", "COPIES": copies}.items():
         monkeypatch.setattr(publish, name, value)
     (tmp_path / "runs/tiny").mkdir()
@@ -158,16 +202,79 @@ def test_results_name_no_machine():
             assert not re.search(r'["` ]/\w+/', file.read_text()), file
 
 
-@pytest.mark.parametrize("name", ["README.md", "RESULTS.md", "CONTRIBUTING.md", "CHANGELOG.md", "wan_scale/README.md"])
+@every_page
 def test_links_lead_somewhere(name):
     """Every relative link and picture exists, and where a link names a heading, that heading."""
-    text = (ROOT / name).read_text()
+    text = PAGES[name]
     for link, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", text):
         if not link.startswith("http"):
             target = (ROOT / name).parent / link if link else ROOT / name
             assert target.exists(), link
             heads = re.findall(r"^#+ (.*)", target.read_text(), re.M) if anchor else []
-            assert not anchor or anchor in {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}, (link, anchor)
+            assert not anchor or anchor in {
+                re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads
+            }, (link, anchor)
+
+
+def test_front_page_is_short():
+    """README.md is read in a minute: at most 160 lines."""
+    assert len(README.splitlines()) <= 160
+
+
+@every_page
+def test_pages_are_wrapped(name):
+    """Prose wraps at about 100 columns, addresses of links aside; tables, pictures, code, published text excepted."""
+    for line in bare(PAGES[name]).splitlines():
+        if not line.startswith(("|", "![", "<")):
+            shown = re.sub(r"\]\([^)]*\)", "]", line)
+            assert len(shown) <= 105, f"{name}: {len(shown)} columns: {line}"
+
+
+@every_page
+def test_table_cells_are_short(name):
+    """No cell of a table has over 25 words."""
+    for line in re.sub(r"^```.*?^```", "", PAGES[name], flags=re.S | re.M).splitlines():
+        if line.startswith("|"):
+            for cell in re.sub(r"`[^`]*`", "code", re.sub(r"\]\([^)]*\)", "]", line)).split("|"):
+                assert len(cell.split()) <= 25, f"{name}: {len(cell.split())} words: {cell}"
+
+
+def retired(text):
+    """The retired words in a text, with what to write instead."""
+    text = " ".join(text.split())
+    return [f"{m.group()!r}: write {now}" for old, now in RETIRED.items() for m in re.finditer(old, text, re.I)]
+
+
+@every_page
+def test_pages_use_the_fields_words(name):
+    """A page has one term per thing, the field's."""
+    assert not retired(PAGES[name])
+
+
+def test_help_uses_the_fields_words():
+    """So do the three command lines; and the check finds such words, but neither --card-gb nor a model card."""
+    import toy_2d
+    import toy_video
+
+    assert len(retired("on a card, by recomputation")) == 2 and not retired("--card-gb 80 in the model card")
+    helps = {name: module.parser().format_help() for name, module in (("toy_2d", toy_2d), ("toy_video", toy_video))}
+    try:
+        from wan_scale import run
+    except ImportError:  # diffusers is not installed
+        pass
+    else:
+        helps["run"] = settings.parser(run.Wan, run.__doc__).format_help() + run.NEEDS
+    for name, text in helps.items():
+        assert not retired(text), f"{name} --help: {retired(text)}"
+
+
+def test_folders_and_files_are_listed():
+    """CONTRIBUTING.md has a row for each folder, toys/README.md for each file of toys/."""
+    folders = {f"{path.name}/" for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith((".", "_"))}
+    listed = set(re.findall(r"^\| .*?`(\w+/)`", PAGES["CONTRIBUTING.md"], re.M))
+    assert folders - {"runs/"} <= listed
+    files = {path.name for path in (ROOT / "toys").glob("*.py")} - {"__init__.py"}
+    assert files == set(re.findall(r"\[`(\w+\.py)`\]\(\1\)", TOYS[TOYS.index("## What is in the folder") :]))
 
 
 def test_tmd_minimal_imports_torch_alone():
