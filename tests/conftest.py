@@ -1,6 +1,7 @@
 """One thread for all tests: the networks are tiny, and two threads are slower (and noisier) on them."""
 
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,30 @@ def one_thread_and_seed():
 def g():
     """A generator for draws."""
     return torch.Generator().manual_seed(0)
+
+
+class Inline:
+    """A pool of workers that does the work at once, in this process: the same calls without a second start of torch."""
+
+    def __init__(self, n: int):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, work, *args):
+        done = Future()
+        done.set_result(work(*args))
+        return done
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    """The baseline and the claims' jobs train in this process. Other tests of the same commands use real workers."""
+    from toys import claims, ladder
+
+    monkeypatch.setattr(ladder, "workers", Inline)
+    monkeypatch.setattr(claims, "workers", Inline)

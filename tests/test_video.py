@@ -9,12 +9,12 @@ from torch.testing import assert_close
 
 import tmd_minimal as tmd
 import toy_video
-from toys import claims, claims_video, video_net
+from toys import claims, claims_video, tiny_video, video_net
 from toys.moving_shapes import EMPTY, World
 
-TINY = ["--frames", "6", "--pixels", "12", "--patch-frames", "2", "--patch-pixels", "4", "--width", "16", "--depth", "3", "--H", "1",
-        "--heads", "2", "--taps", "0,1", "--teacher-updates", "2", "--stage1-updates", "2", "--iterations", "5", "--batch", "4",
-        "--samples", "120", "--kd-count", "8", "--kd-steps", "2", "--N", "2", "--curve", "1"]  # fmt: skip
+TINY = ("--frames 6 --pixels 12 --patch-frames 2 --patch-pixels 4 --width 16 --depth 3 --H 1 --heads 2 --taps 0,1 "
+        "--teacher-updates 2 --stage1-updates 2 --iterations 5 --batch 4 --samples 120 --kd-count 8 --kd-steps 2 --N 2 "
+        "--curve 1").split()  # fmt: skip
 
 
 def network(**kw):
@@ -28,7 +28,7 @@ def clips(g, n=3):
     return x, torch.rand(n, generator=g, dtype=torch.float64), torch.randint(0, 5, (n, 3), generator=g)
 
 
-# -- the network --------------------------------------------------------------------------------------------------------
+# -- the network ------------------------------------------------------------------------------------------------------
 
 
 def test_patches_go_back_where_they_came_from(g):
@@ -44,9 +44,9 @@ def test_patches_go_back_where_they_came_from(g):
 
 
 def test_rotary_positions_are_relative_in_three_axes(g):
-    """A query turned by its place and a key by its own give products that depend on the difference of places alone, on every axis.
+    """Turned queries and keys give products that depend on the difference of their places alone, on every axis.
 
-    The products are read off the attention itself: with values that name the key, the output of one query is its row of weights.
+    The products are read off the attention: with values that name the key, a query's output is its row of weights.
     """
     attention = video_net.Attention(24, 1)
     cos, sin = (a.view(6, 5, 4, -1) for a in network(width=24, heads=1).rope([6, 5, 4], "cpu"))
@@ -88,7 +88,7 @@ def test_no_prompt_is_the_empty_prompt(g):
 
 @pytest.mark.parametrize("fusion", ["gated", "concat"])
 def test_student_of_a_video_network_equals_its_teacher_while_the_gate_is_closed(fusion, g):
-    """At s = t the student's first prediction is the teacher's velocity, to 1e-6 with a closed gate (concat: the y_s part at zero)."""
+    """At s = t a new student predicts the teacher's velocity, to 1e-6 with a closed gate (concat: no y_s)."""
     net = network()
     x, t, c = clips(g)
     student = tmd.TMDStudent(net, 2, fusion, gate_init=-30.0).double()
@@ -98,7 +98,7 @@ def test_student_of_a_video_network_equals_its_teacher_while_the_gate_is_closed(
 
 
 def test_finite_difference_agrees_with_forward_mode_through_attention(g):
-    """du/ds of a video head by central differences equals torch.func.jvp to 1e-3: the head is smooth in s, attention included."""
+    """du/ds of a video head by finite difference equals the JVP to 1e-3: the head, attention too, is smooth in s."""
     student = tmd.TMDStudent(network(), 2).double()
     x, t, c = clips(g)
     m, v = student.features(x, t, c), torch.randn(x.shape, generator=g, dtype=torch.float64)
@@ -123,7 +123,7 @@ def test_backbone_runs_m_times_and_head_m_n_times(M, N, g):
 
 @pytest.mark.parametrize(("kind", "far"), [("conv3d", False), ("conv1d2d", False), ("attention", True)])
 def test_discriminator_heads_see_neighbours_or_all_tokens(kind, far, g):
-    """A logit of the convolutions depends on neighbouring tokens, one of attention on the farthest as well (group norms taken out)."""
+    """A logit of convolutions depends on neighbours, one of attention on the farthest token too (no group norms)."""
     disc = video_net.VideoDiscriminator(24, 1, kind).double()
     for module in list(disc.modules()):
         for name, child in module.named_children():
@@ -150,7 +150,7 @@ def test_conv1d2d_separates_space_and_time(g):
 
 
 def test_both_stages_train_on_clips_and_reach_the_backbone(g):
-    """TM-MF with guidance and dropout, and both losses of stage 2, run on (B, C, T, H, W); the backbone takes gradient in both stages."""
+    """Stage 1 with guidance and dropout and both losses of stage 2 run on clips; each reaches the backbone."""
     net = network().requires_grad_(False)
     student = tmd.TMDStudent(net, 2).double().requires_grad_(True)
     x, t, c = clips(g)
@@ -186,7 +186,7 @@ def test_bf16_autocast_keeps_losses_and_derivatives_in_float32(g):
 
 
 def test_training_under_bf16_autocast_moves_the_weights_it_uses():
-    """A training inside one autocast context learns as fast as in float32: no cached casts of the first step's weights."""
+    """A training inside one autocast learns as fast as in float32: no cached casts of the first step's weights."""
 
     def data(n, generator):
         x = torch.randint(0, 2, (n, 1, 1, 1, 1), generator=generator) * 2.0 - 1
@@ -201,7 +201,7 @@ def test_training_under_bf16_autocast_moves_the_weights_it_uses():
             )
         return sum(t["denoising"].item() for t in losses[-20:]) / 20
 
-    bench = toy_video.VideoLadder.precision_of("cuda")
+    bench = tiny_video.VideoLadder.precision_of("cuda")
     assert bench.keywords["cache_enabled"] is False
     exact = last_losses(contextlib.nullcontext())
     assert last_losses(torch.autocast("cpu", **bench.keywords)) == pytest.approx(exact, rel=0.1)
@@ -218,21 +218,21 @@ def test_training_under_bf16_autocast_moves_the_weights_it_uses():
             "blocks 0 to 3",
         ),
         (lambda: video_net.VideoDiscriminator(24, 2, "conv4d"), "conv3d"),
-        (lambda: toy_video.ToyVideo(pixels=18), "multiple of patch_pixels"),
-        (lambda: toy_video.ToyVideo(width=60, heads=4), "twice the 4 heads"),
-        (lambda: toy_video.ToyVideo(taps="2,6"), "0 to 5"),
-        (lambda: toy_video.ToyVideo(samples=100), "at least 120"),
-        (lambda: toy_video.ToyVideo(prompts="bright blob circle"), "square | ring | cross"),
-        (lambda: toy_video.ToyVideo(prompts="bright any circle"), "leaves a word open"),
-        (lambda: toy_video.ToyVideo(size="large"), "tiny"),
-        (lambda: toy_video.ToyVideo(width=32, heads=8), "at least 6 a head"),
-        (lambda: toy_video.ToyVideo(discriminator="conv4d"), "conv1d2d"),
-        (lambda: toy_video.ToyVideo(kd_steps=0), "at least 1"),
+        (lambda: tiny_video.ToyVideo(pixels=18), "multiple of patch_pixels"),
+        (lambda: tiny_video.ToyVideo(width=60, heads=4), "twice the 4 heads"),
+        (lambda: tiny_video.ToyVideo(taps="2,6"), "0 to 5"),
+        (lambda: tiny_video.ToyVideo(samples=100), "at least 120"),
+        (lambda: tiny_video.ToyVideo(prompts="bright blob circle"), "square | ring | cross"),
+        (lambda: tiny_video.ToyVideo(prompts="bright any circle"), "leaves a word open"),
+        (lambda: tiny_video.ToyVideo(size="large"), "tiny"),
+        (lambda: tiny_video.ToyVideo(width=32, heads=8), "at least 6 a head"),
+        (lambda: tiny_video.ToyVideo(discriminator="conv4d"), "conv1d2d"),
+        (lambda: tiny_video.ToyVideo(kd_steps=0), "at least 1"),
         (
             lambda: network().taps(torch.zeros(1, 2, 4, 8, 8).double(), torch.zeros(1).double(), None, (2, 0)),
             "increasing",
         ),
-        (lambda: toy_video.ToyVideo(H=6), "1 <= H < depth"),
+        (lambda: tiny_video.ToyVideo(H=6), "1 <= H < depth"),
         (lambda: claims_video.run("x", "tiny", only=("tmd M3",)), "unknown job 'tmd M3'"),
     ],
 )
@@ -243,15 +243,15 @@ def test_bad_input_is_one_sentence(call, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-# -- the command --------------------------------------------------------------------------------------------------------
+# -- the command ------------------------------------------------------------------------------------------------------
 
 
 def tiny(out, *more):
     return toy_video.main([*TINY, "--out", str(out), *more])
 
 
-def test_a_run_writes_numbers_then_pictures_and_is_not_run_again(tmp_path, capsys):
-    """Metrics, samples and pictures; the same command again trains nothing; other settings are refused; --restart starts anew."""
+def test_a_run_writes_numbers_then_pictures_and_is_not_run_again(tmp_path, capsys, inline, monkeypatch):
+    """Metrics, samples, pictures; the same command trains nothing again; other settings are refused; --restart does."""
     out = tmp_path / "v"
     assert tiny(out) == 0
     metrics = json.loads((out / "metrics.json").read_text())
@@ -285,19 +285,18 @@ def test_a_run_writes_numbers_then_pictures_and_is_not_run_again(tmp_path, capsy
         "dmd2v.kd.pt",
         "dmd2v.stage2.pt",
     }
-    assert tiny(out) == 0
+    assert tiny(out, "--prompts", "dim cross circle, bright ring still") == 0  # other pictures of the same run
     assert stamps == {p: p.stat().st_mtime_ns for p in (out / "checkpoints").glob("*.pt")}
     again = json.loads((out / "metrics.json").read_text())
     for name, record in metrics["models"].items():
         assert record["total"] == again["models"][name]["total"]
-    assert tiny(out, "--prompts", "dim cross circle, bright ring still") == 0  # other pictures of the same run
-    assert stamps == {p: p.stat().st_mtime_ns for p in (out / "checkpoints").glob("*.pt")}
     (out / "samples.npz").write_bytes(b"broken")
     capsys.readouterr()
     assert tiny(out, "--redraw") == 1 and capsys.readouterr().err.count("\n") == 1
     assert tiny(out, "--seed", "1") == 1
     error = capsys.readouterr().err
     assert "--seed 0" in error and error.count("\n") == 1
+    monkeypatch.setattr(tiny_video.VideoLadder, "score", lambda self, clips, c: metrics["models"]["tmd"])
     assert tiny(out, "--restart") == 0
     assert stamps != {p: p.stat().st_mtime_ns for p in (out / "checkpoints").glob("*.pt")}
 
@@ -342,7 +341,7 @@ def test_every_claim_names_jobs_that_exist():
     assert len({b for f, b in budgets if f == 8}) == 1, "students of one table make the same number of updates"
 
 
-def test_claims_run_and_resume(tmp_path):
+def test_claims_run_and_resume(tmp_path, inline):
     """A second call runs no finished job and writes the same table; rows whose jobs are missing say so."""
     rung = claims_video.rung("tiny")
     claims.run(rung, str(tmp_path), quick=True)
@@ -356,7 +355,7 @@ def test_claims_run_and_resume(tmp_path):
 
 def test_dropped_words_are_the_empty_word():
     """The run's negative prompt is three empty words, which no clip is drawn for."""
-    bench = toy_video.VideoLadder(toy_video.ToyVideo(frames=6, pixels=12, samples=120))
+    bench = tiny_video.VideoLadder(tiny_video.ToyVideo(frames=6, pixels=12, samples=120))
     assert bench.c_neg.tolist() == [EMPTY] * 3
     c = World(6, 12).draw(200, torch.Generator().manual_seed(0))[1]
     assert not (c == EMPTY).any()
