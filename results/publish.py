@@ -148,7 +148,7 @@ def benchmarks() -> str:
 
 
 def weights() -> None:
-    """results/toy_video/weights.pt: the EMA of `make video`'s teacher and students in half precision, for tiny_video.published()."""
+    """results/toy_video/weights.pt: EMAs of `make video`'s networks in half precision, for tiny_video.published()."""
     folder = RUNS / "toy_video/tiny/checkpoints"
     names = {"teacher": "teacher", "stage1": "tmd.stage1", "tmd": "tmd.stage2", "dmd2v": "dmd2v.stage2"}
     if all((folder / f"{file}.pt").exists() for file in names.values()):
