@@ -1,11 +1,11 @@
-# `make toy` (train and draw, about 3 minutes), `make video` (about 25), `make wan` (about 1) and `make test` (the oracles). Each makes .venv itself.
+# `make toy` (train and draw, about 3 minutes), `make video` (about 25), `make wan` (about 1) and `make test`. Each makes .venv itself.
 PYTHON ?= python3
 VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 WAN    := $(VENV)/.installed-wan
 
-.PHONY: toy video wan test slow claims video-claims bench bench-gpu tutorials publish lint clean
+.PHONY: toy video video-teacher wan test quick-test slow claims video-claims bench bench-gpu tutorials publish lint clean
 
 toy: $(STAMP)            ## train teacher, baseline and TMD on two spirals and draw them
 	$(RUN) toy_2d.py --resume
@@ -13,12 +13,19 @@ toy: $(STAMP)            ## train teacher, baseline and TMD on two spirals and d
 video: $(STAMP)          ## the same on tiny videos with prompts: teacher, baseline, TMD, contact sheet
 	$(RUN) toy_video.py
 
+video-teacher: $(STAMP)  ## the teacher of tiny videos, trained once (hours on a core, resumable)
+	$(RUN) -m toys.video_teacher
+
 wan: $(WAN)              ## the whole of wan_scale/ on a tiny random Wan: data, both stages, mp4s, score sheet
 	$(RUN) wan_scale/run.py --preset tiny
 
 test: $(WAN)             ## lint, then every test that is not marked slow
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest -q -n 2 --dist loadfile -m "not slow"
+
+quick-test: $(STAMP)     ## the inner loop, under a minute: the method against closed forms, the layout, the pages
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest -q tests/test_tmd.py tests/test_oracles.py tests/test_layout.py tests/test_docs.py
 
 slow: $(WAN)             ## the tests marked slow: default-sized runs
 	$(RUN) -m pytest -q -m slow
@@ -33,7 +40,7 @@ bench: $(STAMP)          ## steps per second of every stage against their matmul
 	$(RUN) toy_2d.py --bench
 	$(RUN) toy_video.py --bench
 
-bench-gpu: $(WAN)        ## seconds and memory of wan_scale/ at full size on a card, into wan_scale/bench_results/ (nine minutes)
+bench-gpu: $(WAN)        ## seconds and memory of wan_scale/ at full size on a GPU, into wan_scale/bench_results/ (nine minutes)
 	$(RUN) wan_scale/run.py bench --preset 1.3b --bench-minutes 4
 	$(RUN) wan_scale/run.py bench --preset 14b --bench-minutes 4
 	$(RUN) -m results.publish

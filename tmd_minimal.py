@@ -138,7 +138,8 @@ def make_grid(steps: int, gamma: float, name: str = "steps", dtype=torch.float32
         raise ValueError(f"{name} is {steps}; it must be at least 1.")
     grid = shift(torch.linspace(0, 1, steps + 1, dtype=torch.float64), gamma)
     if grid[-2] >= T_MAX:
-        raise ValueError(f"{name} = {steps} at shift {gamma:g} puts two times above {T_MAX}; lower one of them.")
+        told = f"{name} = {steps} with shift {gamma:g} puts two times above {T_MAX}"
+        raise ValueError(f"{told}; take fewer steps or a smaller shift.")
     grid[-1] = T_MAX
     return grid.to(dtype)  # choice: float32 times; drawn times have their grid's dtype, float64 gives the paper's
 
