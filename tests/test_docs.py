@@ -227,6 +227,14 @@ def test_links_lead_somewhere(name):
             }, (link, anchor)
 
 
+def test_traps_name_tests_that_exist():
+    """Each test that a trap names is in tests/, and most traps name one."""
+    traps = REFERENCE[REFERENCE.index("## Traps") : REFERENCE.index("## What each logged number means")]
+    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", traps)
+    assert len(named) >= 9 and all(f"def {name}(" in tests for name in named)
+
+
 def test_front_page_is_short():
     """README.md is read in a minute: at most 160 lines."""
     assert len(README.splitlines()) <= 160
@@ -266,15 +274,11 @@ def test_help_uses_the_fields_words():
     """So do the three command lines; and the check finds such words, but neither --card-gb nor a model card."""
     import toy_2d
     import toy_video
+    from wan_scale import run
 
     assert len(retired("on a card, by recomputation")) == 2 and not retired("--card-gb 80 in the model card")
     helps = {name: module.parser().format_help() for name, module in (("toy_2d", toy_2d), ("toy_video", toy_video))}
-    try:
-        from wan_scale import run
-    except ImportError:  # diffusers is not installed
-        pass
-    else:
-        helps["run"] = settings.parser(run.Wan, run.__doc__).format_help() + run.NEEDS
+    helps["run"] = settings.parser(run.Wan, run.__doc__).format_help() + run.NEEDS
     for name, text in helps.items():
         assert not retired(text), f"{name} --help: {retired(text)}"
 
