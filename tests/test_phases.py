@@ -103,11 +103,25 @@ def test_every_setting_reaches_the_training(which, monkeypatch):
 
     students = [{"target": "x"}, {"field": "printed"}, {"outer_shift": 5.0}, {"inner_shift": 5.0}, {"M": 3}, {"N": 3}]
     if which == "stage1":
-        stages = [{"lr": 2e-3}, {"guidance": 1.0}, {"cond_drop": 0.0}, {"flow_map_share": 0.0}, {"s_shift": 1.0}, {"derivative": "jvp"}]
+        stages = [
+            {"lr": 2e-3},
+            {"guidance": 1.0},
+            {"cond_drop": 0.0},
+            {"flow_map_share": 0.0},
+            {"s_shift": 1.0},
+            {"derivative": "jvp"},
+        ]
         stages += [{"fd_step": 0.02}, {"adaptive_c": 1e-5}, {"ema": 0.05}]
     else:
         students += [{"clean": "printed"}]
-        stages = [{"lr": 2e-3}, {"student_every": 2}, {"dmd_shift": 1.0}, {"guidance": 1.0}, {"gan_weight": 0.3}, {"normalizer": "paper"}]
+        stages = [
+            {"lr": 2e-3},
+            {"student_every": 2},
+            {"dmd_shift": 1.0},
+            {"guidance": 1.0},
+            {"gan_weight": 0.3},
+            {"normalizer": "paper"},
+        ]
         stages += [{"rollout": "last"}, {"rollout": "none"}, {"ema": 0.05}]
     base = result()
     for change in students:
@@ -126,14 +140,24 @@ def test_kd_brings_the_student_to_the_teacher_s_samples():
         return x_1, 0.5 * x_1 + 1, None
 
     seen = []
-    tmd.train_kd(student, pairs, how, updates=300, lr=3e-3, progress=False, on_step=lambda _, terms: seen.append(terms["kd"].item()))
+    tmd.train_kd(
+        student,
+        pairs,
+        how,
+        updates=300,
+        lr=3e-3,
+        progress=False,
+        on_step=lambda _, terms: seen.append(terms["kd"].item()),
+    )
     x_1 = torch.randn(500, 2, generator=torch.Generator().manual_seed(5))
     x = tmd.sample(student, x_1, outer_grid=how.outer_grid, inner_grid=how.inner_grid)
     assert (x - (0.5 * x_1 + 1)).square().mean() < 0.1 * seen[0]
 
 
 def test_fake_score_starts_as_the_teacher():
-    """Section 6: before its first update the fake score is the teacher, so the first student gradient is guidance and rounding alone."""
+    """Section 6: before its first update the fake score is the teacher, so the first student gradient is guidance and
+    rounding alone.
+    """
     _, phase = train("stage2", 1, on_step=None)
     tmd.seed_everything(0)
     teacher = flat(PlanarNet(2, 16, 3, 2))
@@ -153,7 +177,11 @@ def test_student_moves_every_fifth_iteration_and_ema_follows_it():
     """Section 6: four critic updates, then one of the student; the EMA moves with the student only."""
     seen = []
     total = lambda net: flat(net).sum().item()
-    train("stage2", 10, on_step=lambda phase, terms: seen.append((sorted(terms), total(phase.nets["student"]), total(phase.ema))))
+    train(
+        "stage2",
+        10,
+        on_step=lambda phase, terms: seen.append((sorted(terms), total(phase.nets["student"]), total(phase.ema))),
+    )
     assert [names for names, *_ in seen] == ([["disc", "fake"]] * 4 + [["gan", "vsd"]]) * 2
     for value in (1, 2):
         moved = [seen[i][value] != seen[i - 1][value] for i in range(1, 10)]
@@ -171,7 +199,7 @@ def test_ema_is_the_stated_average():
     torch.testing.assert_close(flat(phase.ema), average)
 
 
-# -- what can go wrong --------------------------------------------------------------------------------------------------
+# -- what can go wrong ------------------------------------------------------------------------------------------------
 
 
 def test_checkpoint_of_another_config_is_refused(tmp_path):
@@ -245,7 +273,9 @@ def test_nan_stops_with_step_and_term_and_keeps_the_last_good_checkpoint(tmp_pat
     tmd.seed_everything(0)
     net, path = PlanarNet(2, 16, 3, 2), str(tmp_path / "c.pt")
     with pytest.raises(FloatingPointError, match=r"'denoising' is nan at step 5"):
-        tmd.train_teacher(net, poisoned, updates=20, batch=8, lr=1e-3, c_neg=2, seed=3, path=path, save_every=2, progress=False)
+        tmd.train_teacher(
+            net, poisoned, updates=20, batch=8, lr=1e-3, c_neg=2, seed=3, path=path, save_every=2, progress=False
+        )
     assert torch.isfinite(flat(net)).all()
     state = tmd.safe_load(path)
     assert state["step"] == 4 and all(torch.isfinite(v).all() for v in state["parts"]["teacher"].values())
@@ -273,7 +303,9 @@ def test_kill_9_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
 
 
 def test_backward_is_outside_autocast():
-    """Inside bf16 autocast a part kept in float32 gets the float32 gradient: the backward pass of Phase.update leaves autocast."""
+    """Inside bf16 autocast a part kept in float32 gets the float32 gradient: the backward pass of Phase.update leaves
+    autocast.
+    """
     net, x, seen = torch.nn.Linear(3, 3), torch.randn(5, 3), []
     phase = tmd.Phase("test", {"net": net}, "net", 1e-3, 0.9, 0, {})
     wanted = torch.autograd.grad(net(x).square().sum(), net.weight)[0]
@@ -286,7 +318,10 @@ def test_backward_is_outside_autocast():
 
 
 def test_no_derivative_where_no_sample_needs_it(monkeypatch):
-    """The derivative is taken in the updates with r < s in their batch, in no others; it would be multiplied by zero there."""
+    """The derivative is taken in the updates with r < s in their batch, in no others.
+
+    It would be multiplied by zero there.
+    """
     calls = []
     derivative, draw, needed = tmd.total_derivative, tmd.stage1_draw, []
 

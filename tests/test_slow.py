@@ -9,8 +9,8 @@ import toy_video
 @pytest.mark.slow
 @pytest.mark.parametrize("data", ["spirals", "checkerboard"])
 def test_default_run_draws_shapes_not_blobs(data, tmp_path):
-    """The default run: teacher and students lie on the shape (a Gaussian blob is over 40 % off it), few-step students beat the few-step
-    teacher on both distances, and the whole takes about three minutes.
+    """The default run: teacher and students lie on the shape (a Gaussian blob is over 40 % off it), few-step students
+    beat the few-step teacher on both distances, and the whole takes about three minutes.
     """
     cfg = toy_2d.Toy(data=data, out=str(tmp_path))
     metrics = toy_2d.run(cfg)
@@ -25,8 +25,8 @@ def test_default_run_draws_shapes_not_blobs(data, tmp_path):
 
 @pytest.mark.slow
 def test_default_video_run_names_shapes_and_motions(tmp_path):
-    """The tiny video ladder: teacher and both one-step students are far above chance (1/30) on the joint prompt and far above the one-step
-    teacher, and the whole takes at most 25 minutes.
+    """The tiny video ladder: teacher and both one-step students are far above chance (1/30) on the joint prompt and
+    far above the one-step teacher, and the whole takes at most 25 minutes.
     """
     metrics = toy_video.run(toy_video.ToyVideo(size="tiny", out=str(tmp_path)))
     models = metrics["models"]

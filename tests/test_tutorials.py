@@ -1,4 +1,6 @@
-"""The notebooks run from scratch, are stored as executed by the code as it is, and teach with the repository's own lines."""
+"""The notebooks run from scratch, are stored as executed by the code as it is, and teach with the repository's own
+lines.
+"""
 
 import ast
 import re
@@ -37,7 +39,9 @@ def test_runs_from_scratch(path):
 
 @every
 def test_stored_outputs_are_of_this_code(path):
-    """What is stored was executed in the full setting, with these cells and files, within what a reader waits (else: make tutorials)."""
+    """What is stored was executed in the full setting, with these cells and files, within what a reader waits (else:
+    make tutorials).
+    """
     assert not execute.stale(path)
     assert nbformat.read(path, 4).metadata["executed"]["seconds"] <= execute.LIMIT
     assert path.stat().st_size < 2e6
@@ -45,7 +49,9 @@ def test_stored_outputs_are_of_this_code(path):
 
 @every
 def test_teaches(path):
-    """Says at the start what one will be able to do, has exercises with hidden answers, pictures, what was measured here."""
+    """Says at the start what one will be able to do, has exercises with hidden answers, pictures, what was measured
+    here.
+    """
     notebook = nbformat.read(path, 4)
     words = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert re.search(r"After this", words[:1200]) and 2 <= words.count("<details>") == words.count("</details>") <= 4

@@ -1,0 +1,1 @@
+"""What the toy rungs are made of: data, rulers, networks, the ladder of trainings, claims and pictures."""

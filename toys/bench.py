@@ -1,10 +1,10 @@
 """What a run costs: python toy_2d.py --bench, python toy_video.py --bench (or make bench, both).
 
-For every stage: milliseconds per update (median), and the floor: the update's matrix products alone (attention counted as its two;
-convolutions are left out), recorded from one real update and replayed on ready-made tensors. The gap between the two is what everything
-else costs (elementwise work, launch overhead, AdamW). On one and on two CPU threads, each in a process of its own, one after the other;
-peak memory of the process beside it. The student update with N = 1 stands beside the one with N steps: claim C12, rollout costs
-(N-1) H / L of a forward and backward.
+For every stage: milliseconds per update (median), and the floor: the update's matrix products alone (attention
+counted as its two; convolutions are left out), recorded from one real update and replayed on ready-made tensors. The
+gap between the two is what everything else costs (elementwise work, launch overhead, AdamW). On one and on two CPU
+threads, each in a process of its own, one after the other; peak memory of the process beside it. The student update
+with N = 1 stands beside the one with N steps: claim C12, rollout costs (N-1) H / L of a forward and backward.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def median_ms(f, repeats: int, device: str = "cpu") -> float:
 
 
 def stages(bench: Ladder, sampled: list[tuple[int, int]], n: int) -> dict:
-    """One callable per stage that makes one update, on untrained networks of the run's size: the cost does not depend on the weights.
+    """One callable per stage that makes one update, on untrained networks of the run's size: the cost does not depend
+    on the weights.
 
     `sampled` lists the (M, N) at which n samples are drawn.
     """
@@ -76,7 +77,7 @@ def stages(bench: Ladder, sampled: list[tuple[int, int]], n: int) -> dict:
     updates = {}
 
     def one_step(train, *args, step=0, **kw):
-        """Catch the iteration that a training is about to repeat, so that an update is timed exactly as training makes it."""
+        """The iteration that a training is about to repeat, so that an update is timed exactly as training makes it."""
         caught = {}
 
         def catch(phase, iterate, *_, **__):
@@ -156,11 +157,12 @@ def measure(ladder: type[Ladder], cfg, sampled, n: int, threads: int, repeats: i
 
 
 def rollout_cost(rows: list[dict]) -> str:
-    """C12 in one sentence: what rollout adds to the student update, beside (N-1) H / L of the student's own forward and backward."""
+    """C12 in one sentence: what rollout adds to the student update, beside (N-1) H / L of a forward and backward."""
     ms, (N, H, L) = {r["stage"]: r["ms"] for r in rows if r["threads"] == 1}, rows[0]["N, H, L"]
     added = ms[f"stage 2, TMD N={N}, student update"] - ms["stage 2, TMD N=1, student update"]
     share, base = (N - 1) * H / L, ms["stage 2, TMD N=1, student update"]
-    expected = f"(N-1) H / L = {share:.2f} of a teacher update (the whole network, forward and backward) is {share * ms['teacher']:.1f} ms"
+    whole = "a teacher update (the whole network, forward and backward)"
+    expected = f"(N-1) H / L = {share:.2f} of {whole} is {share * ms['teacher']:.1f} ms"
     return f"Rollout with N = {N} adds {added:.1f} ms to a student update of {base:.1f} ms; {expected}."
 
 
@@ -176,7 +178,10 @@ def markdown(rows: list[dict]) -> str:
 
 
 def run(ladder: type[Ladder], cfg, out: str, sampled: list[tuple[int, int]], n: int, repeats: int) -> list[dict]:
-    """Measure on one and on two threads, each in a process of its own; print the table and write bench.json into `out`."""
+    """Measure on one and on two threads, each in a process of its own.
+
+    Print the table and write bench.json into `out`.
+    """
     rows = []
     for threads in (1, 2):
         with workers(1) as pool:

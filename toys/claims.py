@@ -1,13 +1,15 @@
-"""The paper's claims, measured: train every student of a rung's list on several seeds, compare them by one rule, write one table.
+"""The paper's claims, measured: every student of a rung's list on several seeds, one rule, one table.
 
-Every job trains one student from one seed's teacher and writes a JSON file, so a killed run goes on with the jobs that are missing; jobs
-run two at a time, one thread each. The table compares jobs by a rule stated here, before any run:
+Every job trains one student from one seed's teacher and writes a JSON file, so a killed run goes on with the jobs
+that are missing; jobs run two at a time, one thread each. The table compares jobs by a rule stated here, before any
+run:
 
-    A beats B on a score if it is better by more than 2 sqrt(se_A^2 + se_B^2) over seeds. A claim "A beats B" HOLDS if A beats B on one of
-    the scores that the rung names and B beats A on none, DOES NOT HOLD the other way round, and is INCONCLUSIVE otherwise.
+    A beats B on a score if it is better by more than 2 sqrt(se_A^2 + se_B^2) over seeds. A claim "A beats B" HOLDS if
+    A beats B on one of the scores that the rung names and B beats A on none, DOES NOT HOLD the other way round, and
+    is INCONCLUSIVE otherwise.
 
-Every student gets the same number of updates: what TMD spends on stage 1, DMD2-v spends on KD warm-up (M = 1) or on more iterations.
-The rungs list their jobs and claims in toy_claims.py and video_claims.py.
+Every student gets the same number of updates: what TMD spends on stage 1, DMD2-v spends on KD warm-up (M = 1) or on
+more iterations. The rungs list their jobs and claims in claims_2d.py and claims_video.py.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class Rung:
     """What a rung measures and how it tells it."""
 
     ladder: type[Ladder]
-    jobs: dict  # {name: (settings, student's settings or "plain ...", of stage 1 or None, of stage 2 with the discriminator's "kind")}
+    # {name: (settings, the student's or "plain ...", those of stage 1 or None, those of stage 2 with "kind")}
+    jobs: dict
     claims: list  # (claim, setting, A, B, phase of A[/phase of B]): the claim is that A beats B
     size: dict  # settings of every job
     quick: dict  # and of its small sibling, for tests
@@ -55,7 +58,7 @@ class Rung:
         )
 
     def plan(self, name: str, seed: int, quick: bool):
-        """What a job is, fully resolved: the settings, the student, stage 1 or None, stage 2, KD updates, the discriminator's kind."""
+        """A job, resolved: settings, student, stage 1 or None, stage 2, KD updates, the discriminator's kind."""
         cfg = self.toy_of(name, seed, quick)
         _, student, stage1, stage2 = self.jobs[name]
         plain = isinstance(student, str)
@@ -182,9 +185,11 @@ def tabulate(rung: Rung, root: Path) -> dict:
     for name, records in jobs.items():
         done = [r for r in records if "end" in r]
         if len(done) > 1:
-            models[name] = {"effective_nfe": done[0]["effective_nfe"], "updates": done[0]["updates"], **numbers(name, "end"),
+            models[name] = {"effective_nfe": done[0]["effective_nfe"], "updates": done[0]["updates"],
+                            **numbers(name, "end"),
                             "student_updates": done[0]["student_updates"], "seeds": len(done),
-                            "seconds": summary([r["seconds"] for r in done]), "diverged": len(records) - len(done)}  # fmt: skip
+                            "seconds": summary([r["seconds"] for r in done]),
+                            "diverged": len(records) - len(done)}  # fmt: skip
     result = {"rule": "2 sqrt(se_A^2 + se_B^2), see claims.py", "rows": rows, "models": models}
     if rung.table:
         rung.table(jobs, numbers, judge, result)

@@ -1,4 +1,7 @@
-"""What the paper claims, measured on points in the plane: python toy_2d.py --claims. The rule and the engine are in claims.py."""
+"""What the paper claims, measured on points in the plane: python toy_2d.py --claims.
+
+The rule and the engine are in claims.py.
+"""
 
 from __future__ import annotations
 
@@ -74,8 +77,10 @@ CLAIMS = [
     ("C1", "M = 1, spirals, effective NFE 1.33 against 1", "tmd N2", "dmd2v", "end"),
     ("C1", "M = 2, outer shift 10; effective NFE 4 against 2", "tmd M2", "dmd2v M2", "end"),
     ("C1", "M = 2, even grid, deterministic; effective NFE 4 against 2", "tmd M2 even", "dmd2v M2 even", "end"),
-    ("C1", "M = 2, even grid, re-noised; effective NFE 4 against 2", "tmd M2 even renoised", "dmd2v M2 even renoised", "end"),
-    ("C1", "M = 1, neither warmed up: TMD without stage 1 against DMD2-v without KD", "tmd no stage 1", "dmd2v no kd", "end"),
+    ("C1", "M = 2, even grid, re-noised; effective NFE 4 against 2", "tmd M2 even renoised", "dmd2v M2 even renoised",
+     "end"),
+    ("C1", "M = 1, neither warmed up: TMD without stage 1 against DMD2-v without KD", "tmd no stage 1", "dmd2v no kd",
+     "end"),
     ("C1", "like NFE: TMD M1 N4 (2) against DMD2-v M2 (2)", "tmd", "dmd2v M2", "end"),
     ("C1", "M = 1, checkerboard", "tmd checkerboard", "dmd2v checkerboard", "end"),
     ("C1", "M = 1, eight Gaussians (separated modes)", "tmd gaussians", "dmd2v gaussians", "end"),
@@ -103,10 +108,13 @@ CLAIMS = [
     ("trap 2", "Eq. 14 consistent against printed, after stage 1", "tmd", "tmd printed field", "stage1"),
     ("trap 2", "Eq. 14 consistent against printed, after stage 2", "tmd", "tmd printed field", "end"),
     ("trap 3", "Eq. 15 consistent against printed, M = 2 even grid", "tmd M2 even", "tmd M2 even printed clean", "end"),
-    ("trap 5", "VSD gradient over mean abs(x_hat - g_teacher) against mean abs(g_fake - g_teacher)", "tmd", "tmd paper normalizer", "end"),
-    ("trap 9", "re-noised against deterministic, M = 2 even grid, after stage 1", "tmd M2 even renoised", "tmd M2 even", "stage1"),
+    ("trap 5", "VSD gradient over mean abs(x_hat - g_teacher) against mean abs(g_fake - g_teacher)", "tmd",
+     "tmd paper normalizer", "end"),
+    ("trap 9", "re-noised against deterministic, M = 2 even grid, after stage 1", "tmd M2 even renoised",
+     "tmd M2 even", "stage1"),
     ("trap 9", "re-noised against deterministic, M = 2 even grid, TMD", "tmd M2 even renoised", "tmd M2 even", "end"),
-    ("trap 9", "re-noised against deterministic, M = 2 even grid, DMD2-v", "dmd2v M2 even renoised", "dmd2v M2 even", "end"),
+    ("trap 9", "re-noised against deterministic, M = 2 even grid, DMD2-v", "dmd2v M2 even renoised", "dmd2v M2 even",
+     "end"),
 ]  # fmt: skip
 
 
@@ -129,7 +137,7 @@ def extra(bench: PlanarLadder, teacher, fit: dict, how) -> dict:
 
 @torch.no_grad()
 def x_hat_per_time(bench: PlanarLadder, student, how) -> dict:
-    """Sliced Wasserstein of x_hat to the data at each outer time on its own, and of the equal mixture that the fake score sees."""
+    """Sliced Wasserstein of x_hat to the data at each outer time, and of the mixture that the fake score sees."""
     g, n, found = torch.Generator().manual_seed(4), len(bench.x), []
     for t in how.outer_grid[1:]:
         t, x_1 = t.expand(n), tmd.randn_like(bench.x, g)
@@ -147,7 +155,7 @@ def x_hat_per_time(bench: PlanarLadder, student, how) -> dict:
 
 
 def exact_c0(seeds=SEEDS, n: int = 5000) -> list[dict]:
-    """C0 with nothing learnt: exact flow matching and exact transition matching on eight Gaussians, by mode width and steps."""
+    """C0 with nothing learnt: exact flow and transition matching on eight Gaussians, by mode width and steps."""
     rows = []
     for sigma in (0.02, 0.15, 0.5):
         data = GaussianMixture(_CENTRES, torch.full((8,), sigma))

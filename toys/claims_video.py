@@ -1,8 +1,11 @@
-"""What the paper claims, measured on moving shapes: python toy_video.py --claims. The rule and the engine are in claims.py.
+"""What the paper claims, measured on moving shapes: python toy_video.py --claims.
 
-Scores are the ruler's (moving_shapes.py), higher is better; the rule looks at their stated mean, `total`. "Static collapse" would show in
-motion, mode collapse in diversity, a forgotten prompt in semantic: all are in the table of students. A job is a student of one seed's
-teacher. --only runs some of them, so that a machine with little time can fill the table row by row.
+The rule and the engine are in claims.py.
+
+Scores are the ruler's (ruler.py), higher is better; the rule looks at their stated mean, `total`. "Static
+collapse" would show in motion, mode collapse in diversity, a forgotten prompt in semantic: all are in the table of
+students. A job is a student of one seed's teacher. --only runs some of them, so that a machine with little time can
+fill the table row by row.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Toy videos of one moving shape, rendered on the fly, and an exact ruler for generated clips.
 
-A prompt has three words, shade, shape and motion ("bright ring circle"); a clip has one channel, values in [-1, 1], background -1.
-Lengths are fractions of the frame side and a motion fills the clip, so clips of any size and length obey the same laws.
-Because the renderer is known, the nearest valid clip to any clip can be searched for, and every score is a distance to it.
+A prompt has three words, shade, shape and motion ("bright ring circle"); a clip has one channel, values in [-1, 1],
+background -1. Lengths are fractions of the frame side and a motion fills the clip, so clips of any size and length
+obey the same laws. Because the renderer is known, the nearest valid clip to any clip can be searched for, and every
+score is a distance to it.
 
     world = World()                                         # 8 frames of 16 x 16
     clips, c, params = world.draw(500, torch.Generator())   # (500, 1, 8, 16, 16), (500, 3), (500, 5)
@@ -33,7 +34,10 @@ _RADIUS, _MARGIN = 0.19, 0.21  # half a shape, and how near its centre comes to 
 
 
 def encode(prompt: str) -> torch.Tensor:
-    """Tokens (3,) int64 of "shade shape motion", any of which may be "any"; ValueError lists the words if one is wrong or missing."""
+    """Tokens (3,) int64 of "shade shape motion", any of which may be "any".
+
+    ValueError lists the words if one is wrong or missing.
+    """
     words = prompt.split()
     if len(words) != 3 or any(w not in (*slot, WORDS[EMPTY]) for w, slot in zip(words, _SLOTS)):
         known = "; ".join(" | ".join(slot) for slot in _SLOTS)
@@ -78,8 +82,9 @@ def _along(angle):  # angle in turns -> unit vectors (..., 2)
     return torch.stack([(math.tau * angle).cos(), (math.tau * angle).sin()], -1)
 
 
-# Each law takes params u (n, 5) and time (T,) from 0 to 1, and returns centres (n, T, 2) in a box of side `_SIDE` around 0. Uniform u
-# gives the data distribution. Any real u is valid (place and size reflect at 0 and 1, angles wrap), so a fit needs no constraints.
+# Each law takes params u (n, 5) and time (T,) from 0 to 1, and returns centres (n, T, 2) in a box of side `_SIDE`
+# around 0. Uniform u gives the data distribution. Any real u is valid (place and size reflect at 0 and 1, angles
+# wrap), so a fit needs no constraints.
 _SIDE = 1 - 2 * _MARGIN
 
 
@@ -94,7 +99,10 @@ def _straight(u, time):
 
 
 def _bounce(u, time):
-    """Reflection from one of four walls in the middle of the clip; u = place along the wall, time of the hit, speed, wall and angle."""
+    """Reflection from one of four walls in the middle of the clip.
+
+    u: place along the wall, time of the hit, speed, wall and angle.
+    """
     since_hit = time - _between(0.35, 0.65, u[:, 1, None])  # (n, T)
     quarter = (4 * u[:, 3, None]).floor()
     slope = _along((4 * u[:, 3] - quarter[:, 0] - 0.5) / 4)  # within 45 degrees of the normal, so the bounce is seen
@@ -116,7 +124,10 @@ def _circle(u, time):
 
 
 def _eight(u, time):
-    """A figure-eight (sin a, sin 2a / 2) turned by u[4], run through once; half a turn of the figure is the opposite sense."""
+    """A figure-eight (sin a, sin 2a / 2) turned by u[4], run through once.
+
+    Half a turn of the figure is the opposite sense.
+    """
     length = _between(0.22, 0.28, u[:, 2, None])
     angle = math.tau * (u[:, 3, None] + time)
     p, q = angle.sin(), (2 * angle).sin() / 2
@@ -130,9 +141,10 @@ _LAWS = (_still, _straight, _bounce, _circle, _eight)
 
 
 def _few(u, motion):
-    """Params u (n, 5) with size and speed fixed, and direction, phase and sense rounded to a few: 1, 4, 8, 8 and 8 modes a law.
+    """Params u (n, 5) of a law with few modes: 1 (still), 4, 8, 8 and 8.
 
-    What stays free is the place. The rounded values are the ends of equal steps of u, so uniform u hits every mode equally often.
+    Size and speed are fixed; direction, phase and sense are rounded to a few values. What stays free is the place.
+    The rounded values are the ends of equal steps of u, so uniform u hits every mode equally often.
     """
     step = lambda x, k: (k * x.remainder(1)).floor() / k
     half, law = torch.full_like(u[:, 0], 0.5), (motion - _FIRST[2])[:, None]
@@ -158,14 +170,18 @@ def _cross(x, y):
     return torch.maximum(torch.maximum(x, y) - _RADIUS, torch.minimum(x, y) - 0.05)
 
 
-# Signed distances, negative inside. choice: of discs, rings, crosses, bars, filled and hollow squares, these three stay farthest
-# apart at 16 x 16: at the best shift and shade, at least 7.8 squared grey levels a frame (a dim cross on its own has 12).
+# Signed distances, negative inside. choice: of discs, rings, crosses, bars, filled and hollow squares, these three
+# stay farthest apart at 16 x 16: at the best shift and shade, at least 7.8 squared grey levels a frame (a dim cross
+# on its own has 12).
 _OUTLINES = (_square, _ring, _cross)
 
 
 @dataclass(frozen=True)
 class World:
-    """The renderer. `draw` gives data, `trajectory` and `render` are its two halves; all follow the device of their arguments."""
+    """The renderer.
+
+    `draw` gives data, `trajectory` and `render` are its two halves; all follow the device of their arguments.
+    """
 
     frames: int = 8  # of a clip
     size: int = 16  # side of a frame in pixels
@@ -181,7 +197,10 @@ class World:
             raise ValueError(f"{self.size} pixels are too few to tell the shapes apart; use a size of 12 or more.")
 
     def trajectory(self, motion, params):
-        """Centres (n, T, 2) as (x, y) in [0, 1] of the frame side; motion (n,) tokens, params (n, 5), uniform in [0, 1] for data."""
+        """Centres (n, T, 2) as (x, y) in [0, 1] of the frame side.
+
+        motion (n,) holds tokens, params (n, 5) are uniform in [0, 1] for data.
+        """
         time = torch.linspace(0, 1, self.frames, device=params.device, dtype=params.dtype)
         path = params.new_empty(len(params), self.frames, 2)
         if self.modes == "few":
@@ -193,7 +212,10 @@ class World:
         return path
 
     def _cover(self, shape, path):
-        """Share of every pixel that the shape covers: shape (n,) from 0 to 2, path (n, T, 2) -> (n, T, H, W), smooth in the path."""
+        """Share of every pixel that the shape covers, smooth in the path.
+
+        shape (n,) from 0 to 2, path (n, T, 2) -> (n, T, H, W).
+        """
         pixels = (torch.arange(self.size, device=path.device, dtype=path.dtype) + 0.5) / self.size
         x, y = (pixels - path[..., :1])[..., None, :], (pixels - path[..., 1:])[..., None]
         cover = path.new_empty(*path.shape[:2], self.size, self.size)
@@ -204,11 +226,17 @@ class World:
         return cover
 
     def render(self, shade, shape, path):
-        """Clips (n, 1, T, H, W) in [-1, 1] of a shape at the centres path (n, T, 2); shade (n,) and shape (n,) are tokens."""
+        """Clips (n, 1, T, H, W) in [-1, 1] of a shape at the centres path (n, T, 2).
+
+        shade (n,) and shape (n,) hold tokens.
+        """
         return (shade + 1).to(path.dtype)[:, None, None, None, None] * self._cover(shape - _FIRST[1], path)[:, None] - 1
 
     def draw(self, n: int, generator: torch.Generator, c: torch.Tensor | None = None):
-        """n clips (n, 1, T, H, W), prompts c (n, 3), params (n, 5), of the prompts given or of uniform ones; on the generator's device."""
+        """n clips (n, 1, T, H, W), prompts c (n, 3), params (n, 5), on the generator's device.
+
+        Of the prompts given, or of uniform ones.
+        """
         device = generator.device
         if c is None:
             c = torch.stack(

@@ -11,7 +11,7 @@ from tmd_minimal import bcast
 
 
 class GaussianMixture:
-    """x ~ sum_k w_k N(mu_k, sigma_k^2 I): its diffused marginals, the exact velocity (Eq. 2) and exact posterior samples."""
+    """x ~ sum_k w_k N(mu_k, sigma_k^2 I): diffused marginals, exact velocity (Eq. 2), exact posterior samples."""
 
     def __init__(self, means, sigmas, weights=None, dtype=torch.float64):
         self.means, self.sigmas = torch.as_tensor(means, dtype=dtype), torch.as_tensor(sigmas, dtype=dtype)
@@ -69,8 +69,9 @@ class ExactStudent:
 class GaussianInnerFlow:
     """The exact optimum of TM-MF for y ~ N(mean, sigma^2), in either reading of Eq. (14); m is ignored.
 
-    The inner flow's path through y_s is Y(q) = (1-q) mean + k std(q), std(q)^2 = (1-q)^2 sigma^2 + q^2, so the average velocity
-    over [r, s] is exact. As printed, u = y_1 - head, the optimal head is the mean of E[y | Y(q)] over q in [r, s].
+    The inner flow's path through y_s is Y(q) = (1-q) mean + k std(q), std(q)^2 = (1-q)^2 sigma^2 + q^2, so the
+    average velocity over [r, s] is exact. As printed, u = y_1 - head, the optimal head is the mean of E[y | Y(q)]
+    over q in [r, s].
     """
 
     def __init__(self, sigma: float, field: str = "consistent", mean=0.0):

@@ -1,7 +1,7 @@
-"""Points in the plane: data with known supports, the two distances that judge samples of them, and the network for points.
+"""Points in the plane: data with known supports, two distances that judge samples, the network for points.
 
-Every set has classes (arm, moon, mode, half), zero mean and about unit scale. A set is a skeleton (curve, centres, squares) with
-Gaussian or uniform width around it, so how far a point lies off the support is known exactly.
+Every set has classes (arm, moon, mode, half), zero mean and about unit scale. A set is a skeleton (curve, centres,
+squares) with Gaussian or uniform width around it, so how far a point lies off the support is known exactly.
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ def _checkerboard_distance(x, label):
 
 @dataclass(frozen=True)
 class PlanarData:
-    """draw(n, generator) -> x (n, 2), label (n,); distance(x, label or None) -> (n,) to the skeleton; off support beyond `width`."""
+    """draw(n, generator) -> x (n, 2), label (n,); distance(x, label or None) -> (n,) to the skeleton.
+
+    A point is off the support beyond `width`.
+    """
 
     draw: Callable
     distance: Callable
@@ -97,12 +100,12 @@ def dataset(name: str) -> PlanarData:
 
 
 def off_support(data: PlanarData, x: torch.Tensor, label: torch.Tensor | None = None) -> float:
-    """Share of samples x (n, 2) farther than `width` (three standard deviations) from the support (of their class, if given)."""
+    """Share of samples x (n, 2) farther than `width`, three standard deviations, from the support (of their class)."""
     return (data.distance(x, label) > data.width).float().mean().item()
 
 
 def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor, directions: int = 256) -> float:
-    """Sliced 1-Wasserstein distance of two equally large samples (n, d): mean over directions of mean |sorted a - sorted b|."""
+    """Sliced 1-Wasserstein distance of two samples (n, d): mean over directions of mean |sorted a - sorted b|."""
     if a.shape != b.shape:
         raise ValueError(
             f"samples of shape {tuple(a.shape)} and {tuple(b.shape)} cannot be compared; draw as many of each."
@@ -114,7 +117,10 @@ def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor, directions: int = 256) 
 
 
 class PlanarNet(tmd.Network):
-    """L residual AdaLN blocks for points (B, dim); optional class condition c (B,) int, `classes` being the empty one."""
+    """L residual AdaLN blocks for points (B, dim).
+
+    Optional class condition c (B,) int, `classes` being the empty one.
+    """
 
     def __init__(self, dim: int = 2, width: int = 64, depth: int = 6, classes: int = 0):
         super().__init__()

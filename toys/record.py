@@ -1,4 +1,4 @@
-"""What a run measured: a record (scores, cost, title) and the samples of every model, printed as they come and saved."""
+"""What a run measured: a record (scores, cost, title) and the samples of every model, printed and saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An exact ruler for clips of moving shapes: it finds the valid clip nearest to a clip, and every score is a distance to it."""
+"""An exact ruler for clips of moving shapes: the valid clip nearest to a clip, and scores by the distance to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from toys.moving_shapes import _FIRST, MOTIONS, SHAPES, World, _checked, decode
 
 
 def _fit(residual, p, steps):
-    """Levenberg-Marquardt on many small problems at once: residual maps p (n, k) to (n, m) -> p of smaller |residual|^2, and that (n,)."""
+    """Levenberg-Marquardt on many small problems at once.
+
+    residual maps p (n, k) to (n, m) -> p of smaller |residual|^2, and that (n,).
+    """
     r, damp = residual(p), torch.full_like(p[:, :1], 1e-2)
     nudges = 1e-3 * torch.eye(p.shape[1], device=p.device)
     for _ in range(steps):
@@ -28,7 +31,8 @@ def _fit(residual, p, steps):
     return p, r.square().sum(1)
 
 
-# A search begins with 4096 paths of each motion, in 8 parts: with the best of all, not of each part, the fit misses 7 % of the bounces.
+# A search begins with 4096 paths of each motion, in 8 parts. With the best of all instead of the best of each part
+# the fit misses 7 % of the bounces.
 _BANK, _PARTS = 4096, 8
 _CELLS = 32  # steps of the grid of places across the side: half a pixel at 16 x 16
 
@@ -84,7 +88,10 @@ class Ruler:
         )  # 64 clips of 8 x 16 x 16: memory stays bounded
 
     def _search(self, x):
-        """Squared error of clips x (n, 1, T, H, W) against every shape at every place, less |x + 1|^2 -> (T, G, 2, 3, n)."""
+        """Squared error of clips x (n, 1, T, H, W) against every shape at every place, less |x + 1|^2.
+
+        -> (T, G, 2, 3, n)
+        """
         T, G = self.world.frames, len(self.grid)
         energy = self.cover.square().sum(1).view(3, G, 1)
         product = torch.einsum("kp,ntp->tkn", self.cover, x[:, 0].flatten(2) + 1).view(T, 3, G, -1)
@@ -118,7 +125,7 @@ class Ruler:
         return prompt[:, 0], p[:, 0], e[:, 0]
 
     def _recover(self, x, error):
-        """Follow the likeliest shape frame by frame, with no law: path (n, T, 2), and whether each frame shows it (n, T)."""
+        """Follow the likeliest shape frame by frame, with no law: path (n, T, 2), and if a frame shows it (n, T)."""
         n, T = len(x), self.world.frames
         shape = error.amin(1).sum(0).flatten(0, 1).argmin(0)  # (n,) shade * 3 + shape, each frame at its own best place
         place = error.flatten(2, 3)[:, :, shape, torch.arange(n, device=x.device)].argmin(1).T  # (n, T)
@@ -127,12 +134,16 @@ class Ruler:
             self.world.render(shape // 3 + _FIRST[0], shape % 3 + _FIRST[1], at[:, None]) - frames
         ).flatten(1)
         path, e = _fit(miss, self.grid[place].flatten(0, 1), 4)
-        # choice: a shape is seen where it explains a third of what stands out of the background (pure noise: at most a fifth).
+        # choice: a shape is seen where it explains a third of what stands out of the background (pure noise: at most
+        # a fifth).
         seen = e < 2 / 3 * (frames + 1).flatten(1).square().sum(1)
         return path.view(n, T, 2), seen.view(n, T)
 
     def _obedience(self, path, motion):
-        """exp(- rms distance, in sixteenths of the side, to the closest path of the asked law) * share of the least motion it has."""
+        """How well a path obeys the asked law and moves as much as it asks, in [0, 1].
+
+        exp(- rms distance, in sixteenths of the side, to the law's closest path) * its share of the least motion.
+        """
         n, law = len(path), motion - _FIRST[2]
         bank = self.paths.view(len(MOTIONS), -1, *path.shape[1:])[law]  # (n, M, T, 2)
         starts = (bank - path[:, None]).square().sum((2, 3)).topk(4, 1, largest=False).indices
@@ -156,7 +167,7 @@ class Ruler:
         return scores | dict(motion=self._obedience(path, c[:, 2]) * shown, prompt=prompt, params=params, path=path)
 
     def _diversity(self, clips, c):
-        """{prompt: spread of where, phase, first step over that of data, each at most 1, averaged}, for prompts of 4 clips or more."""
+        """{prompt: spread of place, phase and first step over that of data, each at most 1, averaged}, from 4 clips."""
         features, out = self._features(clips["path"]), {}
         for prompt in c.unique(dim=0):
             rows = (c == prompt).all(1)
@@ -168,31 +179,35 @@ class Ruler:
                 out[decode(prompt)] = (spread[free] / real[free]).clamp_max(1).mean().item()
         if not out:
             raise ValueError(
-                f"no prompt has 4 clips among these {len(c)}, so diversity cannot be judged; score several clips a prompt."
+                f"no prompt has 4 clips among these {len(c)}, so diversity cannot be judged; "
+                "score several clips a prompt."
             )
         return out
 
     @torch.no_grad()
     def nearest(self, clips):
-        """The valid clip nearest to each of clips (n, 1, T, H, W), over all prompts: clips, prompts (n, 3), params (n, 5)."""
+        """The valid clip nearest to each of clips (n, 1, T, H, W): clips, prompts (n, 3), params (n, 5)."""
         self._check(clips)
         c, p = (torch.cat(v) for v in zip(*(self._nearest(x, self._search(x))[:2] for x in self._chunks(clips))))
         return self.world.render(c[:, 0], c[:, 1], self.world.trajectory(c[:, 2], p)), c, p
 
     @torch.no_grad()
     def score(self, clips: torch.Tensor, c: torch.Tensor) -> dict:
-        """Judge clips (n, 1, T, H, W) against the prompts c (n, 3) asked for. Every score lies in [0, 1], data near 1; no randomness.
+        """Judge clips (n, 1, T, H, W) against the prompts c (n, 3) asked for. Every score lies in [0, 1], data near
+        1; no randomness.
 
         quality    1 - |x - x*| / |x* + 1|, at least 0; x* is the nearest valid clip of ANY prompt, -1 the background
         semantic   x* has the asked prompt (right_shade, right_shape, right_motion: one word each)
-        motion     the shape, followed frame by frame, obeys the asked law, moves as much as it asks, and is seen (`_obedience`)
-        diversity  spread of mean place, start and first step within a prompt over that of data, at most 1 each; of prompts with 4 clips
-                   or more. Small samples spread less: data get 0.92 at 5 clips a prompt, 0.97 at 17; compare at the same number
+        motion     the shape, followed frame by frame, obeys the asked law and moves as much as it asks (`_obedience`)
+        diversity  spread of mean place, start and first step within a prompt over that of data, at most 1 each; of
+                   prompts with 4 clips or more. Small samples spread less: data get 0.92 at 5 clips a prompt, 0.97
+                   at 17; compare at the same number
         total      the mean of these four
 
-        Returns the means as floats, "laws" {motion: the same} (diversity and total are nan for a law with under 4 clips a prompt),
-        "prompts" {prompt: diversity} and "clips", per-clip tensors that also hold the fitted prompt and params, path and seen share.
-        ValueError for clips of another world, nan or inf, prompts with an empty word, or under 4 clips of every prompt.
+        Returns the means as floats, "laws" {motion: the same} (diversity and total are nan for a law with under 4
+        clips a prompt), "prompts" {prompt: diversity} and "clips", per-clip tensors that also hold the fitted prompt
+        and params, path and seen share. ValueError for clips of another world, nan or inf, prompts with an empty
+        word, or under 4 clips of every prompt.
         """
         self._check(clips, c)
         c, chunks = c.to(clips.device), self._chunks(clips)

@@ -1,5 +1,6 @@
-"""Wan in small, for clips (B, C, T, H, W): 3-D patches, 3-D rotary positions, self-attention, cross-attention to the prompt, adaptive norm.
+"""Wan in small, for clips (B, C, T, H, W).
 
+3-D patches, 3-D rotary positions, self-attention, cross-attention to the prompt, adaptive norm.
 `VideoDiT` is the network of the tiny-video rung (a tmd.Network), `VideoDiscriminator` reads the teacher's features.
 """
 
@@ -15,7 +16,10 @@ from tmd_minimal import AdaMLP, Network, TimeEmbedding, at_least_fp32, choose
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (B, n, W) to ctx (B, k, W), queries and keys RMS-normed; `rope` = (cos, sin), each (n, d/2), turns both."""
+    """Multi-head attention of x (B, n, W) to ctx (B, k, W), queries and keys RMS-normed.
+
+    `rope` = (cos, sin), each (n, d/2), turns both.
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -36,7 +40,9 @@ class Attention(nn.Module):
 
 
 class DiTBlock(AdaMLP):
-    """Wan's block on h (B, T', H', W', W): gated self-attention under adaptive norm, cross-attention to the prompt, AdaMLP."""
+    """Wan's block on h (B, T', H', W', W): gated self-attention under adaptive norm, cross-attention to the prompt,
+    AdaMLP.
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__(width, expand=4)
@@ -77,7 +83,7 @@ class VideoDiT(Network):
     def embed(self, x):
         if x.ndim != 5 or any(n % p for n, p in zip(x.shape[2:], self.patch_size)):
             raise ValueError(
-                f"clips of shape {tuple(x.shape)} do not split into patches of {self.patch_size}; sizes must be multiples."
+                f"clips {tuple(x.shape)} do not split into patches of {self.patch_size}; sizes must be multiples."
             )
         return at_least_fp32(self.patch(x).movedim(1, -1))  # (B, T', H', W', width), one dtype for all blocks
 
@@ -86,7 +92,9 @@ class VideoDiT(Network):
         return at_least_fp32(self.text(c)), self.rope([n // p for n, p in zip(x.shape[2:], self.patch_size)], x.device)
 
     def rope(self, grid, device):
-        """Angles of the 3-D rotary positions as (cos, sin), each (n, d/2): the pairs of a head are dealt to time, height and width."""
+        """Angles of the 3-D rotary positions as (cos, sin), each (n, d/2): the pairs of a head are dealt to time,
+        height and width.
+        """
         half = self.patch.weight.shape[0] // self.heads // 2
         share = (half - 2 * (half // 3), half // 3, half // 3)
         freqs = [10000.0 ** -(torch.arange(k, device=device) / max(k, 1)) for k in share]
@@ -106,7 +114,10 @@ class VideoDiT(Network):
 
 
 class VideoDiscriminator(nn.Module):
-    """A head a tapped teacher block (Table 3): list of features (B, T', H', W', width) -> logits (B, any number); gan_loss averages."""
+    """A head a tapped teacher block (Table 3): list of features (B, T', H', W', width) -> logits (B, any number).
+
+    gan_loss averages.
+    """
 
     def __init__(self, width: int, heads: int, kind: str = "conv3d"):
         super().__init__()
