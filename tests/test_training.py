@@ -19,7 +19,7 @@ def test_tm_mf_head_reaches_the_closed_form_average_velocity():
         tmd.seed_everything(0)
         net = PlanarNet(2, 48, 3)
         how = tmd.StudentConfig(M=1, N=2, H=2, inner_shift=1.0)
-        cfg = tmd.Stage1Config(updates=1200, batch=256, lr=1e-3, flow_map_share=share, ema=0.99, guidance=1.0)
+        cfg = tmd.Stage1Config(updates=1200, batch=96, lr=1e-3, flow_map_share=share, ema=0.99, guidance=1.0)
         student, _ = tmd.train_stage1(tmd.TMDStudent(net, 2, gate_init=0.0), data, how, cfg, progress=False)
         g = torch.Generator().manual_seed(1)
         x, _ = data(4000, g)
