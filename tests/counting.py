@@ -8,7 +8,9 @@ from wan_scale import speed
 
 
 class Counting:
-    """Stands for speed's compiled forward: `forward` and `backward` hold, for every graph, how many attentions are computed in it."""
+    """Stands for speed's compiled forward: `forward` and `backward` hold, for every graph, how many attentions are
+    computed in it.
+    """
 
     def __init__(self):
         torch._dynamo.reset()
@@ -20,8 +22,14 @@ class Counting:
 
     def noting(self, graphs):
         def compiler(graph, inputs):
-            called = [op for node in graph.graph.nodes for op in (node.target, *node.args) if isinstance(op, torch._ops.OpOverload)]
-            graphs.append(sum("attention" in str(op) and "backward" not in str(op) for op in called))  # or an argument: under a kept RNG
+            called = [
+                op
+                for node in graph.graph.nodes
+                for op in (node.target, *node.args)
+                if isinstance(op, torch._ops.OpOverload)
+            ]
+            # or an argument: under a kept RNG
+            graphs.append(sum("attention" in str(op) and "backward" not in str(op) for op in called))
             return make_boxed_func(graph.forward)
 
         return compiler

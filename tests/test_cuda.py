@@ -10,25 +10,35 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available()
 
 
 def test_every_training_and_sampler_runs_on_a_gpu_and_resumes(tmp_path):
-    """Teacher, both stages, KD and sampling on cuda: finite, on the device, and a finished checkpoint loads to the same bits."""
+    """Teacher, both stages, KD and sampling on cuda: finite, on the device, and a finished checkpoint loads to the same
+    bits.
+    """
 
     def data(n, generator):
-        return torch.randn(n, 2, generator=generator, device=generator.device), torch.randint(2, (n,), generator=generator, device="cuda")
+        return torch.randn(n, 2, generator=generator, device=generator.device), torch.randint(
+            2, (n,), generator=generator, device="cuda"
+        )
 
     def everything():
         tmd.seed_everything(0)
         run = {"progress": False, "c_neg": 2}
         net = PlanarNet(2, 32, 4, 2).cuda()
-        teacher, _ = tmd.train_teacher(net, data, updates=20, batch=64, lr=1e-3, path=str(tmp_path / "teacher.pt"), **run)
+        teacher, _ = tmd.train_teacher(
+            net, data, updates=20, batch=64, lr=1e-3, path=str(tmp_path / "teacher.pt"), **run
+        )
         how = tmd.StudentConfig(M=2, N=2, H=2)
         student = tmd.TMDStudent(teacher, 2).cuda().requires_grad_(True)
         stage1 = tmd.Stage1Config(updates=20, batch=64, lr=1e-3)
-        student.load_state_dict(tmd.train_stage1(student, data, how, stage1, path=str(tmp_path / "1.pt"), **run)[0].state_dict())
+        student.load_state_dict(
+            tmd.train_stage1(student, data, how, stage1, path=str(tmp_path / "1.pt"), **run)[0].state_dict()
+        )
         pairs = lambda g: (torch.randn(64, 2, generator=g, device="cuda"), *data(64, g))
         tmd.train_kd(student, pairs, how, updates=5, lr=1e-3, progress=False, path=str(tmp_path / "kd.pt"))
         disc = PlanarDiscriminator(32, 2).cuda()
         stage2 = tmd.Stage2Config(iterations=20, batch=64, lr=1e-3)
-        ema, _ = tmd.train_stage2(student, teacher, disc, data, how, stage2, taps=(1, 2), path=str(tmp_path / "2.pt"), **run)
+        ema, _ = tmd.train_stage2(
+            student, teacher, disc, data, how, stage2, taps=(1, 2), path=str(tmp_path / "2.pt"), **run
+        )
         x_1 = torch.randn(100, 2, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
         grids = {"outer_grid": how.outer_grid, "inner_grid": how.inner_grid}
         return tmd.sample(ema, x_1, **grids, generator=torch.Generator("cuda").manual_seed(2))
@@ -40,7 +50,9 @@ def test_every_training_and_sampler_runs_on_a_gpu_and_resumes(tmp_path):
 
 @pytest.fixture
 def wan():
-    """A small random Wan of head width 128, which every attention backend takes, in float32 on the card; a clip and a prompt."""
+    """A small random Wan of head width 128, which every attention backend takes, in float32 on the GPU; a clip and a
+    prompt.
+    """
     pytest.importorskip("diffusers")
     from diffusers import WanTransformer3DModel
 
@@ -64,11 +76,14 @@ def sampled(student, x, c, M=2, N=3):
 
 
 def test_graphed_head_is_the_head(wan):
-    """Algorithm 1 with the head as a CUDA graph gives the eager head's sample bit for bit, at two sizes, twice, with a new prompt."""
+    """Algorithm 1 with the head as a CUDA graph gives the eager head's sample bit for bit, at two sizes, twice, with a
+    new prompt.
+    """
     from wan_scale import speed
 
     net, x, c = wan
-    student = tmd.TMDStudent(net, 2).cuda()  # its weights require grad, as an exported student's do: what autocast casts, it may cache
+    # its weights require grad, as an exported student's do: what autocast casts, it may cache
+    student = tmd.TMDStudent(net, 2).cuda()
     graphed = speed.GraphedHead(student)
     for clip, prompt in ((x, c), (x, c.flip(1)), (x[:, :, :3], c), (x, c)):
         assert torch.equal(sampled(graphed, clip, prompt), sampled(student, clip, prompt))
@@ -79,7 +94,9 @@ def test_graphed_head_is_the_head(wan):
 @pytest.mark.parametrize("attn", ["cudnn", "flash", "native"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_fast_is_the_same_but_for_rounding(wan, attn, compiled):
-    """Every backend, eager and compiled, gives the native eager sample to bf16's rounding; and gradients that are finite."""
+    """Every backend, eager and compiled, gives the native eager sample to bf16's rounding; and gradients that are
+    finite.
+    """
     from wan_scale import speed
 
     net, x, c = wan
@@ -91,7 +108,8 @@ def test_fast_is_the_same_but_for_rounding(wan, attn, compiled):
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):  # as train.compute
         grids, drawn = (tmd.make_grid(2, 10.0), tmd.make_grid(2, 10.0)), torch.Generator("cuda").manual_seed(0)
         draws = tmd.stage1_draw(x, *grids, flow_map_share=1.0, generator=drawn)
-        loss = tmd.tm_mf_loss(student, x, c, **draws, c_neg=torch.zeros_like(c[0]), guidance=3.0)  # its difference in float32 as well
+        # its difference in float32 as well
+        loss = tmd.tm_mf_loss(student, x, c, **draws, c_neg=torch.zeros_like(c[0]), guidance=3.0)
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
     backbone, head = student.net.blocks[0], student.gate

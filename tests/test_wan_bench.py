@@ -1,4 +1,6 @@
-"""The benchmark of wan_scale/: every case runs on the tiny size, and its tables say what was measured and how far the plan was off."""
+"""The benchmark of wan_scale/: every case runs on the tiny size, and its tables say what was measured and how far the
+plan was off.
+"""
 
 import json
 
@@ -34,12 +36,14 @@ def rows(lines, name=""):
 
 
 def test_every_case_is_measured(record):
-    """Rates, forward, both stages by their real loops, sampling at every (M, N), stock calls, the naive baseline and the VAE: seconds."""
+    """Rates, forward, both stages by their real loops, sampling at every (M, N), stock calls, the naive baseline and
+    the VAE: seconds.
+    """
     cases = record["cases"]
     assert {name for name, case in cases.items() if "failed" in case} == ON_A_CARD  # the preset runs on the CPU
     assert {*UNITS} - {"attention", "attention backward"} < {*cases["rates"]["seconds"]} == {*cases["rates"]["work"]}
     assert {"native", "native, with backward"} <= {*cases["attention"]["seconds"]}
-    for name in ("stage 2", "stage 2, naive", "stage 2, recomputed whole"):
+    for name in ("stage 2", "stage 2, naive", "stage 2, full checkpointing"):
         assert set(cases[name]["seconds"]) == {"student", "critic"}
     assert list(cases["sampling"]["seconds"]) == ["M1N2", "M1N1", "M1N4", "M2N2", "M4N1"]
     assert all(s > 0 for case in cases.values() if "failed" not in case for _, s, _ in benchmarks.measured(case))
@@ -59,11 +63,14 @@ def test_tables_of_a_run(record):
 
 
 def test_adapters_are_measured():
-    """Where one card cannot train in full, stage 2 runs with LoRAs on a shared base: the same loop, adapters as the trained weights."""
+    """Where one GPU cannot train in full, stage 2 runs with LoRAs on a shared base: the same loop, adapters as the
+    trained weights.
+    """
     one = bench.Bench(preset("tiny", lora=4), run.size_of("tiny"), repeats=1)
     found = one.training("stage 2")
     assert found["lora"] == 4 and min(found["seconds"].values()) > 0
-    big = bench.Bench(preset("14b", device="cpu", card_gb=141), run.size_of("14b"))  # nothing is made before a case runs
+    # nothing is made before a case runs
+    big = bench.Bench(preset("14b", device="cpu", card_gb=141), run.size_of("14b"))
     small = bench.Bench(preset("1.3b", device="cpu", card_gb=141), run.size_of("1.3b"))
     assert (big.lora, small.lora, small.mode) == (64, 0, "selective")
 
@@ -80,7 +87,9 @@ class Clock:
 
 
 def test_medians_leave_the_warm_up_out(monkeypatch):
-    """The warm-up is not in the median and not in the time limit, however long it took; three are measured even if they take too long."""
+    """The warm-up is not in the median and not in the time limit, however long it took; three are measured even if they
+    take too long.
+    """
     clock, took = Clock(), iter([100.0, 50.0, 1.0, 3.0, 2.0, 9.0, 9.0])
 
     def work():
@@ -95,7 +104,9 @@ def test_medians_leave_the_warm_up_out(monkeypatch):
 
 
 def test_training_steps_leave_the_first_out(monkeypatch):
-    """Of the rounds the first of each kind, which compiles, is left out; with little time left two are made, with less none."""
+    """Of the rounds the first of each kind, which compiles, is left out; with little time left two are made, with less
+    none.
+    """
     one = bench.Bench(preset("tiny"), run.size_of("tiny"), repeats=1)
     seconds = iter([60.0, 1.0, 50.0, 3.0, 2.0, 8.0, 4.0, 7.0])  # critic and student in turns
     monkeypatch.setattr(speed, "between", lambda start, end: next(seconds))
@@ -113,7 +124,7 @@ def test_training_steps_leave_the_first_out(monkeypatch):
 
 
 def test_the_naive_baseline_is_naive(monkeypatch):
-    """Eager blocks on native attention, all recomputed, torch's default AdamW; the other as the run would be."""
+    """Eager blocks on native attention, full checkpointing, torch's default AdamW; the other as the run would be."""
     made, prepared, phase = [], [], bench.WanPhase.run
     monkeypatch.setattr(bench.WanPhase, "run", lambda self, *a, **kw: (made.append(self), phase(self, *a, **kw))[1])
     prepare = speed.prepare
@@ -122,13 +133,15 @@ def test_the_naive_baseline_is_naive(monkeypatch):
     for naive in (False, True):
         made.clear(), prepared.clear()
         one.training("stage 2", naive=naive)
-        assert {group["fused"] for opt in made[0].optimizers.values() for group in opt.param_groups} == {None if naive else True}
+        assert {group["fused"] for opt in made[0].optimizers.values() for group in opt.param_groups} == {
+            None if naive else True
+        }
         how = {"attn": "native", "compiled": False, "checkpointing": "full" if naive else "none"}
         assert prepared == [how] * 3  # student, teacher, fake score
 
 
 def test_what_does_not_fit_the_time_is_left_out(record, monkeypatch):
-    """By the rates measured before: the samples that take longer than what is left are named, the others are measured."""
+    """By the rates measured before: samples that take longer than what is left are named, the others are measured."""
     one = bench.Bench(preset("tiny"), run.size_of("tiny"), repeats=1)
     assert one.expected("sample", "native", M=1, N=1) == 0  # no rates yet
     one.record = record
@@ -137,7 +150,9 @@ def test_what_does_not_fit_the_time_is_left_out(record, monkeypatch):
     monkeypatch.setattr(one, "left", lambda: 2 * (short + long))
     found = one.sampling()
     assert list(found["seconds"]) == ["M1N2", "M1N1", "M1N4"] and list(found["reasons"]) == ["M2N2", "M4N1"]
-    assert "left out" in found["reasons"]["M4N1"] and "left out" in "".join(benchmarks.cases(record | {"cases": {"sampling": found}}))
+    assert "left out" in found["reasons"]["M4N1"] and "left out" in "".join(
+        benchmarks.cases(record | {"cases": {"sampling": found}})
+    )
 
 
 def test_a_head_that_was_not_recorded_is_no_measurement():
@@ -161,13 +176,19 @@ def test_a_case_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
     """Out of memory or anything else in a case is a line of the record; the cases after it are measured."""
 
     def broken(self, kind, **_):
-        raise torch.OutOfMemoryError("no room") if kind == "stage 2" else TypeError("a backend of another version\nand its trace")
+        raise (
+            torch.OutOfMemoryError("no room")
+            if kind == "stage 2"
+            else TypeError("a backend of another version\nand its trace")
+        )
 
     monkeypatch.setattr(bench.Bench, "training", broken)
     monkeypatch.setattr(bench, "GRIDS", ((1, 1), (1, 2)))
     found = bench.run(preset("tiny"), run.size_of("tiny"), "tiny", tmp_path, repeats=1)
     assert found["cases"]["stage 2"]["failed"] == "out of memory" and found["cases"]["sampling"]["seconds"]["M1N1"] > 0
-    assert found["cases"]["stage 1"]["failed"] == "a backend of another version" and "out of memory" in benchmarks.markdown([found])
+    assert found["cases"]["stage 1"][
+        "failed"
+    ] == "a backend of another version" and "out of memory" in benchmarks.markdown([found])
 
 
 def test_time_is_up(tmp_path):
@@ -177,13 +198,14 @@ def test_time_is_up(tmp_path):
     assert left == {*found} - ON_A_CARD
 
 
-# ---- Tables of a made-up card: rates are known, so times are -----------------------------------------------------------
+# ---- Tables of a made-up GPU: rates are known, so times are ---------------------------------------------------------
 
 
 def made(**cases):
-    """A record at 1.3B whose rates are test_wan_plan.made_record's; cases may be given without what all of them have."""
-    extra = {"tf32": False, "micro_batch": 1, "H": 5, "N": 2, "last_tap": 29, "clip": [81, 480, 832], "torch": "2", "precision": "bfloat16",
-             "command": "bench", "discriminator": discriminator(WAN["1.3b"], (21, 60, 104), 384)}  # fmt: skip
+    """A record at 1.3B with the rates of test_wan_plan.made_record; cases may lack what all of them have."""
+    extra = {"tf32": False, "micro_batch": 1, "H": 5, "N": 2, "last_tap": 29, "clip": [81, 480, 832], "torch": "2",
+             "precision": "bfloat16", "command": "bench",
+             "discriminator": discriminator(WAN["1.3b"], (21, 60, 104), 384)}  # fmt: skip
     record = test_wan_plan.made_record(**extra)
     record["cases"]["rates"]["seconds"]["matmul"], record["cases"]["rates"]["work"]["matmul"] = 1.0, 800e12
     facts = {"attn": "cudnn", "compiled": True, "checkpointing": "selective", "lora": 0, "difference": True}
@@ -192,7 +214,9 @@ def made(**cases):
 
 
 def test_prediction_errors():
-    """Times fabricated from the rates are predicted without error; slower ones and larger peaks are counted as misses, at the bars."""
+    """Times fabricated from the rates are predicted without error; slower ones and larger peaks are counted as misses,
+    at the bars.
+    """
     n, D = 32760, 1536
     whole = flops(WAN["1.3b"], n)["whole"]
     forward = whole["linear"] / 700e12 + whole["attention"] / 600e12 + 30 * n * (42 * D + 4 * 8960) / 4e12
@@ -207,8 +231,22 @@ def test_prediction_errors():
     })  # fmt: skip
     table = benchmarks.cases(record)
     (compiled,), (stock,) = rows(table, "forward, compiled"), rows(table, "forward, stock")
-    assert compiled[3] == stock[3] == "+0%" and compiled[6] == "+9%" and stock[6] == "+0%" and rows(table, "forward")[1][3] == "+16%"
-    assert compiled[7].startswith("attention 7") and rows(table, "VAE")[0] == ["VAE decode", "1.5", "", "", "9.0", "", "", ""]
+    assert (
+        compiled[3] == stock[3] == "+0%"
+        and compiled[6] == "+9%"
+        and stock[6] == "+0%"
+        and rows(table, "forward")[1][3] == "+16%"
+    )
+    assert compiled[7].startswith("attention 7") and rows(table, "VAE")[0] == [
+        "VAE decode",
+        "1.5",
+        "",
+        "",
+        "9.0",
+        "",
+        "",
+        "",
+    ]
     assert rows(table, "stage 1")[0][1] == "out of memory"
     assert table[-1] == "The plan's errors are within 15% for time: 2 of 3 rows, within 10% for memory: 2 of 3 rows."
 
@@ -217,7 +255,9 @@ def test_prediction_errors():
     "case, part, kind", [("stage 1", "", "stage1"), ("stage 2", "student", "student"), ("stage 2", "critic", "critic")]
 )
 def test_prediction_of_training(case, part, kind):
-    """Each training step's prediction is plan's own seconds and bytes of one clip at these rates, in the mode that it ran in."""
+    """Each training step's prediction is plan's own seconds and bytes of one clip at these rates, in the mode that it
+    ran in.
+    """
     record = made(**{case: {"seconds": {part: 1.0}}})
     spent, peak = benchmarks.predicted(record, case, part)
     held = {"compiled": True, "checkpointing": "selective", "disc_checkpointing": True, "batch": 1, "gpus": 1}
@@ -228,29 +268,38 @@ def test_prediction_of_training(case, part, kind):
 
 
 def test_bars():
-    """Each bar is met, or missed by so much, or not measured yet; a variant with more memory than the naive one counts if it is alone."""
-    stage2 = lambda s, gb, **kw: {"seconds": {"student": s, "critic": s}, "peak_gb": {"student": gb, "critic": 50.0}, **kw}
+    """Each bar is met, or missed by so much, or not measured yet; a variant with more memory than the naive one counts
+    if it is alone.
+    """
+    stage2 = lambda s, gb, **kw: {
+        "seconds": {"student": s, "critic": s},
+        "peak_gb": {"student": gb, "critic": 50.0},
+        **kw,
+    }
     record = made(**{
         "forward, compiled": {"seconds": 0.5},
         "sampling": {"seconds": {"M1N1": 0.5, "M1N2": 0.66, "M1N4": 0.75}},
-        "stage 2": stage2(2.0, 72.0), "stage 2, recomputed whole": stage2(2.5, 60.0), "stage 2, naive": stage2(4.0, 60.0),
-        "stage 1": {"seconds": {"": 4.0}}, "stage 1, no finite difference": {"failed": "out of memory"},
+        "stage 2": stage2(2.0, 72.0), "stage 2, full checkpointing": stage2(2.5, 60.0),
+        "stage 2, naive": stage2(4.0, 60.0), "stage 1": {"seconds": {"": 4.0}},
+        "stage 1, no finite difference": {"failed": "out of memory"},
     })  # fmt: skip
     table = [(row[1], row[3].split(",")[0], row[4]) for row in rows(benchmarks.bars([record]))[1:]]
     assert table == [
-        ("forward, share of the card's bf16 matmul rate", "71%", "met"),
+        ("forward, share of the GPU's bf16 matmul rate", "71%", "met"),
         ("stage 2 iteration against the naive baseline, at equal memory", "1.60x (60.0 GB against 60.0 GB)", "met"),
         ("stage 2 at batch 1, peak memory", "72.0 GB", "met"),
         ("sample at M = 1, N = 2, transformer", "0.660 s", "missed by 10% of the bound"),
         ("sample at M = 1, N = 2, transformer", "not measured yet", ""),
         ("inner steps over (N-1) H / L, above it", "0%", "met"),
-        ("finite difference, added to a stage 1 step, average of one card", "not measured yet", ""),
+        ("finite difference, added to a stage 1 step, mean of one GPU", "not measured yet", ""),
     ]
     record["cases"]["stage 1, no finite difference"] = {"seconds": {"": 2.5}}
     assert rows(benchmarks.bars([record]))[7][3].startswith("15% (to a step that needs it 60%)")
-    del record["cases"]["stage 2, recomputed whole"]
+    del record["cases"]["stage 2, full checkpointing"]
     alone = rows(benchmarks.bars([record]))[2]
-    assert alone[3].startswith("2.00x (72.0 GB against 60.0 GB, NOT AT EQUAL MEMORY)") and alone[4] == "met in time alone"
+    assert (
+        alone[3].startswith("2.00x (72.0 GB against 60.0 GB, NOT AT EQUAL MEMORY)") and alone[4] == "met in time alone"
+    )
     assert all(row[3] == "not measured yet" for row in rows(benchmarks.bars([]))[1:])
     (nfe,) = [row for row in rows(benchmarks.evaluations(record)) if row[:2] == ["1", "4"]]
     assert nfe[2:5] == ["1.50", "0.75", "1.50"]

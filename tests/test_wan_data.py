@@ -1,4 +1,6 @@
-"""Wan data: prompt files, folder checks, teacher clips, encoded videos, shards that survive a kill, the reader (tiny folder, CPU)."""
+"""Wan data: prompt files, folder checks, teacher clips, encoded videos, shards that survive a kill, the reader (tiny
+folder, CPU).
+"""
 
 import inspect
 import io
@@ -59,7 +61,9 @@ def made(tiny, prompts, tmp_path_factory):
 
 @pytest.fixture
 def fake(monkeypatch):
-    """A teacher that hands back its noise and a text encoder that writes ones: everything around them is the real thing."""
+    """A teacher that hands back its noise and a text encoder that writes ones: everything around them is the real
+    thing.
+    """
 
     def encode(folder, files, **_):
         for path, texts in files.items():
@@ -69,7 +73,8 @@ def fake(monkeypatch):
 
     monkeypatch.setattr(shards, "encode_text", encode)
     monkeypatch.setattr(teacher, "load_teacher", lambda *_: lambda noise, text: noise)
-    monkeypatch.setattr(shards, "free_memory", lambda: None)  # nothing to free, and collecting garbage takes longer than all the rest
+    # nothing to free, and collecting garbage takes longer than all the rest
+    monkeypatch.setattr(shards, "free_memory", lambda: None)
 
 
 def contents(folder: Path) -> dict:
@@ -91,7 +96,9 @@ def test_prompt_files_give_prompts_and_seeds(tmp_path):
     """Blank lines are skipped, a missing seed is the prompt's index, odd separators stay inside their line."""
     path = tmp_path / "p.txt"
     path.write_bytes("\ufeffa cat\r\n\n  a dog\u2028runs \n红色的球\n".encode())
-    assert read_prompts(path) == [{"prompt": p, "seed": i} for i, p in enumerate(["a cat", "a dog\u2028runs", "红色的球"])]
+    assert read_prompts(path) == [
+        {"prompt": p, "seed": i} for i, p in enumerate(["a cat", "a dog\u2028runs", "红色的球"])
+    ]
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a cat", "seed": 7}\n\n{"prompt": "a dog"}\n')
     assert read_prompts(path) == [{"prompt": "a cat", "seed": 7}, {"prompt": "a dog", "seed": 1}]
@@ -165,11 +172,16 @@ def test_a_missing_file_of_the_model_is_named(tiny, tmp_path, name):
 
 
 def test_split_truncated_and_foreign_weights(tiny, tmp_path):
-    """Weights under an index need every piece, a cut file is noticed by its header, another pipeline's folder is refused."""
+    """Weights under an index need every piece, a cut file is noticed by its header, another pipeline's folder is
+    refused.
+    """
     folder = shutil.copytree(tiny, tmp_path / "m")
     part, name = folder / "transformer", "diffusion_pytorch_model.safetensors"
     (part / name).rename(part / "diffusion_pytorch_model-00001-of-00002.safetensors")
-    weight_map = {"a": "diffusion_pytorch_model-00001-of-00002.safetensors", "b": "diffusion_pytorch_model-00002-of-00002.safetensors"}
+    weight_map = {
+        "a": "diffusion_pytorch_model-00001-of-00002.safetensors",
+        "b": "diffusion_pytorch_model-00002-of-00002.safetensors",
+    }
     (part / f"{name}.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ValueError) as error:
         check_folder(folder)
@@ -189,7 +201,9 @@ def test_split_truncated_and_foreign_weights(tiny, tmp_path):
 
 
 def test_text_is_the_stock_pipelines_and_its_encoder_is_freed(tiny, tmp_path, monkeypatch):
-    """Padded again, the stored tokens are encode_prompt's to bfloat16; afterwards the encoder is gone; a second call loads nothing."""
+    """Padded again, the stored tokens are encode_prompt's to bfloat16; afterwards the encoder is gone; a second call
+    loads nothing.
+    """
     from diffusers import WanPipeline
     from transformers import UMT5EncoderModel
 
@@ -232,8 +246,9 @@ def test_a_clip_is_the_stock_pipelines_from_its_seed(tiny, made):
     shard = load_file(made / "shard-00001.safetensors")
     text, negative = pipeline_inputs(made, 3)
     pipe = WanPipeline.from_pretrained(tiny)
-    want = pipe(prompt_embeds=text, negative_prompt_embeds=negative, num_frames=9, height=32, width=48, num_inference_steps=2,
-                guidance_scale=2.0, output_type="latent", generator=torch.Generator("cpu").manual_seed(3)).frames[0]  # fmt: skip
+    want = pipe(prompt_embeds=text, negative_prompt_embeds=negative, num_frames=9, height=32, width=48,
+                num_inference_steps=2, guidance_scale=2.0, output_type="latent",
+                generator=torch.Generator("cpu").manual_seed(3)).frames[0]  # fmt: skip
     assert shard["latent.3"].dtype == torch.float16 and torch.equal(shard["latent.3"], want.half())
     noise = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator("cpu").manual_seed(3))[0]
     assert torch.equal(shard["noise.3"], noise)
@@ -241,7 +256,9 @@ def test_a_clip_is_the_stock_pipelines_from_its_seed(tiny, made):
 
 @pytest.mark.parametrize("skip_layer", [None, 1])
 def test_euler_clips_are_sample_teachers(tiny, prompts, tmp_path, skip_layer):
-    """Euler latents equal tmd.sample_teacher on the scheduler's grid; skip_layer takes that block out of the unguided pass alone."""
+    """Euler latents equal tmd.sample_teacher on the scheduler's grid; skip_layer takes that block out of the unguided
+    pass alone.
+    """
     from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
     out = tmp_path / "out"
@@ -273,7 +290,9 @@ def test_two_ranks_write_what_one_does(tiny, prompts, made, tmp_path):
 
 
 def killed(n: int, run) -> bool:
-    """Run in a forked child, killed with SIGKILL at the n-th file it would finish, rename or delete; False if it ended before that."""
+    """Run in a forked child, killed with SIGKILL at the n-th file it would finish, rename or delete; False if it ended
+    before that.
+    """
     child = os.fork()
     if child == 0:
         calls = itertools.count()
@@ -297,7 +316,9 @@ def killed(n: int, run) -> bool:
 
 
 def test_a_kill_at_any_moment_loses_at_most_the_clip_in_flight(fake, tiny, prompts, tmp_path, monkeypatch):
-    """Killed within every single write, before every rename and removal in turn, then run again: the same bytes, no clip made twice."""
+    """Killed within every single write, before every rename and removal in turn, then run again: the same bytes, no
+    clip made twice.
+    """
     how = dict(kd=True, limit=2, **SMALL)
     log = tmp_path / "log"
 
@@ -307,7 +328,8 @@ def test_a_kill_at_any_moment_loses_at_most_the_clip_in_flight(fake, tiny, promp
         return noise
 
     monkeypatch.setattr(teacher, "load_teacher", lambda *_: logged)
-    monkeypatch.setattr(os, "fsync", lambda file: None)  # a killed process loses no written page; the disk's time is most of the test's
+    # a killed process loses no written page; the disk's time is most of the test's
+    monkeypatch.setattr(os, "fsync", lambda file: None)
     generate(tiny, prompts, tmp_path / "whole", **how)
     want, was_killed, n = contents(tmp_path / "whole"), True, 0
     while was_killed:
@@ -347,7 +369,11 @@ def test_other_settings_in_the_same_folder_are_refused(tiny, prompts, made, tmp_
     """Guidance, kd and the prompts are named when they differ."""
     other = tmp_path / "p.txt"
     other.write_text("\n".join(PROMPTS[::-1]))
-    for file, change, word in ((prompts, {"guidance": 3.0}, "guidance"), (prompts, {"kd": False}, "kd"), (other, {}, "prompts_sha256")):
+    for file, change, word in (
+        (prompts, {"guidance": 3.0}, "guidance"),
+        (prompts, {"kd": False}, "kd"),
+        (other, {}, "prompts_sha256"),
+    ):
         with pytest.raises(ValueError) as error:
             generate(tiny, file, made, **{"kd": True, **SMALL, **change})
         says(error, word)
@@ -422,7 +448,9 @@ def test_the_filter_names_what_is_broken(g):
 
 
 def test_dropped_clips_are_counted_with_their_reason(fake, tiny, prompts, tmp_path, monkeypatch):
-    """A hot and a flat clip are left out of the shard, listed in the sidecar, counted in the summary, and never made again."""
+    """A hot and a flat clip are left out of the shard, listed in the sidecar, counted in the summary, and never made
+    again.
+    """
     spoil = iter([1.0, 9.0, 0.01, 0.01, 1.0])
     monkeypatch.setattr(teacher, "load_teacher", lambda *_: lambda noise, text: noise * next(spoil))
     out = tmp_path / "out"
@@ -472,13 +500,18 @@ def fitted(tiny, videos, tmp_path_factory):
 
 
 def test_videos_become_latents_that_the_pipeline_decodes(fitted, videos, tmp_path):
-    """The stored latent, decoded by the stock pipeline, reaches the VAE as the posterior's mean; useless videos are counted."""
+    """The stored latent, decoded by the stock pipeline, reaches the VAE as the posterior's mean; useless videos are
+    counted.
+    """
     from diffusers import WanPipeline
 
     out = tmp_path / "out"
     encode_videos(fitted, videos, out, frames=9, height=32, width=48, shard_size=4)
     cards = [json.loads(path.read_text()) for path in sorted(out.glob("shard-*.json"))]
-    assert [(c["video"], c["prompt"]) for card in cards for c in card["clips"]] == [("a.mp4", "a a ball"), ("b.mp4", "a b ball")]
+    assert [(c["video"], c["prompt"]) for card in cards for c in card["clips"]] == [
+        ("a.mp4", "a a ball"),
+        ("b.mp4", "a b ball"),
+    ]
     reasons = {c["video"]: c["reason"] for card in cards for c in card["dropped"]}
     assert reasons == {"short.mp4": "too short", "uncaptioned.mp4": "no caption", "unreadable.mp4": "unreadable"}
     x, c = Reader(out).batch(0, 2)
@@ -492,12 +525,22 @@ def test_videos_become_latents_that_the_pipeline_decodes(fitted, videos, tmp_pat
     vae.decode = lambda z, **kw: seen.append(z) or stock(z, **kw)
     pipe.scheduler.step = lambda v, t, x, **kw: (x,)  # no denoising: what goes in is decoded
     zeros = torch.zeros(1, 512, 32)
-    pipe(prompt_embeds=zeros, latents=latent[None], num_frames=9, height=32, width=48, num_inference_steps=1, guidance_scale=1.0)
+    pipe(
+        prompt_embeds=zeros,
+        latents=latent[None],
+        num_frames=9,
+        height=32,
+        width=48,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+    )
     torch.testing.assert_close(seen[0], mean, rtol=1e-3, atol=5e-3)  # float16 in between
 
 
 def test_a_video_is_resampled_in_time_and_cropped_to_its_centre(tmp_path):
-    """From 32 frames a second every other is taken, from 8 each one twice; a wide video loses its sides, a narrow one is scaled up."""
+    """From 32 frames a second every other is taken, from 8 each one twice; a wide video loses its sides, a narrow one
+    is scaled up.
+    """
     levels = (torch.arange(16)[:, None, None, None] * 16).expand(16, 32, 96, 3).clone()
     levels[:, :, :24], levels[:, :, 72:] = 255, 255  # the sides that the crop removes
     write_video(tmp_path / "fast.mp4", levels.to(torch.uint8).numpy(), fps=32)
@@ -517,7 +560,7 @@ def test_a_video_is_resampled_in_time_and_cropped_to_its_centre(tmp_path):
 
 
 def test_every_epoch_holds_every_clip_once_in_an_order_of_its_own(made):
-    """Three epochs: each a permutation of all clips, not all alike; the same seed gives the same, another seed another."""
+    """Three epochs, each another permutation of all clips; the same seed gives the same, another seed another."""
     reader = Reader(made)
     assert len(reader) == 5 and reader.latent_shape == (16, 3, 4, 6)
     epochs = [[clip for _, clip in reader.at(5 * e, 5)] for e in range(6)]
@@ -527,7 +570,9 @@ def test_every_epoch_holds_every_clip_once_in_an_order_of_its_own(made):
 
 
 def test_batches_are_the_shards_tensors(made):
-    """A batch holds latents and zero-padded text of its clips, float32; pairs add the noise; the negative prompt is padded too."""
+    """A batch holds latents and zero-padded text of its clips, float32; pairs add the noise; the negative prompt is
+    padded too.
+    """
     reader, n = Reader(made), 7  # over the end of an epoch
     noise, x, c = reader.pairs(3, n)
     assert [t.dtype for t in (noise, x, c)] == [torch.float32] * 3
@@ -543,7 +588,9 @@ def test_batches_are_the_shards_tensors(made):
 
 
 def test_ranks_and_resume_see_the_same_samples(made):
-    """Any split of the global batch over ranks, and any start in the middle of an epoch, gives the samples of one process."""
+    """Any split of the global batch over ranks, and any start in the middle of an epoch, gives the samples of one
+    process.
+    """
     whole = Reader(made).batch(0, 12)
     for ranks in (1, 2, 3):
         n = 12 // ranks
@@ -562,7 +609,9 @@ def rewrite(path, **changes):
 
 
 def test_a_corrupted_shard_is_named_and_not_read(made, tmp_path):
-    """One flipped byte is found at the first use of its shard, a cut one at the start; the sentence says what to delete."""
+    """One flipped byte is found at the first use of its shard, a cut one at the start; the sentence says what to
+    delete.
+    """
 
     def flip(out):
         shard = bytearray((out / "shard-00001.safetensors").read_bytes())
@@ -583,7 +632,9 @@ def test_a_corrupted_shard_is_named_and_not_read(made, tmp_path):
 class WAN:
     """Statistics of Wan2.1's VAE by channel: the defaults of AutoencoderKLWan."""
 
-    mean, std = (inspect.signature(AutoencoderKLWan.__init__).parameters[f"latents_{name}"].default for name in ("mean", "std"))
+    mean, std = (
+        inspect.signature(AutoencoderKLWan.__init__).parameters[f"latents_{name}"].default for name in ("mean", "std")
+    )
 
 
 REFUSED = [
@@ -629,7 +680,9 @@ def test_what_a_folder_cannot_give_is_a_sentence(fake, tiny, prompts, tmp_path):
 
 
 def test_latents_that_were_not_normalised_are_refused(g):
-    """Latents with the spread of real clips pass; the same before normalisation by Wan's VAE do not, whatever their contrast."""
+    """Latents with the spread of real clips pass; the same before normalisation by Wan's VAE do not, whatever their
+    contrast.
+    """
     m, s = (torch.tensor(value, dtype=torch.float64) for value in (WAN.mean, WAN.std))
     for _ in range(20):
         mean = 0.25 * torch.randn(16, generator=g, dtype=torch.float64)  # a folder's channels stray around (0, 1)
@@ -645,7 +698,9 @@ def test_latents_that_were_not_normalised_are_refused(g):
 
 
 def test_a_shard_is_a_plain_safetensors_file(made, tmp_path):
-    """Written again by the safetensors library, the same tensors are read; statistics in the sidecar are those of the latents."""
+    """Written again by the safetensors library, the same tensors are read; statistics in the sidecar are those of the
+    latents.
+    """
     shard = load_file(made / "shard-00000.safetensors")
     save_file(shard, tmp_path / "again.safetensors")
     again = load_file(tmp_path / "again.safetensors")
@@ -674,7 +729,10 @@ def fastgen(folder, g, *, noise=True, scale=1.0):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for i in range(2):
                 key = f"sample_{2 * shard + i:06d}"
-                clip = {"latent": scale * torch.randn(16, 3, 4, 4, generator=g), "txt_emb": torch.randn(1, 6, 32, generator=g).bfloat16()}
+                clip = {
+                    "latent": scale * torch.randn(16, 3, 4, 4, generator=g),
+                    "txt_emb": torch.randn(1, 6, 32, generator=g).bfloat16(),
+                }
                 clips[key] = clip | ({"noise": torch.randn(16, 3, 4, 4, generator=g)} if noise else {})
                 for name, x in clips[key].items():
                     torch.save(x, file := io.BytesIO())
@@ -689,7 +747,7 @@ WIDE = dict(vae_mean=torch.zeros(16), vae_std=torch.full((16,), 2.5))
 
 
 def test_fastgens_shards_come_through_the_same_batches(tmp_path, g):
-    """Latents, padded text and noise of the tar members, each once an epoch, and the negative prompt from its own file."""
+    """Latents, padded text and noise of the tar members, each once an epoch, and the negative prompt from its file."""
     clips = fastgen(tmp_path, g)
     reader = FastGenShards(tmp_path, tmp_path / "negative.npy", text_length=8, **WIDE)
     noise, x, c = reader.pairs(0, 4)

@@ -1,5 +1,5 @@
-"""Weights over many ranks: nobody holds more than it keeps, two copies of the weights are one, the head is gathered once, an offloaded
-teacher says the same."""
+"""Weights over many ranks: nobody holds more than it keeps, two copies of the weights are one, the head is gathered
+once, an offloaded teacher says the same."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from wan_scale.config import preset
 from wan_scale.data.teacher import generate
 from wan_scale.model import WanNetwork, load_transformer
 from wan_scale.tiny import make_tiny
-from wan_scale.training import dist, train, weights
+from wan_scale.training import dist, students, train, weights
 
 FOUR = {"global_batch": 4}
 SHARDED = "diffusion_pytorch_model.safetensors.index.json"
@@ -42,7 +42,15 @@ def world(tmp_path_factory):
 
 def launch(root, case: str, ranks: int) -> None:
     """What the ranks of `case` find out, to files in root."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), wan_ranks.__file__]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        wan_ranks.__file__,
+    ]
     done = subprocess.run([*command, str(root), case], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[:4000]
 
@@ -70,8 +78,12 @@ def assert_equal(a: dict, b: dict) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("folder", ["tiny", "cut"])
 def test_filled_skeleton_is_from_pretrained(world, folder, dtype):
-    """Weights, buffers, dtypes and config of a filled skeleton are from_pretrained's to the last bit, from one file and from many."""
-    assert (world / "cut" / "transformer" / SHARDED).exists() and not (world / "tiny" / "transformer" / SHARDED).exists()
+    """Weights, buffers, dtypes and config of a filled skeleton are from_pretrained's to the last bit, from one file and
+    from many.
+    """
+    assert (world / "cut" / "transformer" / SHARDED).exists() and not (
+        world / "tiny" / "transformer" / SHARDED
+    ).exists()
     stock, net = load_transformer(world / folder, dtype), weights.skeleton(world / folder, dtype)
     weights.fill(net, "cpu", weights.files(world / folder / "transformer"))
     assert_equal(dict(stock.named_parameters()), dict(net.named_parameters()))
@@ -84,7 +96,9 @@ def test_filled_skeleton_is_from_pretrained(world, folder, dtype):
 @pytest.mark.parametrize("fusion", ["gated", "concat"])
 @pytest.mark.parametrize("lora", [0, 4])
 def test_student_starts_as_it_did(world, tmp_path, fusion, lora):
-    """A student made without its blocks' weights and filled is the one made of the loaded transformer at the same seed, bit for bit."""
+    """A student made without its blocks' weights and filled is the one made of the loaded transformer at the same seed,
+    bit for bit.
+    """
     cfg = settings(world, tmp_path, fusion=fusion, lora=lora, seed=3)
     base = train.shared_base(cfg, cfg.how(), torch.device("cpu"))
     student = train.make_student(cfg, cfg.how(), base=base)
@@ -97,8 +111,8 @@ def test_student_starts_as_it_did(world, tmp_path, fusion, lora):
 
 
 def test_no_block_has_memory_before_it_is_sharded(world, tmp_path, monkeypatch):
-    """Until Training.place, student, teacher and fake score hold what is outside the blocks and the student's new layers; from_pretrained
-    is never called."""
+    """Until Training.place, student, teacher and fake score hold what is outside the blocks and the student's new
+    layers; from_pretrained is never called."""
     monkeypatch.setattr(WanTransformer3DModel, "from_pretrained", None)
     cfg, seen, place = settings(world, tmp_path, stage1_updates=1, stage2_iterations=1), [], train.Training.place
 
@@ -111,21 +125,28 @@ def test_no_block_has_memory_before_it_is_sharded(world, tmp_path, monkeypatch):
     train.stage1(cfg)
     train.stage2(cfg)
     rest = wan_ranks.held(weights.skeleton(world / "tiny"))
-    new = sum(p.nbytes for name, p in train.make_student(cfg, cfg.how()).named_parameters() if not name.startswith("net."))
-    assert seen == [(rest + new, set()), (rest + new, set()), (rest, set()), (rest, set())]  # student; student, teacher, fake score
+    new = sum(
+        p.nbytes for name, p in train.make_student(cfg, cfg.how()).named_parameters() if not name.startswith("net.")
+    )
+    # student; student, teacher, fake score
+    assert seen == [(rest + new, set()), (rest + new, set()), (rest, set()), (rest, set())]
 
 
 def test_base_of_adapters_is_alone(world, tmp_path):
-    """With --lora the student brings its last H blocks, without memory until they are filled, and none of those that it shares."""
+    """With --lora the student brings its last H blocks, without memory until they are filled, and none of those that it
+    shares.
+    """
     cfg = settings(world, tmp_path, lora=4)
     student = train.make_student(cfg, cfg.how(), base=train.shared_base(cfg, cfg.how(), torch.device("cpu")))
     own = {name for name, p in student.named_parameters() if p.is_meta}
-    assert {name.split(".")[3] for name in own} == {"2", "3"} and all(name.startswith("net.transformer.blocks.") for name in own)
+    assert {name.split(".")[3] for name in own} == {"2", "3"} and all(
+        name.startswith("net.transformer.blocks.") for name in own
+    )
 
 
 def test_a_rank_holds_its_half(world, pair):
-    """Two ranks: before sharding each holds what is outside the blocks; afterwards both together hold every weight once, and neither has
-    read more than its own rows of a tensor."""
+    """Two ranks: before sharding each holds what is outside the blocks; afterwards both together hold every weight
+    once, and neither has read more than its own rows of a tensor."""
     cfg = settings(world, world / "held")
     student, teacher = train.make_student(cfg, cfg.how()), train.network(cfg)
     for who, net in (("student", student), ("teacher", teacher)):
@@ -152,7 +173,9 @@ def bad_folder(world, place, change):
 
 
 def test_files_that_do_not_fit(world, tmp_path):
-    """A tensor too few, one too many, one of another shape, a cut and a missing file are a sentence each, before anything is filled."""
+    """A tensor too few, one too many, one of another shape, a cut and a missing file are a sentence each, before
+    anything is filled.
+    """
     first = "blocks.0.attn1.to_q.weight"
     changes = {
         "no": (lambda tensors: tensors.pop(first), rf"{first} is not there\)"),
@@ -161,10 +184,14 @@ def test_files_that_do_not_fit(world, tmp_path):
         "two": (lambda tensors: [tensors.update({k: torch.zeros(1)}) for k in sorted(tensors)[:2]], "and 1 more"),
     }
     for name, (change, words) in changes.items():
-        with pytest.raises(RuntimeError, match=rf"does not hold the weights of this network \(.*{words}.*; give the folder that"):
+        with pytest.raises(
+            RuntimeError, match=rf"does not hold the weights of this network \(.*{words}.*; give the folder that"
+        ):
             train.network(settings(world, tmp_path, model=str(bad_folder(world, tmp_path / name, change))))
     ignored = bad_folder(
-        world, tmp_path / "ignored", lambda tensors: tensors.update({"blocks.0.attn2.norm_added_q.weight": torch.ones(48)})
+        world,
+        tmp_path / "ignored",
+        lambda tensors: tensors.update({"blocks.0.attn2.norm_added_q.weight": torch.ones(48)}),
     )
     weights.skeleton(ignored)  # diffusers ignores it as well
     file = tmp_path / "no" / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -179,12 +206,12 @@ def test_student_of_another_shape(world, tmp_path):
     student = weights.fill(train.make_student(cfg, cfg.how()), "cpu")
     state = {name: p.clone() for name, p in student.state_dict().items()}
     with pytest.raises(RuntimeError, match="holds no finished student"):
-        train.load_student(tmp_path, student)
+        students.load_student(tmp_path, student)
     save_file({name: p for name, p in state.items() if name != "gate"}, tmp_path / "student.safetensors")
     with pytest.raises(RuntimeError, match=r"\(gate is not there\)"):
-        train.load_student(tmp_path, student)
+        students.load_student(tmp_path, student)
     save_file({name: p + 1 for name, p in state.items()}, tmp_path / "student.safetensors")
-    train.load_student(tmp_path, student)
+    students.load_student(tmp_path, student)
     assert_equal(weights.fill(student, "cpu").state_dict(), {name: p + 1 for name, p in state.items()})
 
 
@@ -192,8 +219,8 @@ def test_student_of_another_shape(world, tmp_path):
 
 
 def test_two_copies_equal_one_process(world, tmp_path):
-    """HSDP on 2 x 2 gloo ranks and one process with four micro-batches do the same stage 1 and stage 2; a run begun on 2 x 2 goes on as
-    one row of four and in one process, to the same end."""
+    """HSDP on 2 x 2 gloo ranks and one process with four micro-batches do the same stage 1 and stage 2; a run begun on
+    2 x 2 goes on as one row of four and in one process, to the same end."""
     for name in ("tiny", "data"):
         (tmp_path / name).symlink_to(world / name)
     launch(tmp_path, "copies", 4)
@@ -219,15 +246,17 @@ def test_copies_that_do_not_divide():
 
 
 def test_head_is_gathered_once_a_micro_batch(pair):
-    """N = 4, two micro-batches: the head's blocks and the root are gathered twice an update, not four times and more, forward and backward
-    together; a block of the backbone once a call and once a backward pass."""
-    for phase, backbone in (("stage1", [6, 6, 6]), ("stage2", [2, 2, 2, 2, 4])):  # stage 1 calls it twice; the fifth is the student's
+    """N = 4, two micro-batches: the head's blocks and the root are gathered twice an update, not four times and more,
+    forward and backward together; a block of the backbone once a call and once a backward pass."""
+    # stage 1 calls it twice; the fifth is the student's
+    for phase, backbone in (("stage1", [6, 6, 6]), ("stage2", [2, 2, 2, 2, 4])):
         for rank in pair:
             found = rank["counts"][phase]["gathers"]
             assert [update["student 0"] for update in found] == [update["student 1"] for update in found] == backbone
             assert all(update[f"student {part}"] == 2 for update in found for part in ("2", "3", "rest"))
     fake_and_teacher = [update["other 3"] for update in pair[0]["counts"]["stage2"]["gathers"]]
-    assert fake_and_teacher == [8, 8, 8, 8, 10]  # critics: 1 + 1 of the fake score, 2 taps; student: 1, 2 of guidance, 1 + 1 of taps
+    # critics: 1 + 1 of the fake score, 2 taps; student: 1, 2 of guidance, 1 + 1 of taps
+    assert fake_and_teacher == [8, 8, 8, 8, 10]
 
 
 def test_ranks_agree(pair):
@@ -236,10 +265,16 @@ def test_ranks_agree(pair):
 
 
 def test_blocks_are_fetched_early(pair):
-    """Each block of the teacher fetches the next, forward, and the one before, backward; the last tap is the last; --offload-teacher is."""
+    """Each block of the teacher fetches the next, forward, and the one before, backward; the last tap is the last;
+    --offload-teacher is.
+    """
     for rank in pair:
         for wired, offloaded in zip(rank["wiring"], (False, True)):
-            assert wired == {"forwards": [[1], [2], [3], []], "backwards": [[], [0], [1], [2]], "waits": [offloaded] * 4}
+            assert wired == {
+                "forwards": [[1], [2], [3], []],
+                "backwards": [[], [0], [1], [2]],
+                "waits": [offloaded] * 4,
+            }
 
 
 def test_nothing_is_fetched_for_nobody(world, tmp_path, pair):
@@ -257,7 +292,9 @@ def test_nothing_is_fetched_for_nobody(world, tmp_path, pair):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_offloaded_teacher_on_two_ranks(pair, precision):
-    """Losses, weights, moments and averages are the same bits with the teacher in host memory; the GAN term reaches the student."""
+    """Losses, weights, moments and EMA are the same bits with the teacher in host memory; the GAN term reaches the
+    student.
+    """
     for rank in pair:
         here, host = rank[f"{precision} here"], rank[f"{precision} host"]
         assert here["losses"] == host["losses"] and abs(here["losses"][4]["gan"]) > 0
@@ -267,10 +304,12 @@ def test_offloaded_teacher_on_two_ranks(pair, precision):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_offloaded_teacher_in_one_process(world, tmp_path, monkeypatch, precision, checkpointing):
-    """So it is without torchrun: the teacher alone is wrapped, and frozen. Critics and losses are the same bits, and the student's gradient
-    is the same to the rounding of sums, whose order FSDP's hooks change."""
+    """So it is without torchrun: the teacher alone is wrapped, and frozen. Critics and losses are the same bits, and
+    the student's gradient is the same to the rounding of sums, whose order FSDP's hooks change."""
     kept, train_stage2 = [], tmd.train_stage2
-    monkeypatch.setattr(tmd, "train_stage2", lambda *nets, **kw: kept.append((nets, kw["fake_score"])) or train_stage2(*nets, **kw))
+    monkeypatch.setattr(
+        tmd, "train_stage2", lambda *nets, **kw: kept.append((nets, kw["fake_score"])) or train_stage2(*nets, **kw)
+    )
     how = {
         "stage1_updates": 0,
         "stage2_iterations": 5,
@@ -284,14 +323,21 @@ def test_offloaded_teacher_in_one_process(world, tmp_path, monkeypatch, precisio
         dist.stop()
     norms = [found["losses"][4].pop("gradient norm student") for found in (here, host)]
     assert here["losses"] == host["losses"] and norms[1] == pytest.approx(norms[0], rel=1e-3)
-    of_critics = [{name: p for name, p in found["tensors"].items() if name[:4] in ("fake", "disc")} for found in (here, host)]
+    of_critics = [
+        {name: p for name, p in found["tensors"].items() if name[:4] in ("fake", "disc")} for found in (here, host)
+    ]
     assert_equal(*of_critics)
     for name, x in here["tensors"].items():
         if name.startswith("student.") and name.endswith(".exp_avg"):
             tolerance = 1e-4 if precision == "fp32" else 5e-2  # most seen: 4.2e-5 and 1.3e-2
             assert (x - host["tensors"][name]).abs().max() <= tolerance * x.abs().max() + 1e-9, name
     (student, teacher, *_), fake = kept[1]
-    assert [isinstance(net, FSDPModule) for net in (student, teacher, fake, kept[0][0][1])] == [False, True, False, False]
+    assert [isinstance(net, FSDPModule) for net in (student, teacher, fake, kept[0][0][1])] == [
+        False,
+        True,
+        False,
+        False,
+    ]
     assert not any(p.requires_grad for p in teacher.parameters())
     facts = [json.loads((tmp_path / name / "stage2" / "student.json").read_text()) for name in ("here", "host")]
     assert facts[0] == facts[1]  # where the teacher was is no other run
@@ -299,5 +345,5 @@ def test_offloaded_teacher_in_one_process(world, tmp_path, monkeypatch, precisio
 
 def test_offload_and_adapters():
     """With --lora the teacher is the shared base."""
-    with pytest.raises(ValueError, match="the base that all share and stays on the card; leave --offload-teacher away"):
+    with pytest.raises(ValueError, match="the base that all share and stays on the GPU; drop --offload-teacher"):
         preset("tiny", lora=4, offload_teacher=True)

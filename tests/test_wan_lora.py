@@ -1,4 +1,6 @@
-"""--lora: one frozen base under student, teacher and fake score; nobody's adapter reaches another's call, and the export is plain again."""
+"""--lora: one frozen base under student, teacher and fake score; nobody's adapter reaches another's call, and the
+export is plain again.
+"""
 
 import copy
 import subprocess
@@ -29,7 +31,15 @@ from wan_scale.tiny import TRANSFORMER, make_tiny
 from wan_scale.training import lora, train
 from wan_scale.training.phase import complete
 
-FAST = {"stage1_updates": 3, "stage2_iterations": 5, "save_every": 2, "preview_every": 0, "global_batch": 2, "lora": 4, "stage2_lr": 1e-3}
+FAST = {
+    "stage1_updates": 3,
+    "stage2_iterations": 5,
+    "save_every": 2,
+    "preview_every": 0,
+    "global_batch": 2,
+    "lora": 4,
+    "stage2_lr": 1e-3,
+}
 H, L, RANK = 2, 4, 4
 
 
@@ -68,19 +78,27 @@ def roles(world, dtype=torch.float32, checkpointing="none", stir=True):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fresh_adapters_are_the_base(world, batch, dtype):
-    """Teacher, fake score and their features are the stock network's to the last bit, and so is the student an ordinary new one's."""
+    """Teacher, fake score and their features are the stock network's to the last bit, and so is the student an ordinary
+    new one's.
+    """
     student, teacher, fake = roles(world, dtype, stir=False)
     stock, (x, t, c) = WanNetwork(load_transformer(world / "tiny", dtype)), batch
     assert torch.equal(teacher(x, t, c), stock(x, t, c)) and torch.equal(fake(x, t, c), stock(x, t, c))
-    assert all(torch.equal(a, b) for a, b in zip(teacher.taps(x, t, c, (1, 3)), stock.taps(x, t, c, (1, 3)), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(teacher.taps(x, t, c, (1, 3)), stock.taps(x, t, c, (1, 3)), strict=True)
+    )
     if dtype == torch.float32:
         with torch.no_grad():
             student.gate.fill_(-40.0)
-        torch.testing.assert_close(student.head(x, t, t, student.features(x, t, c)), stock(x, t, c), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            student.head(x, t, t, student.features(x, t, c)), stock(x, t, c), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_each_role_owns_what_it_trains(world):
-    """The teacher has no parameters, the fake score its adapter, the student adapter and all outside the backbone: in float32."""
+    """The teacher has no parameters, the fake score its adapter, the student adapter and all outside the backbone: in
+    float32.
+    """
     student, teacher, fake = roles(world, torch.bfloat16)
     whole = tmd.TMDStudent(WanNetwork(load_transformer(world / "tiny")), H)
     backbone = tuple(f"net.transformer.blocks.{i}." for i in range(L - H))
@@ -92,13 +110,21 @@ def test_each_role_owns_what_it_trains(world):
     assert all(p.requires_grad and p.dtype == torch.float32 for net in (student, fake) for p in net.parameters())
     base = teacher.blocks[0].block
     assert base is student.net.blocks[0].block is fake.blocks[0].block is copy.deepcopy(student).net.blocks[0].block
-    assert base.attn1.to_q.base_layer.weight.dtype == torch.bfloat16 and not base.attn1.to_q.base_layer.weight.requires_grad
+    assert (
+        base.attn1.to_q.base_layer.weight.dtype == torch.bfloat16
+        and not base.attn1.to_q.base_layer.weight.requires_grad
+    )
     mine = {id(p) for p in student.parameters()}
-    assert not mine & {id(p) for p in fake.parameters()} and student.state_dict().keys() == dict(student.named_parameters()).keys()
+    assert (
+        not mine & {id(p) for p in fake.parameters()}
+        and student.state_dict().keys() == dict(student.named_parameters()).keys()
+    )
 
 
 def calls(who, nets, batch):
-    """What a role does, in three steps with a pause after each: two calls, then the backward pass -> (output, gradients)."""
+    """What a role does, in three steps with a pause after each: two calls, then the backward pass -> (output,
+    gradients).
+    """
     (student, teacher, fake), (x, t, c) = nets, batch
     seen = x.clone().requires_grad_()
     leaves = {"student": list(student.parameters()), "teacher": [seen], "fake": list(fake.parameters())}[who]
@@ -121,8 +147,13 @@ def calls(who, nets, batch):
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_no_adapter_leaks(world, batch, checkpointing):
-    """Student, teacher and fake score called in turns, backward passes last: outputs and gradients are those of each alone on its base."""
-    alone = {who: list(calls(who, roles(world, checkpointing=checkpointing), batch))[-1] for who in ("student", "teacher", "fake")}
+    """Student, teacher and fake score called in turns, backward passes last: outputs and gradients are those of each
+    alone on its base.
+    """
+    alone = {
+        who: list(calls(who, roles(world, checkpointing=checkpointing), batch))[-1]
+        for who in ("student", "teacher", "fake")
+    }
     nets = roles(world, checkpointing=checkpointing)
     running = {who: calls(who, nets, batch) for who in alone}
     for _ in range(2):
@@ -136,16 +167,22 @@ def test_no_adapter_leaks(world, batch, checkpointing):
     for who in ("student", "fake"):
         out, gradients = list(calls(who, mute, batch))[-1]
         assert not torch.equal(out, alone[who][0])
-        assert all(p.grad.abs().sum() > 0 for name, p in nets[0 if who == "student" else 2].named_parameters() if ".adapter." in name)
+        assert all(
+            p.grad.abs().sum() > 0
+            for name, p in nets[0 if who == "student" else 2].named_parameters()
+            if ".adapter." in name
+        )
 
 
 def test_checkpointing_changes_no_gradient(world, batch):
-    """A recomputation that comes after calls of the other roles gives the gradients of no recomputation at all, through N head calls."""
+    """Checkpointed blocks, called again after the other roles, give the gradients of plain ones, for N head calls."""
     (x, t, c), grads = batch, []
     for checkpointing in ("none", "full"):
         student, teacher, fake = roles(world, checkpointing=checkpointing)
         y = tmd.inner_flow(tmd.transition(student, x, t, c), torch.ones_like(x), tmd.make_grid(3, 10.0))
-        loss = y.square().mean() + fake(y.detach(), t, c).square().mean() + teacher.taps(y, t, c, (2,))[0].square().mean()
+        loss = (
+            y.square().mean() + fake(y.detach(), t, c).square().mean() + teacher.taps(y, t, c, (2,))[0].square().mean()
+        )
         loss.backward()
         grads.append([p.grad for net in (student, fake) for name, p in net.named_parameters() if ".adapter." in name])
     for a, b in zip(*grads, strict=True):
@@ -173,7 +210,9 @@ def kept_phase(monkeypatch) -> dict:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_moves_the_adapters_alone(world, tmp_path, batch, monkeypatch, precision):
-    """After stage 1 and stage 2 the base is the folder's to the last bit and the teacher says what it said, while both adapters moved."""
+    """After stage 1 and stage 2 the base is the folder's to the last bit and the teacher says what it said, while both
+    adapters moved.
+    """
     made, kept, (x, t, c) = kept_base(monkeypatch), kept_phase(monkeypatch), batch
     cfg = settings(world, tmp_path, precision=precision, checkpointing="full" if precision == "bf16" else "none")
     stock = load_transformer(world / "tiny", torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -181,18 +220,25 @@ def test_training_moves_the_adapters_alone(world, tmp_path, batch, monkeypatch, 
         assert work(cfg)["recipe"]["--lora"] == RANK
         base, names = made[-1], dict(stock.named_parameters())
         assert not base.transformer.patch_embedding.weight.requires_grad
-        held = {name.replace(".base_layer", ""): p for name, p in base.transformer.named_parameters() if ".lora_" not in name}
+        held = {
+            name.replace(".base_layer", ""): p
+            for name, p in base.transformer.named_parameters()
+            if ".lora_" not in name
+        }
         assert held.keys() == names.keys() and all(torch.equal(held[name], p) for name, p in names.items())
         assert torch.equal(lora.Role(base)(x, t, c), WanNetwork(stock)(x, t, c))
     nets = kept["phase"].nets
-    moved = lambda net: [p.abs().sum() > 0 for name, p in net.named_parameters() if name.endswith("B.weight")]  # they start at 0
+    # they start at 0
+    moved = lambda net: [p.abs().sum() > 0 for name, p in net.named_parameters() if name.endswith("B.weight")]
     assert all(moved(nets["student"])) and all(moved(nets["fake"])) and len(moved(nets["fake"])) == 40
     own = dict(nets["student"].named_parameters())
     assert not torch.equal(own["net.transformer.blocks.3.ffn.net.2.weight"], stock.blocks[3].ffn.net[2].weight)
     trained = sum(p.numel() for net in nets.values() for p in net.parameters())
-    weights = sum(v.numel() for key, v in kept["phase"].tensors().items() if not key.startswith("ema.") and ".exp_avg" not in key)
+    weights = sum(
+        v.numel() for key, v in kept["phase"].tensors().items() if not key.startswith("ema.") and ".exp_avg" not in key
+    )
     steps = sum(key.endswith(".step") for key in kept["phase"].tensors())
-    assert weights == trained + steps and {*kept["phase"].ema.named} == {*own}  # nothing frozen is saved or averaged
+    assert weights == trained + steps and {*kept["phase"].ema.named} == {*own}  # nothing frozen is saved or in the EMA
 
 
 class Interrupted(Exception):
@@ -217,7 +263,9 @@ def test_resume_is_bitwise(world, tmp_path, monkeypatch):
         assert complete(parts.folder(work.__name__, "checkpoints"))
         work(parts)
     for phase in ("stage1", "stage2"):
-        assert (whole.folder(phase) / "student.safetensors").read_bytes() == (parts.folder(phase) / "student.safetensors").read_bytes()
+        assert (whole.folder(phase) / "student.safetensors").read_bytes() == (
+            parts.folder(phase) / "student.safetensors"
+        ).read_bytes()
     with pytest.raises(RuntimeError, match="made with another --lora-scale"):
         train.stage2(settings(world, tmp_path / "whole", lora_scale=1.0))
 
@@ -228,9 +276,11 @@ def test_export_is_merged(world, tmp_path, monkeypatch):
     train.stage2(cfg)
     pipe = TMDWanPipeline.from_pretrained(sample.export(cfg))
     plain = pipe.transformer.student
-    assert plain.state_dict().keys() == tmd.TMDStudent(WanNetwork(load_transformer(world / "tiny")), H).state_dict().keys()
+    assert (
+        plain.state_dict().keys() == tmd.TMDStudent(WanNetwork(load_transformer(world / "tiny")), H).state_dict().keys()
+    )
     x, c, how = torch.randn(2, 16, 3, 8, 8), torch.randn(2, 20, 32), cfg.how()
-    with kept["phase"].averaged_weights() as student:
+    with kept["phase"].ema_weights() as student:
         wanted = train.draw(student, how, x, c, seed=0)
         adapters = [p for name, p in student.named_parameters() if name.endswith("B.weight")]
         with torch.no_grad():
@@ -242,7 +292,9 @@ def test_export_is_merged(world, tmp_path, monkeypatch):
 
 
 def test_baseline_shares_the_base_too(world, tmp_path):
-    """DMD2-v's student has its adapter on every block and only embeddings and output layer of its own; it exports as well."""
+    """DMD2-v's student has its adapter on every block and only embeddings and output layer of its own; it exports as
+    well.
+    """
     cfg = settings(world, tmp_path, student="dmd2v")
     assert train.stage2(cfg, plain=True)["effective_nfe"] == 2
     assert sample.make_model(cfg).student.net.blocks[3].ffn.net[2].weight.shape == (48, 96)
@@ -258,8 +310,8 @@ from wan_scale.training import dist
 wan_ranks.SETTINGS |= {"lora": 4, "stage1_updates": 0, "stage2_iterations": 5}
 torch.set_num_threads(1)
 dist.start("cpu")
-for name, cards in (("two", 1), ("cut", 2)):
-    wan_ranks.SETTINGS["context_parallel"] = cards
+for name, K in (("two", 1), ("cut", 2)):
+    wan_ranks.SETTINGS["context_parallel"] = K
     found = wan_ranks.run("stage2", Path(sys.argv[1]), Path(sys.argv[2]) / name)
     if dist.rank() == 0:
         torch.save(found, Path(sys.argv[2]) / name / "found.pt")
@@ -268,12 +320,22 @@ dist.stop()
 
 
 def test_two_ranks_equal_one(world, tmp_path, monkeypatch):
-    """Two gloo ranks, each with the whole base, make the updates of one process: with a clip each, and with every clip cut over both."""
+    """Two gloo ranks, each with the whole base, make the updates of one process: with a clip each, and with every clip
+    cut over both.
+    """
     for key, value in {"lora": RANK, "stage1_updates": 0, "stage2_iterations": 5}.items():
         monkeypatch.setitem(wan_ranks.SETTINGS, key, value)
     (tmp_path / "ranks.py").write_text(RANKS)
     tests = Path(__file__).resolve().parent
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "ranks.py"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        tmp_path / "ranks.py",
+    ]
     done = subprocess.run([*launch, world, tmp_path, tests.parent, tests], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     one = wan_ranks.run("stage2", world, tmp_path / "one")
@@ -292,13 +354,17 @@ def test_plan_counts_the_adapters(world):
     config = {**TRANSFORMER, "in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2), "cross_attn_norm": True}
     student, _, fake = roles(world)
     found = lora_parameters(config, H, RANK)
-    count = lambda net, adapter: sum(p.numel() for name, p in net.named_parameters() if (".adapter." in name) == adapter)
+    count = lambda net, adapter: sum(
+        p.numel() for name, p in net.named_parameters() if (".adapter." in name) == adapter
+    )
     assert found == {"own": count(student, False), "student": count(student, True), "fake": count(fake, True)}
 
 
 @pytest.mark.parametrize("rank", [8, 64])
 def test_live_block_estimate(rank):
-    """What an adapted block saves under bf16 autocast is plan's estimate, less the input that is float32 for a moment, to 4 %."""
+    """What an adapted block saves under bf16 autocast is plan's estimate, less the input that is float32 for a moment,
+    to 4 %.
+    """
     n, config = 2048, {**test_wan_plan.WIDE, "ffn_dim": 1024}
     base = WanNetwork(diffusers.WanTransformer3DModel(**config))
     for layer in (m for m in base.blocks.modules() if isinstance(m, torch.nn.Linear)):
@@ -313,22 +379,28 @@ def test_live_block_estimate(rank):
     )
 
 
-def test_plan_of_one_card():
-    """14B trains on one card of 141 GB with adapters and not without; the report says so, and what the base costs."""
+def test_plan_of_one_gpu():
+    """14B trains on one GPU of 141 GB with adapters and not without; the report says so, and what the base costs."""
     with_, without = (plan("14b", gpus=1, lora=rank, disc_checkpointing=True) for rank in (64, 0))
     assert with_["fits"] and not without["fits"]
     terms = with_["memory"]["student"]
     assert terms["shared base, bf16"] == 2 * parameters(WAN["14b"])["total"]
-    assert with_["checkpoint bytes"] < without["checkpoint bytes"] / 5 and with_["seconds"]["critic"] < without["seconds"]["critic"]
+    assert (
+        with_["checkpoint bytes"] < without["checkpoint bytes"] / 5
+        and with_["seconds"]["critic"] < without["seconds"]["critic"]
+    )
     text = report("14b", gpus=1, lora=64, disc_checkpointing=True)
     assert "It fits." in text and "LoRA of rank 64" in text and "shared base" in text
     two = plan("14b", gpus=2, lora=64, disc_checkpointing=True)
-    assert two["memory"] == with_["memory"] and two["seconds"]["stage2"] == with_["seconds"]["stage2"] / 2  # every card holds all
+    # every GPU holds all
+    assert two["memory"] == with_["memory"] and two["seconds"]["stage2"] == with_["seconds"]["stage2"] / 2
 
 
 def test_what_cannot_be_is_said(world, tmp_path):
     """A head as long as the network, a negative rank, and a teacher with adapters get a sentence each."""
-    with pytest.raises(ValueError, match=r"of 4 blocks none is left for the student's adapter; make the flow head \(--H\) shorter"):
+    with pytest.raises(
+        ValueError, match=r"of 4 blocks none is left for the student's adapter; make the flow head \(--H\) shorter"
+    ):
         train.stage1(settings(world, tmp_path, H=4))
     with pytest.raises(ValueError, match="lora is -1; it must be at least 0"):
         settings(world, tmp_path, lora=-1)

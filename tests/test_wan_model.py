@@ -31,7 +31,9 @@ def batch(g):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_split_is_the_stock_forward(folder, batch, dtype):
-    """Backbone blocks, then head blocks and output: bit for bit what diffusers' own forward gives, at every H and in both precisions."""
+    """Backbone blocks, then head blocks and output: bit for bit what diffusers' own forward gives, at every H and in
+    both precisions.
+    """
     transformer = load_transformer(folder, dtype)
     net, (x, t, c) = WanNetwork(transformer), batch
     stock = transformer(x.to(dtype), 1000 * t, c.to(dtype), return_dict=False)[0].float()
@@ -42,7 +44,9 @@ def test_split_is_the_stock_forward(folder, batch, dtype):
 
 
 def test_bf16_keeps_times_and_tables_in_fp32(folder):
-    """diffusers loads bf16 weights with the time embedding, the modulation tables and the norms in float32, and we keep them so."""
+    """diffusers loads bf16 weights with the time embedding, the modulation tables and the norms in float32, and we keep
+    them so.
+    """
     net = WanNetwork(load_transformer(folder, torch.bfloat16))
     assert net.transformer.scale_shift_table.dtype == net.blocks[0].scale_shift_table.dtype == torch.float32
     assert net.patch.weight.dtype == torch.bfloat16
@@ -54,7 +58,9 @@ def test_bf16_keeps_times_and_tables_in_fp32(folder):
 
 @pytest.mark.parametrize("H", [1, 2, 3])
 def test_student_starts_as_the_teacher(net, batch, H):
-    """At s = t the new student is the teacher: exactly with the gate closed, within a few percent at the gate's start of 0.05."""
+    """At s = t the new student is the teacher: exactly with the gate closed, within a few percent at the gate's start
+    of 0.05.
+    """
     x, t, c = batch
     student, wanted = tmd.TMDStudent(net, H), net(x, t, c)
     m = student.features(x, t, c)
@@ -84,7 +90,9 @@ def test_checkpointing_changes_no_gradient(net, batch, g):
 
 
 def test_calls_of_one_sample(net, batch, monkeypatch):
-    """M outer transitions of N inner steps: text embedded M times, backbone blocks run M times, head blocks M N times, rope made once."""
+    """M outer transitions of N inner steps: text embedded M times, backbone blocks run M times, head blocks M N times,
+    rope made once.
+    """
     x, _, c = batch
     student, M, N, H = tmd.TMDStudent(net, 1), 2, 3, 1
     counts = dict.fromkeys(("text", "backbone", "head", "rope"), 0)
@@ -115,10 +123,11 @@ def test_taps_stop_early_and_are_pictures(net, batch):
 
 
 def test_finite_difference_in_fp32(net, batch):
-    """du/ds by differences is right to 0.1 % of a float64 network's, inside bf16 autocast too; in bf16 itself it would be rounding.
+    """du/ds by differences is right to 0.1 % of a float64 network's, inside bf16 autocast too; in bf16 itself it would
+    be rounding.
 
-    Wan's fastest sinusoid turns 5 radians in the paper's step of 0.005, so that difference is a smoothed derivative; at a hundredth of the
-    step it meets exact forward mode.
+    Wan's fastest sinusoid turns 5 radians in the paper's step of 0.005, so that difference is a smoothed derivative; at
+    a hundredth of the step it meets exact forward mode.
     """
     x, t, c = batch
     student, s, v = tmd.TMDStudent(net, 2), torch.tensor([0.4, 0.7], dtype=torch.float64), torch.ones_like(x)
@@ -152,7 +161,9 @@ def test_times_are_float64_until_the_embedding(net):
 
 
 def test_discriminator_has_the_papers_size():
-    """67.9 M parameters on three taps of 1.3B's 384 channels (the paper: 68 M), 171 M at 14B's width (the paper: 172 M); a logit a head."""
+    """67.9 M parameters on three taps of 1.3B's 384 channels (the paper: 68 M), 171 M at 14B's width (the paper: 172
+    M); a logit a head.
+    """
     with torch.device("meta"):
         sizes = [sum(p.numel() for p in WanDiscriminator(c, w, 3).parameters()) for c, w in ((384, 384), (1280, 608))]
     assert round(sizes[0] / 1e6, 1) == 67.9 and 170e6 < sizes[1] < 173e6

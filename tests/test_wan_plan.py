@@ -1,4 +1,6 @@
-"""`plan`: its parameters, FLOPs and bytes against PyTorch's own counts on the real classes, and what it says about fitting."""
+"""`plan`: its parameters, FLOPs and bytes against PyTorch's own counts on the real classes, and what it says about
+fitting.
+"""
 
 import json
 import math
@@ -27,14 +29,16 @@ diffusers = pytest.importorskip("diffusers")
 from wan_scale import model as M  # noqa: E402
 from wan_scale.training.phase import Feed, WanPhase  # noqa: E402
 
-TINY = dict(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=4, in_channels=16, out_channels=16, text_dim=32,
-            freq_dim=32, patch_size=[1, 2, 2], cross_attn_norm=True)  # fmt: skip
+TINY = dict(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=4, in_channels=16, out_channels=16,
+            text_dim=32, freq_dim=32, patch_size=[1, 2, 2], cross_attn_norm=True)  # fmt: skip
 CLIP = (9, 64, 96)  # frames, height, width
 TEXT = 24
 
 
 def count(run, backend=SDPBackend.MATH) -> float:
-    """FLOPs of run(), backward passes included; attention by its two matrix products, or fused, where its gradient counts 2.5 times."""
+    """FLOPs of run(), backward passes included; attention by its two matrix products, or fused, where its gradient
+    counts 2.5 times.
+    """
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     products = lambda q, k, *_, **__: 4 * math.prod(q) * k[-2]
     back = lambda g, q, k, *_, **__: 10 * math.prod(q) * k[-2]
@@ -45,12 +49,14 @@ def count(run, backend=SDPBackend.MATH) -> float:
 
 
 def network(config=TINY, checkpointing="full"):
-    """The stock transformer in tmd's contract, blocks recomputed in the backward pass."""
+    """The stock transformer in tmd's contract, with full activation checkpointing."""
     return M.WanNetwork(diffusers.WanTransformer3DModel(**config), checkpointing)
 
 
 def data(n, generator):
-    return torch.randn(n, 16, *latent(*CLIP), generator=generator), torch.randn(n, TEXT, TINY["text_dim"], generator=generator)
+    return torch.randn(n, 16, *latent(*CLIP), generator=generator), torch.randn(
+        n, TEXT, TINY["text_dim"], generator=generator
+    )
 
 
 # ---- Parameters and FLOPs --------------------------------------------------------------------------------------------
@@ -61,14 +67,16 @@ size = lambda net: sum(p.numel() for p in net.parameters())
 
 @pytest.mark.parametrize("name, billions", [("1.3b", 1.419), ("14b", 14.288)])
 def test_parameters_of_the_published_sizes(name, billions):
-    """1.3B has 1.419 B parameters and 14B 14.288 B: exactly those of the stock transformer, built on the meta device."""
+    """1.3B has 1.419 B parameters and 14B 14.288 B: exactly those of the stock transformer, on the meta device."""
     with torch.device("meta"):
         net, found = network(WAN[name]), parameters(WAN[name])
     assert found["total"] == size(net) and found["total"] / 1e9 == pytest.approx(billions, abs=5e-4)
     assert found["block"] == size(net.blocks[0]) and found["blocks"] == size(net.blocks)
 
 
-@pytest.mark.parametrize("change", [{}, {"cross_attn_norm": False, "out_channels": None, "in_channels": 8}, {"attention_head_dim": 32}])
+@pytest.mark.parametrize(
+    "change", [{}, {"cross_attn_norm": False, "out_channels": None, "in_channels": 8}, {"attention_head_dim": 32}]
+)
 def test_parameters_of_teacher_and_student(change):
     """The parts of the teacher and of the TMD student around it are exact, whatever the config."""
     config = TINY | change
@@ -76,11 +84,17 @@ def test_parameters_of_teacher_and_student(change):
     student, found, added = tmd.TMDStudent(teacher, 3), parameters(config), student_parameters(config, 3)
     assert found["total"] == size(teacher) and found["block"] == size(teacher.blocks[0])
     assert found["output"] == size(teacher.transformer.proj_out) + teacher.transformer.scale_shift_table.numel()
-    assert added["total"] == size(student) and added["span"] == size(student.span) and added["fusion"] == size(student.fuse)
+    assert (
+        added["total"] == size(student)
+        and added["span"] == size(student.span)
+        and added["fusion"] == size(student.fuse)
+    )
     assert student_parameters(config, 0)["total"] == size(teacher)
 
 
-@pytest.mark.parametrize("frames, height, width, n", [(81, 480, 832, 32760), (81, 720, 1280, 75600), (1, 480, 832, 1560), (9, 64, 96, 72)])
+@pytest.mark.parametrize(
+    "frames, height, width, n", [(81, 480, 832, 32760), (81, 720, 1280, 75600), (1, 480, 832, 1560), (9, 64, 96, 72)]
+)
 def test_tokens(frames, height, width, n):
     """The VAE and the patches leave 32,760 tokens of 81 frames of 480x832."""
     assert tokens(WAN["1.3b"], frames, height, width) == n
@@ -90,7 +104,9 @@ def test_tokens(frames, height, width, n):
 def test_forward_flops_at_full_size(name, linear, attention):
     """A forward costs 283 TFLOP at 1.3B and 1678 at 14B, as PyTorch counts on the first three blocks at full length."""
     whole = flops(WAN[name], 32760)["whole"]
-    assert whole["linear"] / 1e12 == pytest.approx(linear, rel=0.01) and whole["attention"] / 1e12 == pytest.approx(attention, rel=0.01)
+    assert whole["linear"] / 1e12 == pytest.approx(linear, rel=0.01) and whole["attention"] / 1e12 == pytest.approx(
+        attention, rel=0.01
+    )
     config = WAN[name] | {"num_layers": 3}
     with torch.device("meta"):
         net, shapes = diffusers.WanTransformer3DModel(**config), ((1, 16, 21, 60, 104), (1,), (1, 512, 4096))
@@ -113,7 +129,9 @@ def test_flops_of_the_parts(H):
 
 
 def test_discriminator():
-    """The discriminator's parameters are exact and its forward is PyTorch's count to 1 %, at an uneven size too; 67.9 M at 1.3B."""
+    """The discriminator's parameters are exact and its forward is PyTorch's count to 1 %, at an uneven size too; 67.9 M
+    at 1.3B.
+    """
     size = (3, 8, 20)
     net, found = M.WanDiscriminator(12, 24, 2, hidden=40), discriminator(TINY, size, 24, taps=2, hidden=40)
     assert sum(p.numel() for p in net.parameters()) == found["parameters"]
@@ -151,9 +169,12 @@ def test_stage2_steps(N, H, taps):
     how, cfg = tmd.StudentConfig(M=2, N=N), tmd.Stage2Config(iterations=2, student_every=2, batch=1)
     spent = []
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        tmd.train_stage2(student, teacher, disc, data, how, cfg, taps=taps, c_neg=torch.zeros(TEXT, TINY["text_dim"]), progress=False,
-                         on_step=lambda phase, terms: spent.append(counter.get_total_flops()))  # fmt: skip
-    shared = dict(N=N, H=H, last_tap=taps[-1], disc_flops=discriminator(TINY, latent(*CLIP), 12, taps=2, hidden=16)["flops"])
+        kept = {"c_neg": torch.zeros(TEXT, TINY["text_dim"]), "progress": False}
+        kept["on_step"] = lambda phase, terms: spent.append(counter.get_total_flops())
+        tmd.train_stage2(student, teacher, disc, data, how, cfg, taps=taps, **kept)
+    shared = dict(
+        N=N, H=H, last_tap=taps[-1], disc_flops=discriminator(TINY, latent(*CLIP), 12, taps=2, hidden=16)["flops"]
+    )
     critic, update = (predicted(kind, tokens(TINY, *CLIP), **shared) for kind in ("critic", "student"))
     assert spent[0] == pytest.approx(critic, rel=0.02) and spent[1] - spent[0] == pytest.approx(update, rel=0.02)
 
@@ -171,9 +192,13 @@ def test_kd_and_sampling():
 
 
 def test_step_arithmetic():
-    """Fused attention's backward costs 2.5 forwards; the fp32 passes of stage 1 count as often as they are slower, or not at all."""
+    """Fused attention's backward costs 2.5 forwards; the fp32 passes of stage 1 count as often as they are slower, or
+    not at all.
+    """
     block = flops(TINY, 72, TEXT, 1)["block"]
-    fused, plain = (sum(step_flops(TINY, 72, "kd", H=1, N=1, text=TEXT, attention_backward=b).values()) for b in (2.5, 2))
+    fused, plain = (
+        sum(step_flops(TINY, 72, "kd", H=1, N=1, text=TEXT, attention_backward=b).values()) for b in (2.5, 2)
+    )
     assert fused - plain == pytest.approx(4 * 0.5 * block["attention"])
     step = lambda **kw: step_flops(TINY, 72, "stage1", H=1, text=TEXT, **kw)
     slow, fast = (step(fp32_slowdown=k)["finite difference, fp32"] for k in (3, 1))
@@ -189,10 +214,15 @@ def test_step_arithmetic():
 def test_what_is_computed_again(mode):
     """A stage 1 and a KD update cost what the plan says in every mode: nothing again, all but attention, or all."""
     how, n = tmd.StudentConfig(M=1, N=2, H=1), tokens(TINY, *CLIP)
-    student, one = tmd.TMDStudent(network(checkpointing=mode), 1), tmd.Stage1Config(updates=1, batch=1, flow_map_share=1.0)
+    student, one = (
+        tmd.TMDStudent(network(checkpointing=mode), 1),
+        tmd.Stage1Config(updates=1, batch=1, flow_map_share=1.0),
+    )
     pairs = lambda g: (data(1, g)[0], *data(1, g))
     run = {
-        "stage1": lambda: tmd.train_stage1(student, data, how, one, c_neg=torch.zeros(TEXT, TINY["text_dim"]), progress=False),
+        "stage1": lambda: tmd.train_stage1(
+            student, data, how, one, c_neg=torch.zeros(TEXT, TINY["text_dim"]), progress=False
+        ),
         "kd": lambda: tmd.train_kd(student, pairs, how, updates=1, lr=1e-4, progress=False),
     }
     for kind, update in run.items():
@@ -203,7 +233,19 @@ def test_what_is_computed_again(mode):
 class Moved(TorchDispatchMode):
     """Bytes that elementwise operations read and write: all but matrix products, attention and views."""
 
-    LEFT_OUT = ("mm", "addmm", "bmm", "_scaled_dot_product", "empty", "detach", "_unsafe_view", "view", "expand", "t.", "new_empty")
+    LEFT_OUT = (
+        "mm",
+        "addmm",
+        "bmm",
+        "_scaled_dot_product",
+        "empty",
+        "detach",
+        "_unsafe_view",
+        "view",
+        "expand",
+        "t.",
+        "new_empty",
+    )
 
     def __init__(self):
         super().__init__()
@@ -224,13 +266,20 @@ def test_moved_bytes():
     found = {}
     for n in (1024, 2048):  # the difference leaves out what weights cost
         block = diffusers.WanTransformer3DModel(**WIDE).blocks[0]
-        h, text, six = torch.randn(1, n, 256, dtype=torch.bfloat16, requires_grad=True), torch.randn(1, 8, 256), torch.randn(1, 6, 256)
+        h, text, six = (
+            torch.randn(1, n, 256, dtype=torch.bfloat16, requires_grad=True),
+            torch.randn(1, 8, 256),
+            torch.randn(1, 6, 256),
+        )
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), Moved() as moved:
             out = block(h, text, six, (torch.randn(1, n, 1, 64), torch.randn(1, n, 1, 64)))
             forward = moved.bytes
             out.sum().backward()
         found[n] = forward, moved.bytes - forward
-    work = {g: step_work(WIDE, 1024, "kd", H=0, N=1, checkpointing=g)["backbone, trained"]["bytes"] for g in ("none", "full")}
+    work = {
+        g: step_work(WIDE, 1024, "kd", H=0, N=1, checkpointing=g)["backbone, trained"]["bytes"]
+        for g in ("none", "full")
+    }
     forward, backward = (b - a for a, b in zip(*found.values()))
     assert work["full"] - work["none"] == pytest.approx(2 * forward, rel=0.03)  # of two blocks
     assert work["none"] == pytest.approx(2 * (forward + backward), rel=0.03)
@@ -248,7 +297,10 @@ def saved_bytes(run, *nets) -> int:
             found[t.untyped_storage().data_ptr()] = t.untyped_storage()  # held, so that no address is used twice
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
+    ):
         run()
     return sum(storage.nbytes() for storage in found.values())
 
@@ -257,7 +309,9 @@ WIDE = {**TINY, "num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 1
 
 
 def test_live_block_estimate():
-    """What one block of the stock model saves under bf16 autocast is the estimate to 8 %, and grows with the feed-forward width."""
+    """What one block of the stock model saves under bf16 autocast is the estimate to 8 %, and grows with the
+    feed-forward width.
+    """
     n = 2048
     size = {}
     for ffn in (1024, 2048):
@@ -265,7 +319,8 @@ def test_live_block_estimate():
         block = diffusers.WanTransformer3DModel(**config).blocks[0]
         h, text, six = torch.randn(1, n, 256, dtype=torch.bfloat16), torch.randn(1, 8, 256), torch.randn(1, 6, 256)
         rope = torch.randn(1, n, 1, 64), torch.randn(1, n, 1, 64)
-        copies = 2 * sum(p.numel() for p in block.parameters() if p.ndim == 2)  # autocast's, which the plan counts by themselves
+        # autocast's, which the plan counts by themselves
+        copies = 2 * sum(p.numel() for p in block.parameters() if p.ndim == 2)
         size[ffn] = saved_bytes(partial(block, h.requires_grad_(), text, six, rope), block) - copies
         assert memory(config, n, "stage1", H=1)["block and discriminator at work"] == pytest.approx(size[ffn], rel=0.08)
     assert size[2048] - size[1024] == pytest.approx(n * 4 * 1024, rel=0.01)
@@ -275,7 +330,9 @@ def test_live_block_estimate():
 
 @pytest.mark.parametrize("N", [1, 3])
 def test_rollout_graph_estimate(N):
-    """What the student's graph holds with checkpointing, block inputs and what is outside blocks, is the estimate to 5 %."""
+    """What the student's graph holds with checkpointing, block inputs and what is outside blocks, is the estimate to 5
+    %.
+    """
     config = {**WIDE, "num_layers": 6}
     student = tmd.TMDStudent(network(config), 4)
     clip = (17, 256, 256)
@@ -288,13 +345,19 @@ def test_rollout_graph_estimate(N):
 
 
 def test_states_by_hand():
-    """At 1.3B on one card: 16 bytes a parameter and the average for the student, AdamW and weights for the critics, 2 for the teacher."""
+    """At 1.3B on one GPU: 16 bytes a parameter and the EMA for the student, AdamW and weights for the critics, 2
+    for the teacher.
+    """
     one = memory(WAN["1.3b"], 32760, "student", disc=67.9e6, disc_bytes=0)
     student, teacher = 1_431_200_320, 1_418_996_800
-    assert one["student, weights"] + one["student, AdamW"] + one["gradients"] == 16 * student and one["student, average"] == 4 * student
+    assert (
+        one["student, weights"] + one["student, AdamW"] + one["gradients"] == 16 * student
+        and one["student, EMA"] == 4 * student
+    )
     assert one["fake score, weights"] + one["fake score, AdamW"] == 12 * teacher and one["teacher, bf16"] == 2 * teacher
     hidden = 32760 * 1536 * 2  # bf16
-    assert one["block inputs"] == (25 + 2 * 5 + 30) * hidden  # backbone, head twice, the teacher on the way to its last tap
+    # backbone, head twice, the teacher on the way to its last tap
+    assert one["block inputs"] == (25 + 2 * 5 + 30) * hidden
     critic = memory(WAN["1.3b"], 32760, "critic", disc=67.9e6)
     assert critic["gradients"] == 4 * (teacher + 67.9e6)
     eight = memory(WAN["1.3b"], 32760, "student", gpus=8, disc=67.9e6, shard_teacher=False)
@@ -302,8 +365,12 @@ def test_states_by_hand():
     assert eight["discriminator, weights and AdamW"] == one["discriminator, weights and AdamW"] == 12 * 67.9e6
     block = 46_440_704
     two = memory(WAN["1.3b"], 32760, "stage1", gpus=2)["gathered for use"]
-    assert one["gathered for use"] == 2 * block and two == 2 * block + 4 * (2 + 2 + 5) * block + 4 * (student - 30 * block)
-    assert not {"teacher, bf16", "fake score, weights", "discriminator, weights and AdamW"} & {*memory(WAN["1.3b"], 32760, "stage1")}
+    assert one["gathered for use"] == 2 * block and two == 2 * block + 4 * (2 + 2 + 5) * block + 4 * (
+        student - 30 * block
+    )
+    assert not {"teacher, bf16", "fake score, weights", "discriminator, weights and AdamW"} & {
+        *memory(WAN["1.3b"], 32760, "stage1")
+    }
 
 
 @pytest.mark.parametrize("name", WAN)
@@ -317,7 +384,10 @@ def test_memory_falls_with_gpus_and_rises_with_work(name):
     assert peak(N=2)["student"] < peak(N=4)["student"]
     one, two = plan(name), plan(name, micro_batch=2)
     assert one["peak"]["stage1"] < two["peak"]["stage1"] and one["seconds"]["stage2"] == two["seconds"]["stage2"]
-    assert peak()["critic"] < peak(shard_teacher=False)["critic"] and peak(disc_checkpointing=True)["critic"] < peak()["critic"]
+    assert (
+        peak()["critic"] < peak(shard_teacher=False)["critic"]
+        and peak(disc_checkpointing=True)["critic"] < peak()["critic"]
+    )
 
 
 class Peak(TorchDispatchMode):
@@ -345,8 +415,15 @@ class Peak(TorchDispatchMode):
 
 @pytest.mark.parametrize("mode, micro", [("full", 1), ("selective", 2)])
 def test_peak_of_real_updates(mode, micro):
-    """What a stage 1, a student's and a critics' update of the real loops hold at their peak, weights and AdamW too, is the plan to 7 %."""
-    config, H, clip, tapped = {**WIDE, "num_attention_heads": 2, "ffn_dim": 768, "num_layers": 4}, 1, (9, 192, 192), (1, 3)
+    """What a stage 1, a student's and a critics' update of the real loops hold at their peak, weights and AdamW too, is
+    the plan to 7 %.
+    """
+    config, H, clip, tapped = (
+        {**WIDE, "num_attention_heads": 2, "ffn_dim": 768, "num_layers": 4},
+        1,
+        (9, 192, 192),
+        (1, 3),
+    )
     n, disc = tokens(config, *clip), discriminator(config, latent(*clip), 32, taps=2, hidden=16)
     x, c, peaks = torch.randn(1, 16, *latent(*clip)), torch.randn(1, 8, 32), {}
 
@@ -397,67 +474,85 @@ def test_modes_trade_memory_for_time(name):
         )
 
 
-def card_of(need):
-    """GB of the card that just holds `need` bytes."""
+def gpu_of(need):
+    """GB of the GPU that just holds `need` bytes."""
     return 1.0001 * need / (1 - RESERVE) / GB
 
 
-def test_advice_of_more_cards_and_cut_clips():
-    """14B on 8 cards of 80 GB: fewer cards than whole clips need do, if they share clips; that plan fits."""
+def test_advice_of_more_gpus_and_split_clips():
+    """14B on 8 GPUs of 80 GB: fewer GPUs than whole clips need do, if they share clips; that plan fits."""
     how = {"card_gb": 80, "compiled": True, "disc_checkpointing": True}
     text = advice("14b", gpus=8, **how)
-    cards, cut = map(int, re.search(r"take (\d+) GPUs and cut each clip over (\d)", text).groups())
+    gpus, split = map(int, re.search(r"take (\d+) GPUs and split each clip over (\d)", text).groups())
     whole = int(re.search(r"take (\d+) GPUs, the fewest", text)[1])
-    assert 8 < cards < whole and plan("14b", gpus=cards, context_parallel=cut, **how)["fits"]
+    assert 8 < gpus < whole and plan("14b", gpus=gpus, context_parallel=split, **how)["fits"]
 
 
 def test_chosen_checkpointing():
-    """The fastest mode that fits is taken, exactly at its own need, by plan and by choose_checkpointing; the report says so."""
+    """The fastest mode that fits is taken, exactly at its own need, by plan and by choose_checkpointing; the report
+    says so.
+    """
     need = {mode: max(plan("1.3b", gpus=1, checkpointing=mode)["peak"].values()) for mode in CHECKPOINTING}
     for mode in CHECKPOINTING:
-        p = plan("1.3b", gpus=1, checkpointing="auto", card_gb=card_of(need[mode]))
+        p = plan("1.3b", gpus=1, checkpointing="auto", card_gb=gpu_of(need[mode]))
         assert p["checkpointing"] == mode and p["fits"]
     held = {"H": 5, "N": 2, "disc": 67.9e6}
-    least = max(sum(memory(WAN["1.3b"], 32760, kind, checkpointing="selective", **held).values()) for kind in ("student", "critic"))
+    least = max(
+        sum(memory(WAN["1.3b"], 32760, kind, checkpointing="selective", **held).values())
+        for kind in ("student", "critic")
+    )
     pick = lambda budget: choose_checkpointing(WAN["1.3b"], 32760, budget, ("student", "critic"), **held)
     assert pick(least) == "selective" and pick(least - 1) == "full" == pick(0)
-    assert "Checkpointing: selective (chosen" in report("1.3b", gpus=1, checkpointing="auto")
-    assert "Checkpointing: full; the backward" in report("1.3b", gpus=1)
-    text = report("1.3b", gpus=1, card_gb=card_of(need["full"]), checkpointing="selective")
+    assert "checkpointing: selective (chosen" in report("1.3b", gpus=1, checkpointing="auto")
+    assert "checkpointing: full.\nA block keeps its input" in report("1.3b", gpus=1)
+    text = report("1.3b", gpus=1, card_gb=gpu_of(need["full"]), checkpointing="selective")
     assert "IT DOES NOT FIT" in text and "with --checkpointing auto" in text
 
 
 def test_sharding_and_offloading():
-    """HSDP divides by the cards of one copy; an offloaded teacher leaves its blocks in use; both are offered where they help."""
+    """HSDP divides by the GPUs of one copy; an offloaded teacher leaves its blocks in use; both are offered where they
+    help.
+    """
     peak = lambda **kw: plan("14b", gpus=16, **kw)["memory"]["student"]
     assert (
-        peak(shard_over=8)["student, AdamW"] == 2 * peak()["student, AdamW"] == plan("14b", gpus=8)["memory"]["student"]["student, AdamW"]
+        peak(shard_over=8)["student, AdamW"]
+        == 2 * peak()["student, AdamW"]
+        == plan("14b", gpus=8)["memory"]["student"]["student, AdamW"]
     )
-    assert peak(shard_over=16) == peak() and plan("14b", gpus=16, shard_over=8)["seconds"] == plan("14b", gpus=16)["seconds"]
+    assert (
+        peak(shard_over=16) == peak()
+        and plan("14b", gpus=16, shard_over=8)["seconds"] == plan("14b", gpus=16)["seconds"]
+    )
     here, away = (plan("1.3b", gpus=1, offload_teacher=away)["memory"]["critic"] for away in (False, True))
     teacher = parameters(WAN["1.3b"])
     assert "teacher, bf16" not in away and here["teacher, bf16"] == 2 * teacher["total"]
     assert away["gathered for use"] - here["gathered for use"] == 2 * (teacher["total"] - 28 * teacher["block"])
-    room = lambda name, **kw: card_of(max(plan(name, **kw)["peak"].values()))
+    room = lambda name, **kw: gpu_of(max(plan(name, **kw)["peak"].values()))
     assert "with --shard-over 0" in report("14b", gpus=16, card_gb=room("14b", gpus=16), shard_over=4)
     assert "with --offload-teacher" in report("1.3b", gpus=1, card_gb=room("1.3b", gpus=1, offload_teacher=True))
 
 
 def made_record(**changed):
-    """What `bench` would have written on a card of known rates."""
-    rate = {"linear": 700e12, "weight gradients": 500e12, "convolution": 100e12, "fp32 linear": 50e12, "fp32 attention": 20e12,
-            "bytes": 4e12, "fp32 linear, TF32": 350e12, "fp32 attention, TF32": 40e12}  # fmt: skip
+    """What `bench` would have written on a GPU of known rates."""
+    rate = {"linear": 700e12, "weight gradients": 500e12, "convolution": 100e12, "fp32 linear": 50e12,
+            "fp32 attention": 20e12, "bytes": 4e12, "fp32 linear, TF32": 350e12,
+            "fp32 attention, TF32": 40e12}  # fmt: skip
     flops = 4 * 32760**2 * 1536
     forward, both = flops / 600e12, flops / 600e12 + 2.5 * flops / 450e12
     cases = {
         "attention": {
-            "seconds": {"cudnn": forward, "cudnn, with backward": both, "native": 2 * forward, "native, with backward": 3 * both}
+            "seconds": {
+                "cudnn": forward,
+                "cudnn, with backward": both,
+                "native": 2 * forward,
+                "native, with backward": 3 * both,
+            }
         },
         "rates": {"seconds": {unit: 1e15 / r for unit, r in rate.items()}, "work": dict.fromkeys(rate, 1e15)},
     }
     return {
         "size": "1.3b",
-        "card": "A card",
+        "card": "A GPU",
         "date": "2026-11-23",
         "tokens": 32760,
         "config": WAN["1.3b"],
@@ -468,7 +563,9 @@ def made_record(**changed):
 
 
 def test_rates_of_a_record():
-    """plan.rates gives the card's rates back, of the backend and the float32 asked for, and a sentence where one is missing."""
+    """measured_rates gives the GPU's rates back, of the backend and the float32 asked for, and a sentence where one is
+    missing.
+    """
     rate = measured_rates(made_record())
     known = {
         "linear": 700,
@@ -482,53 +579,67 @@ def test_rates_of_a_record():
     assert {unit: rate[unit] / 1e12 for unit in known} == pytest.approx(known) and set(UNITS) == {*known, "convolution"}
     assert measured_rates(made_record(), tf32=True)["fp32 linear"] == pytest.approx(350e12)
     assert measured_rates(made_record(), attn="native")["attention"] == pytest.approx(300e12)
-    with pytest.raises(ValueError, match=r"no measured rate of linear, .*; give a JSON that `bench` wrote, or --tflops.$"):
+    with pytest.raises(
+        ValueError, match=r"no measured rate of linear, .*; give a JSON that `bench` wrote, or --tflops.$"
+    ):
         measured_rates({"cases": {}})
 
 
 def test_plan_by_measured_rates():
-    """With measured rates every second of the plan is work over the rate of its unit, and the report names the card."""
+    """With measured rates every second of the plan is work over the rate of its unit, and the report names the GPU."""
     rate, n = measured_rates(made_record()), 32760
     p = plan("1.3b", gpus=1, rates=rate, compiled=True, checkpointing="selective")
     whole, D = flops(WAN["1.3b"], n)["whole"], 1536
     forward = whole["linear"] / 700e12 + whole["attention"] / 600e12 + 30 * n * (42 * D + 4 * 8960) / 4e12
     assert p["forward"] == pytest.approx(forward) and p["teacher sampling"] == pytest.approx(100 * forward)
     head = flops(WAN["1.3b"], n)["head"]
-    difference = 0.25 * 2 * (head["linear"] / 50e12 + head["attention"] / 20e12 + n * (5 * (42 * D + 4 * 8960) + 116 * D) / 4e12)
+    difference = (
+        0.25 * 2 * (head["linear"] / 50e12 + head["attention"] / 20e12 + n * (5 * (42 * D + 4 * 8960) + 116 * D) / 4e12)
+    )
     assert p["terms"]["stage1"]["finite difference, fp32"] == pytest.approx(difference)
     assert p["seconds"]["stage1"] == pytest.approx(64 * sum(p["terms"]["stage1"].values()))
     text = report("1.3b", gpus=1, rates=rate)
-    assert "rates measured on A card with the shapes of 1.3b, 2026-11-23" in text and "not measured" not in text
-    assert max(map(len, text.splitlines())) <= 140
+    assert "rates measured on A GPU with the shapes of 1.3b, 2026-11-23" in text and "not measured" not in text
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_plan_command_by_measured_rates(tmp_path, capsys):
     """--rates FILE plans with a bench JSON; a missing one is a sentence."""
     from wan_scale import run
 
-    (tmp_path / "card.json").write_text(json.dumps(made_record()))
-    assert run.main(["plan", "--gpus", "1", "--rates", str(tmp_path / "card.json")]) == 0 and "A card" in capsys.readouterr().out
-    assert run.main(["plan", "--rates", str(tmp_path / "none.json")]) and "none.json is missing" in capsys.readouterr().err
+    (tmp_path / "gpu.json").write_text(json.dumps(made_record()))
+    assert (
+        run.main(["plan", "--gpus", "1", "--rates", str(tmp_path / "gpu.json")]) == 0
+        and "A GPU" in capsys.readouterr().out
+    )
+    assert (
+        run.main(["plan", "--rates", str(tmp_path / "none.json")]) and "none.json is missing" in capsys.readouterr().err
+    )
 
 
 # ---- The plan and its words ------------------------------------------------------------------------------------------
 
 
-def test_one_big_card_holds_the_small_model():
-    """1.3B fits one 141 GB card, and the report says so; the same run on a 24 GB card does not."""
+def test_one_big_gpu_holds_the_small_model():
+    """1.3B fits one 141 GB GPU, and the report says so; the same run on a 24 GB GPU does not."""
     text = report("1.3b", gpus=1, card_gb=141)
     assert plan("1.3b", gpus=1, card_gb=141)["fits"] and "It fits." in text and "TOO MUCH" not in text
     assert "NOT FIT" in report("1.3b", gpus=1, card_gb=24)
 
 
-@pytest.mark.parametrize("name, gpus, card", [("14b", 1, 141), ("14b", 8, 141), ("14b", 8, 80), ("1.3b", 1, 80), ("1.3b", 2, 48)])
-def test_advice_holds(name, gpus, card):
-    """Where it does not fit, the GPUs that the advice names are the fewest that do, and the clip that it names the longest."""
-    text = report(name, gpus=gpus, card_gb=card)
-    fits = lambda **kw: plan(name, card_gb=card, **{"gpus": gpus, **kw})["fits"]
+@pytest.mark.parametrize(
+    "name, gpus, size", [("14b", 1, 141), ("14b", 8, 141), ("14b", 8, 80), ("1.3b", 1, 80), ("1.3b", 2, 48)]
+)
+def test_advice_holds(name, gpus, size):
+    """Where it does not fit, the GPUs that the advice names are the fewest that do, and the clip that it names the
+    longest.
+    """
+    text = report(name, gpus=gpus, card_gb=size)
+    fits = lambda **kw: plan(name, card_gb=size, **{"gpus": gpus, **kw})["fits"]
     assert not fits() and "IT DOES NOT FIT" in text and "TOO MUCH" in text
     more, frames = (
-        re.search(pattern, text) for pattern in (r"take (\d+) GPUs, the fewest", r"keep \d+ and shorten the clips to (\d+) frames")
+        re.search(pattern, text)
+        for pattern in (r"take (\d+) GPUs, the fewest", r"keep \d+ and shorten the clips to (\d+) frames")
     )
     both = re.search(r"take (\d+) GPUs and shorten the clips to (\d+) frames", text)
     if more:
@@ -541,18 +652,20 @@ def test_advice_holds(name, gpus, card):
 
 
 def test_advice_is_the_least_change():
-    """A card that is short by one latent frame is told to drop four frames."""
+    """A GPU that is short by one latent frame is told to drop four frames."""
     peak = max(plan("1.3b", gpus=1, frames=77)["peak"].values()) / GB
     assert "clips to 77 frames" in advice("1.3b", gpus=1, card_gb=1.0001 * peak / (1 - RESERVE))
 
 
 def test_no_way_out():
     """Cards on which nothing helps are told so."""
-    assert "No number of such cards" in report("14b", gpus=8, card_gb=6)
+    assert "No number of such GPUs" in report("14b", gpus=8, card_gb=6)
 
 
 def test_times_add_up():
-    """Updates times seconds make the hours, twice the GPUs or the rate halve them, and stage 2 is a mean over 1 and 4 iterations."""
+    """Updates times seconds make the hours, twice the GPUs or the rate halve them, and stage 2 is a mean over 1 and 4
+    iterations.
+    """
     one, two, fast = plan("1.3b", gpus=1), plan("1.3b", gpus=2), plan("1.3b", gpus=1, tflops=800)
     seconds = one["seconds"]
     assert one["hours"]["stage2"] == pytest.approx(4000 * (seconds["student"] + 4 * seconds["critic"]) / 5 / 3600)
@@ -563,10 +676,11 @@ def test_times_add_up():
 
 
 @pytest.mark.parametrize(
-    "name, grid, seconds", [("1.3b", (1, 2), 0.70), ("1.3b", (1, 4), 0.90), ("1.3b", (2, 2), 1.39), ("14b", (2, 2), 8.0)]
+    "name, grid, seconds",
+    [("1.3b", (1, 2), 0.70), ("1.3b", (1, 4), 0.90), ("1.3b", (2, 2), 1.39), ("14b", (2, 2), 8.0)],
 )
 def test_sampling_seconds(name, grid, seconds):
-    """At 474 TFLOP/s the transformer's share of sampling takes 0.70 s at M1N2 to 1.39 s at M2N2 for 1.3B, 8 s for 14B."""
+    """At 474 TFLOP/s the transformer takes 0.70 s of a sample at M1N2 to 1.39 s at M2N2 for 1.3B, 8 s for 14B."""
     assert plan(name, tflops=474)["sampling"][grid] == pytest.approx(seconds, rel=0.02)
 
 
@@ -578,7 +692,13 @@ def test_rollout_costs_what_the_paper_says():
 
 def test_report_of_a_folder_and_of_the_baseline():
     """A config.json gives the preset's report; DMD2-v has no stage 1 and no inner steps; a tiny config works."""
-    as_json = {**WAN["1.3b"], "patch_size": [1, 2, 2], "_class_name": "WanTransformer3DModel", "image_dim": None, "eps": 1e-6}
+    as_json = {
+        **WAN["1.3b"],
+        "patch_size": [1, 2, 2],
+        "_class_name": "WanTransformer3DModel",
+        "image_dim": None,
+        "eps": 1e-6,
+    }
     assert report(as_json) == report("1.3b")
     text = report("1.3b", H=0, N=1, M=1)
     assert "DMD2-v" in text and "kd: 10,000 updates" in text and "effective NFE 1.00" in text
@@ -593,17 +713,20 @@ def test_the_report_says_what_it_is():
     assert "Estimates from FLOP counts at 350 TFLOP/s" in text and "not measured" in text
     for nfe in ("1.17", "1.50", "2.33", "3.00"):
         assert f"effective NFE {nfe}" in text
-    assert max(map(len, text.splitlines())) <= 140
+    assert max(map(len, text.splitlines())) <= 120
 
 
 BAD = [
-    ({"gpus": 0}, "gpus is 0"), ({"gpus": -2}, "gpus is -2"), ({"gpus": 6}, "does not split over 6"), ({"batch": 0}, "batch is 0"),
-    ({"micro_batch": 0}, "micro_batch is 0"), ({"micro_batch": 16}, "16 at a time"), ({"student_every": 1}, "student_every is 1"),
+    ({"gpus": 0}, "gpus is 0"), ({"gpus": -2}, "gpus is -2"), ({"gpus": 6}, "does not split over 6"),
+    ({"batch": 0}, "batch is 0"), ({"micro_batch": 0}, "micro_batch is 0"), ({"micro_batch": 16}, "16 at a time"),
+    ({"student_every": 1}, "student_every is 1"),
     ({"frames": 80}, "4k \\+ 1, such as 81"), ({"frames": 0}, "frames is 0"), ({"frames": -3}, "frames is -3"),
-    ({"height": 488}, "height is 488"), ({"width": 840}, "width is 840"), ({"height": 0}, "height is 0"), ({"H": 30}, "H = 30"),
-    ({"H": -1}, "H = -1"), ({"M": 0}, "M is 0"), ({"N": 0}, "N is 0"), ({"card_gb": 0}, "card_gb"), ({"tflops": float("nan")}, "tflops"),
-    ({"last_tap": 30}, "0 to 29"), ({"model": "13b"}, "'1.3b'"), ({"model": {"num_layers": 4}}, "no attention_head_dim"),
-    ({"model": {**TINY, "image_dim": 1280}}, "image-to-video"), ({"shard_over": 3}, "shard_over 3 does not divide the 8 GPUs"),
+    ({"height": 488}, "height is 488"), ({"width": 840}, "width is 840"), ({"height": 0}, "height is 0"),
+    ({"H": 30}, "H = 30"), ({"H": -1}, "H = -1"), ({"M": 0}, "M is 0"), ({"N": 0}, "N is 0"),
+    ({"card_gb": 0}, "card_gb"), ({"tflops": float("nan")}, "tflops"), ({"last_tap": 30}, "0 to 29"),
+    ({"model": "13b"}, "'1.3b'"), ({"model": {"num_layers": 4}}, "no attention_head_dim"),
+    ({"model": {**TINY, "image_dim": 1280}}, "image-to-video"),
+    ({"shard_over": 3}, "shard_over 3 does not divide the 8 GPUs"),
     ({"checkpointing": "some"}, "'none', 'selective', 'full'"),
 ]  # fmt: skip
 
@@ -625,5 +748,6 @@ def test_bad_kinds():
 
 def test_needs_no_torch():
     """The arithmetic imports in well under a second, for it loads neither torch nor diffusers."""
-    code = "import sys; from wan_scale.cost.plan import plan; plan('14b'); assert not {'torch', 'diffusers'} & set(sys.modules)"
+    code = "import sys; from wan_scale.cost.plan import plan; plan('14b')"
+    code += "; assert not {'torch', 'diffusers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[1], timeout=30)

@@ -1,4 +1,6 @@
-"""The command line, from nothing to mp4s, an exported folder and a score sheet, on the tiny preset; and what it says when it cannot."""
+"""The command line, from nothing to mp4s, an exported folder and a score sheet, on the tiny preset; and what it says
+when it cannot.
+"""
 
 import json
 import shutil
@@ -66,17 +68,27 @@ def settings(ladder, **more):
 
 
 def test_ladder_from_nothing(ladder):
-    """One command makes the folder, clips, both stages, mp4s of 9 frames for student and teacher, a picture and a score sheet."""
+    """One command makes the folder, clips, both stages, mp4s of 9 frames for student and teacher, a picture and a score
+    sheet.
+    """
     for who in ("tmd", "teacher"):
         videos = sorted((ladder / "samples" / who).glob("*.mp4"))
-        assert [v.name for v in videos] == ["a blue cube-0.mp4", "a blue cube-1.mp4", "a red ball-0.mp4", "a red ball-1.mp4"]
+        assert [v.name for v in videos] == [
+            "a blue cube-0.mp4",
+            "a blue cube-1.mp4",
+            "a red ball-0.mp4",
+            "a red ball-1.mp4",
+        ]
         assert all(read_video(v).shape == (9, 64, 64, 3) for v in videos)
     timing = json.loads((ladder / "samples" / "tmd" / "timing.json").read_text())
     assert (timing["M"], timing["N"], timing["effective_nfe"]) == (2, 2, 3.0)
     assert set(timing["median_seconds"]) == {"text", "backbone", "head", "vae"}
     scores = json.loads((ladder / "scores.json").read_text())
     assert set(scores["cheap"]) == {"tmd", "teacher"} and scores["cheap"]["tmd"]["mean"]["diversity"] > 0
-    assert "VBench: not run" in (ladder / "scores.md").read_text() and (ladder / "samples" / "grid.png").stat().st_size > 10_000
+    assert (
+        "VBench: not run" in (ladder / "scores.md").read_text()
+        and (ladder / "samples" / "grid.png").stat().st_size > 10_000
+    )
 
 
 def test_finished_steps_are_skipped(ladder, monkeypatch):
@@ -113,7 +125,9 @@ def test_other_grids_than_trained(ladder):
 
 
 def test_export_round_trip(ladder):
-    """The exported folder loads with one call, strictly, and gives the same latents and frames as the student that was trained."""
+    """The exported folder loads with one call, strictly, and gives the same latents and frames as the student that was
+    trained.
+    """
     assert command("export", "--preset", "tiny", "--out", ladder, *FEW) == 0
     cfg = settings(ladder)
     ours = sample.make_pipeline(cfg, torch.device("cpu"))
@@ -121,7 +135,10 @@ def test_export_round_trip(ladder):
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe, WanPipeline)
     for kind in ("latent", "np"):
-        mine, theirs = (p("a red ball", generator=torch.Generator().manual_seed(3), output_type=kind, **SIZE).frames for p in (ours, pipe))
+        mine, theirs = (
+            p("a red ball", generator=torch.Generator().manual_seed(3), output_type=kind, **SIZE).frames
+            for p in (ours, pipe)
+        )
         assert np.array_equal(np.asarray(mine), np.asarray(theirs)) and np.isfinite(np.asarray(mine)).all()
     assert theirs.shape == (1, 9, 64, 64, 3) and 0 <= theirs.min() and theirs.max() <= 1
     card = (ladder / "export" / "README.md").read_text()
@@ -136,13 +153,20 @@ def test_export_round_trip(ladder):
 
 
 def test_pipeline_is_called_like_wans(ladder):
-    """A list of prompts, a generator for each, several videos a prompt; a video does not depend on its neighbours; bad sizes are named."""
+    """A list of prompts, a generator for each, several videos a prompt; a video does not depend on its neighbours; bad
+    sizes are named.
+    """
     pipe = sample.make_pipeline(settings(ladder), torch.device("cpu"))
     g = lambda seed: torch.Generator().manual_seed(seed)
     both = pipe(["a red ball", "a blue cube"], generator=[g(1), g(2)], output_type="latent", **SIZE).frames
     alone = pipe("a blue cube", generator=g(2), output_type="latent", **SIZE).frames
     torch.testing.assert_close(both[1:], alone, rtol=1e-5, atol=1e-5)
-    assert pipe("a red ball", num_videos_per_prompt=2, generator=g(0), output_type="latent", return_dict=False, **SIZE)[0].shape[0] == 2
+    assert (
+        pipe("a red ball", num_videos_per_prompt=2, generator=g(0), output_type="latent", return_dict=False, **SIZE)[
+            0
+        ].shape[0]
+        == 2
+    )
     for other in ({"N": 1}, {"M": 1}):
         assert not torch.equal(pipe("a blue cube", generator=g(2), output_type="latent", **other, **SIZE).frames, alone)
     with pytest.raises(ValueError, match=r"4 k \+ 1 frames"):
@@ -152,19 +176,28 @@ def test_pipeline_is_called_like_wans(ladder):
 
 
 def test_half_precision_export(ladder):
-    """Loaded in bf16 the pipeline runs, keeps times, tables and fusion in float32, and stays near the float32 latents."""
+    """In bf16 the pipeline runs, keeps times, tables and fusion in float32, and stays near the float32 latents."""
     if not (ladder / "export").exists():
         command("export", "--preset", "tiny", "--out", ladder, *FEW)
-    pipe, half = (TMDWanPipeline.from_pretrained(ladder / "export", dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    pipe, half = (
+        TMDWanPipeline.from_pretrained(ladder / "export", dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
     student = half.transformer.student
-    assert {student.gate.dtype, student.fuse.table.dtype, student.net.transformer.scale_shift_table.dtype} == {torch.float32}
+    assert {student.gate.dtype, student.fuse.table.dtype, student.net.transformer.scale_shift_table.dtype} == {
+        torch.float32
+    }
     assert student.net.patch.weight.dtype == torch.bfloat16
-    a, b = (p("a red ball", generator=torch.Generator().manual_seed(0), output_type="latent", **SIZE).frames.float() for p in (pipe, half))
+    a, b = (
+        p("a red ball", generator=torch.Generator().manual_seed(0), output_type="latent", **SIZE).frames.float()
+        for p in (pipe, half)
+    )
     assert (a - b).norm() / a.norm() < 0.05
 
 
 def test_teacher_is_the_stock_pipeline(ladder, tmp_path):
-    """A video of `--student teacher` is what diffusers' WanPipeline gives from its seed, guidance, shift and the negative prompt."""
+    """A video of `--student teacher` is what diffusers' WanPipeline gives from its seed, guidance, shift and the
+    negative prompt.
+    """
     cfg = settings(ladder, student="teacher", flow_shift=5.0, out=str(tmp_path))
     folder = sample.sample(cfg)
     stock = WanPipeline.from_pretrained(ladder / "tiny-wan")
@@ -188,10 +221,14 @@ def test_plan_and_dry_run_start_nothing(tmp_path, capsys):
 
 
 def test_bare_command_says_what_is_needed(capsys):
-    """With no weights and no prompts it explains what the reproduction needs and what the tiny preset would do, and stops with status 1."""
+    """With no weights and no prompts it explains what the reproduction needs and what the tiny preset would do, and
+    stops with status 1.
+    """
     assert command() == 1
     shown = capsys.readouterr()
-    assert "weights" in shown.out and "--preset tiny" in shown.out and "wan_scale: give --model and --prompts" in shown.err
+    assert (
+        "weights" in shown.out and "--preset tiny" in shown.out and "wan_scale: give --model and --prompts" in shown.err
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,7 +239,19 @@ def test_a_folder_that_lacks_something(ladder, tmp_path, capsys, missing):
     shutil.copytree(ladder / "tiny-wan", tmp_path / "wan")
     gone = tmp_path / "wan" / missing
     shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
-    assert command("--preset", "1.3b", "--model", tmp_path / "wan", "--prompts", ladder / "prompts.txt", "--out", tmp_path / "out") == 1
+    assert (
+        command(
+            "--preset",
+            "1.3b",
+            "--model",
+            tmp_path / "wan",
+            "--prompts",
+            ladder / "prompts.txt",
+            "--out",
+            tmp_path / "out",
+        )
+        == 1
+    )
     error = capsys.readouterr().err
     assert missing.split("/")[-1] in error and error.count("\n") == 1 and not (tmp_path / "out" / "data").exists()
 
@@ -245,12 +294,17 @@ def test_a_prompt_with_two_seeds(ladder, tmp_path):
 
 
 def test_what_can_be_known_before_the_data(tmp_path, capsys):
-    """A batch that does not divide, and a card that is not there, stop the ladder before it makes anything but the tiny folder."""
+    """A batch that does not divide, and a GPU that is not there, stop the ladder before it makes anything but the tiny
+    folder.
+    """
     assert command("--preset", "tiny", "--out", tmp_path / "x", "--micro-batch", "3") == 1
-    assert "global_batch 4 does not divide by micro_batch 3" in capsys.readouterr().err and not (tmp_path / "x" / "data").exists()
+    assert (
+        "global_batch 4 does not divide by micro_batch 3" in capsys.readouterr().err
+        and not (tmp_path / "x" / "data").exists()
+    )
     if not torch.cuda.is_available():
         assert command("--preset", "tiny", "--out", tmp_path / "y", "--device", "cuda") == 1
-        assert "this torch sees no card" in capsys.readouterr().err
+        assert "this torch sees no GPU" in capsys.readouterr().err
 
 
 def test_settings_of_another_phase_do_not_matter(ladder, capsys):
@@ -282,7 +336,9 @@ def test_graph_reaches_the_pipeline(ladder, monkeypatch, graph, wanted):
 
 
 def test_bf16_sampling_computes_in_bf16(ladder):
-    """With --precision bf16 the student's large weights and its samples are half precision, the VAE's and the exported ones float32."""
+    """With --precision bf16 the student's large weights and its samples are half precision, the VAE's and the exported
+    ones float32.
+    """
     pipe = sample.make_pipeline(settings(ladder, precision="bf16"), torch.device("cpu"))
     student = pipe.transformer.student
     assert student.net.patch.weight.dtype == torch.bfloat16 and student.gate.dtype == pipe.vae.dtype == torch.float32
@@ -293,11 +349,14 @@ def test_bf16_sampling_computes_in_bf16(ladder):
 
 
 def test_inner_noise_and_decoding(ladder):
-    """From one outer noise another generator gives another clip: the head's noise is its own; latents are un-normalised for the VAE."""
+    """From one outer noise another generator gives another clip: the head's noise is its own; latents are un-normalised
+    for the VAE.
+    """
     pipe = sample.make_pipeline(settings(ladder), torch.device("cpu"))
     x_1 = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     clips = [
-        pipe("a ball", latents=x_1, generator=torch.Generator().manual_seed(s), output_type="latent", **SIZE).frames for s in (1, 2, 1)
+        pipe("a ball", latents=x_1, generator=torch.Generator().manual_seed(s), output_type="latent", **SIZE).frames
+        for s in (1, 2, 1)
     ]
     assert torch.equal(clips[0], clips[2]) and not torch.equal(clips[0], clips[1])
     wide = lambda values: torch.tensor(values).view(1, -1, 1, 1, 1)

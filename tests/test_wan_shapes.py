@@ -1,4 +1,4 @@
-"""The full ladder distils: a small stock Wan that has learnt moving shapes, through the code that trains the large one."""
+"""The full ladder distils: a small stock Wan that learnt moving shapes, by the code that trains the large one."""
 
 import json
 import math
@@ -22,7 +22,9 @@ def quick(tmp_path_factory):
 
 
 def test_quick_run_scores_three_models_at_the_promised_nfe(quick):
-    """Folder, shards, teacher, stage 1, stage 2 and scores in one call: three finite rows, student and one-step teacher at one NFE."""
+    """Folder, shards, teacher, stage 1, stage 2 and scores in one call: three finite rows, student and one-step teacher
+    at one NFE.
+    """
     out, scores = quick
     assert json.loads((out / "scores.json").read_text()) == scores
     rows = scores["models"]
@@ -43,10 +45,17 @@ def test_teacher_replaces_the_folders_transformer(quick, tmp_path):
 
 
 def test_reader_gives_back_the_clips_and_their_words(quick):
-    """What Reader reads of every clip is the clip that World renders of its prompt and seed, and its text names the prompt's words."""
+    """What Reader reads of every clip is the clip that World renders of its prompt and seed, and its text names the
+    prompt's words.
+    """
     reader = Reader(quick[0] / "data", text_length=3)
-    assert len(reader) == 96 and abs(reader.mean) < 0.1 and abs(reader.std - 1) < 0.1  # normalised, and none was dropped
-    records = {clip["id"]: clip for card in sorted((quick[0] / "data").glob("shard-*.json")) for clip in read_json(card)["clips"]}
+    # normalised, and none was dropped
+    assert len(reader) == 96 and abs(reader.mean) < 0.1 and abs(reader.std - 1) < 0.1
+    records = {
+        clip["id"]: clip
+        for card in sorted((quick[0] / "data").glob("shard-*.json"))
+        for clip in read_json(card)["clips"]
+    }
     x, c = reader.batch(0, 96)
     for (_, i), latent, text in zip(reader.at(0, 96), x, c):
         prompt, g = records[i]["prompt"], torch.Generator().manual_seed(records[i]["seed"])
@@ -60,15 +69,17 @@ def test_reader_gives_back_the_clips_and_their_words(quick):
 def test_score_knows_data_from_noise():
     """The ruler, fed with normalised latents, gives data nearly 1 and noise nearly 0."""
     prompts = shapes.PROMPTS[:3] * 4
-    clips, _, _ = shapes.WORLD.draw(12, torch.Generator().manual_seed(1), torch.stack([encode(prompt) for prompt in prompts]))
+    clips, _, _ = shapes.WORLD.draw(
+        12, torch.Generator().manual_seed(1), torch.stack([encode(prompt) for prompt in prompts])
+    )
     data, noise = (shapes.score(x, prompts) for x in (shapes.to_latents(clips), torch.randn(12, 1, 8, 12, 12)))
     assert data["quality"] > 0.99 and data["semantic"] > 0.9 and data["total"] > 0.9 > 0.2 > noise["total"]
 
 
 @pytest.mark.slow
 def test_student_beats_the_teacher_at_equal_nfe(tmp_path):
-    """On the same noise and prompts the student is far above the teacher's one guided step, which costs the same; so is the teacher's own
-    path of 50 steps.
+    """On the same noise and prompts the student is far above the teacher's one guided step, which costs the same; so is
+    the teacher's own path of 50 steps.
     """
     torch.set_num_threads(1)
     rows = shapes.run(shapes.settings(tmp_path))["models"]

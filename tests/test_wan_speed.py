@@ -1,4 +1,5 @@
-"""What makes Wan fast changes no result: attention backends, recomputation, compiled blocks, prompts kept, the graphed head."""
+"""What makes Wan fast changes no result: attention backends, activation checkpointing, compiled blocks, prompts kept, the
+graphed head."""
 
 from unittest.mock import Mock
 
@@ -51,11 +52,15 @@ def rollout(student, batch, N=3):
 
 
 def test_float32_calls_take_the_native_backend(net, batch, monkeypatch):
-    """Half precision goes to the backend that was chosen, float32 (the finite difference) to native, whatever autocast the rest runs in."""
+    """Half precision goes to the backend that was chosen, float32 (the finite difference) to native, whatever autocast
+    the rest runs in.
+    """
     asked = []
     stock = speed.WanAttnProcessor.__call__
     monkeypatch.setattr(
-        speed.WanAttnProcessor, "__call__", lambda self, *a, **k: (asked.append(self._attention_backend), stock(self, *a, **k))[1]
+        speed.WanAttnProcessor,
+        "__call__",
+        lambda self, *a, **k: (asked.append(self._attention_backend), stock(self, *a, **k))[1],
     )
     monkeypatch.setitem(speed.BACKENDS, "flash", "_native_math")  # a backend that a CPU has
     speed.prepare(net, attn="flash")
@@ -75,15 +80,19 @@ def test_float32_calls_take_the_native_backend(net, batch, monkeypatch):
 def test_backends_are_timed_and_the_fastest_is_taken():
     """A backend that does not run here is told in words and not chosen; where none runs it is an error."""
     times = speed.attention_times(2, 16, 64, torch.device("cpu"), torch.float32)
-    assert set(times) == {"native", "cudnn", "flash", "flex"} and times["native"] > 0 and isinstance(times["cudnn"], str)
+    assert (
+        set(times) == {"native", "cudnn", "flash", "flex"} and times["native"] > 0 and isinstance(times["cudnn"], str)
+    )
     assert speed.fastest({"native": 2.0, "cudnn": 1.0, "flash": "RuntimeError: no"}) == "cudnn"
     with pytest.raises(RuntimeError, match="no attention backend runs here"):
         speed.fastest({"flash": "RuntimeError: no"})
 
 
 @pytest.mark.parametrize(("mode", "again"), [("none", 0), ("selective", 0), ("full", 1)])
-def test_selective_recomputation_leaves_attention_out(net, batch, mode, again):
-    """Every block has two attentions: computed once with "none" and "selective", once more in the backward pass with "full"."""
+def test_selective_checkpointing_leaves_attention_out(net, batch, mode, again):
+    """Every block has two attentions: computed once with "none" and "selective", once more in the backward pass with
+    "full".
+    """
     student = tmd.TMDStudent(speed.prepare(net, checkpointing=mode), 2)
     with Seen() as seen:
         y = rollout(student, batch, N=2)
@@ -113,7 +122,9 @@ def compared(net, batch, mode: str):
 
 @pytest.mark.parametrize(("mode", "again"), [("none", 0), ("selective", 0), ("full", 2)])
 def test_a_block_is_one_graph(net, batch, mode, again):
-    """One compilation serves all blocks of backbone and head, cut nowhere; its backward pass has the attentions that the mode asks for."""
+    """One compilation serves all blocks of backbone and head, cut nowhere; its backward pass has the attentions that
+    the mode asks for.
+    """
     with Counting() as seen:
         compared(net, batch, mode)
         assert seen.forward == [2] and seen.backward == [again] and not seen.breaks
@@ -133,7 +144,9 @@ def test_a_block_is_one_graph_in_sampling(net, batch):
 
 
 def test_adapters_are_compiled(net, batch):
-    """Teacher and fake score on one base, blocks with one adapter and with two: a graph for each, cut nowhere; outputs as eager ones."""
+    """Teacher and fake score on one base, blocks with one adapter and with two: a graph for each, cut nowhere; outputs
+    as eager ones.
+    """
     x, t, c = batch
     base = lora.adapt(net, 4, 10.0, {"student": 2, "fake": 4})
     roles = [lora.Role(base), lora.Role(base, "fake")]
@@ -151,7 +164,7 @@ def test_adapters_are_compiled(net, batch):
 
 
 def test_compiled_by_inductor(net, batch):
-    """The compiler that cards use gives the same loss and gradients."""
+    """The compiler that GPUs use gives the same loss and gradients."""
     torch._dynamo.reset()
     speed.compiled_forward = None
     compared(net, batch, "selective")
@@ -159,7 +172,9 @@ def test_compiled_by_inductor(net, batch):
 
 
 def test_a_frozen_network_keeps_what_it_made_of_a_prompt(net, batch):
-    """Over M transitions of N inner steps: the same sample bit for bit, text and every block's keys made once; not for another prompt."""
+    """Over M transitions of N inner steps: the same sample bit for bit, text and every block's keys made once; not for
+    another prompt.
+    """
     x, _, c = batch
     student, how = tmd.TMDStudent(net, 1), WanStudentConfig(M=2, N=3, H=1)
     sample = lambda c: tmd.sample(
@@ -188,7 +203,8 @@ class Replayed:
 
 
 def test_graphed_head_is_the_head(net, batch, monkeypatch, capsys):
-    """Every call copies all that a replay reads, and hands out a tensor of its own: other prompts, times and N, as without a graph.
+    """Every call copies all that a replay reads, and hands out a tensor of its own: other prompts, times and N, as
+    without a graph.
 
     The graph is a stand-in (a real one: tests/test_cuda.py); on a CPU nothing is recorded.
     """
@@ -209,13 +225,20 @@ def test_graphed_head_is_the_head(net, batch, monkeypatch, capsys):
     for M, N, text in ((2, 2, c), (1, 3, c), (2, 2, c.flip(0)), (1, 2, c)):
         how = WanStudentConfig(M=M, N=N, H=2)
         grids = {"outer_grid": how.outer_grid, "inner_grid": how.inner_grid}
-        sample = lambda of, text=text, grids=grids: tmd.sample(of, x, text, **grids, generator=torch.Generator().manual_seed(0))
+        sample = lambda of, text=text, grids=grids: tmd.sample(
+            of, x, text, **grids, generator=torch.Generator().manual_seed(0)
+        )
         assert torch.equal(sample(graphed), sample(student)) and torch.equal(sample(plain), sample(student))
     assert len(recorded) == 1 and not plain.recorded
     failing = speed.GraphedHead(student)
     monkeypatch.setattr(failing, "records", lambda y_s: True)
-    monkeypatch.setattr(failing, "record", Mock(side_effect=RuntimeError("operation not permitted\nwhen stream is capturing")))
-    assert torch.equal(sample(failing), sample(student)) and "without a CUDA graph: operation not permitted\n" in capsys.readouterr().out
+    monkeypatch.setattr(
+        failing, "record", Mock(side_effect=RuntimeError("operation not permitted\nwhen stream is capturing"))
+    )
+    assert (
+        torch.equal(sample(failing), sample(student))
+        and "without a CUDA graph: operation not permitted\n" in capsys.readouterr().out
+    )
     assert torch.equal(sample(failing), sample(student)) and failing.record.call_count == 1  # tried once
     with torch.no_grad():
         m, y, one = student.features(x, batch[1], c), torch.randn_like(x), torch.ones(len(x), dtype=torch.float64)
@@ -225,7 +248,8 @@ def test_graphed_head_is_the_head(net, batch, monkeypatch, capsys):
         assert torch.equal(first, kept)
         graphed.head(y[:1], one[:1], one[:1] / 2, student.features(x[:1], batch[1][:1], c[:1]))
         assert len(recorded) == len(graphed.recorded) + 1 == 2
-    assert graphed.head(y, one, one / 2, student.features(x, batch[1], c)).requires_grad and len(recorded) == 2  # no graph in training
+    # no graph in training
+    assert graphed.head(y, one, one / 2, student.features(x, batch[1], c)).requires_grad and len(recorded) == 2
 
 
 def test_norms_keep_the_dtype():

@@ -1,6 +1,7 @@
 """Training on Wan: many ranks equal one, resume is exact, what breaks is said, and the log tells."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from wan_scale.data.teacher import generate
 from wan_scale.model import WanDiscriminator
 from wan_scale.tiny import make_tiny
 from wan_scale.training import logs, train
-from wan_scale.training.phase import Average, Feed, WanPhase, complete, mixed
+from wan_scale.training.phase import EMA, Feed, WanPhase, complete, mixed
 
 FAST = {
     "stage1_updates": 4,
@@ -39,7 +40,9 @@ def world(tmp_path_factory):
     """A tiny folder and six teacher clips of two steps, with and without their noise."""
     root = tmp_path_factory.mktemp("wan")
     model = make_tiny(root / "tiny")
-    (root / "prompts.txt").write_text("a red ball\na blue cube\na green cat runs\na small dog\nthe ball up\nthe cat sits\n")
+    (root / "prompts.txt").write_text(
+        "a red ball\na blue cube\na green cat runs\na small dog\nthe ball up\nthe cat sits\n"
+    )
     clip = {"frames": 9, "height": 64, "width": 64, "steps": 2, "shard_size": 3}
     generate(model, root / "prompts.txt", root / "data", **clip)
     generate(model, root / "prompts.txt", root / "pairs", kd=True, skip_layer=1, **clip)
@@ -51,8 +54,8 @@ def settings(world, out, **more) -> Wan:
 
 
 def assert_same_run(a: dict, b: dict) -> None:
-    """Every weight and average alike to the rounding of a sum's order. AdamW turns a rounding in a gradient near 0 into a step of its
-    rate, so a few weights may differ by that; the first moments, which are gradients, may not."""
+    """Every weight and EMA alike to the rounding of a sum's order. AdamW turns a rounding in a gradient near 0 into
+    a step of its rate, so a few weights may differ by that; the first moments, which are gradients, may not."""
     assert a["step"] == b["step"] and a["tensors"].keys() == b["tensors"].keys()
     for name, x in a["tensors"].items():
         y = b["tensors"][name]
@@ -63,13 +66,23 @@ def assert_same_run(a: dict, b: dict) -> None:
 
 
 def test_two_ranks_equal_one(world, tmp_path):
-    """FSDP2 on two gloo ranks and one process with two micro-batches do the same stage 1 and stage 2: three nets, optimizers, average.
+    """FSDP2 on two gloo ranks and one process with two micro-batches do the same stage 1 and stage 2: three nets,
+    optimizers, EMA.
 
     A run begun on two ranks also goes on alone, to the same end; and two ranks sample every video between them.
     """
     for name in ("tiny", "data", "prompts.txt"):
         (tmp_path / name).symlink_to(world / name)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", wan_ranks.__file__, str(tmp_path)]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        wan_ranks.__file__,
+        str(tmp_path),
+    ]
     done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     two = torch.load(tmp_path / "two" / "found.pt", weights_only=True)
@@ -111,7 +124,9 @@ def weights(folder: Path) -> bytes:
 
 
 def test_resume_is_bitwise(world, tmp_path, monkeypatch):
-    """Stopped between two checkpoints of stage 1 and of stage 2 and started again: the same bytes as a run in one piece, log included."""
+    """Stopped between two checkpoints of stage 1 and of stage 2 and started again: the same bytes as a run in one
+    piece, log included.
+    """
     whole, parts = (settings(world, tmp_path / name) for name in ("whole", "parts"))
     train.stage1(whole), train.stage2(whole)
     for work, step in ((train.stage1, 3), (train.stage2, 5)):
@@ -122,16 +137,19 @@ def test_resume_is_bitwise(world, tmp_path, monkeypatch):
     for phase in ("stage1", "stage2"):
         assert weights(whole.folder(phase)) == weights(parts.folder(phase))
         steps = [
-            [json.loads(line)["step"] for line in (cfg.folder(phase) / "log.jsonl").read_text().splitlines()] for cfg in (whole, parts)
+            [json.loads(line)["step"] for line in (cfg.folder(phase) / "log.jsonl").read_text().splitlines()]
+            for cfg in (whole, parts)
         ]
         assert steps[0] == steps[1]
 
 
 def test_kill_while_a_checkpoint_is_written(world, tmp_path, monkeypatch):
-    """A kill before the rename leaves the last checkpoint and a .tmp that nobody reads; the run goes on to the same bytes."""
+    """A kill before the rename leaves the last checkpoint and a .tmp that nobody reads; the run goes on to the same
+    bytes.
+    """
     whole, killed = (settings(world, tmp_path / name) for name in ("whole", "killed"))
     train.stage1(whole)
-    replace = train.os.replace
+    replace = os.replace
 
     def die(source, target):
         if str(target).endswith("step-00000004"):
@@ -150,12 +168,16 @@ def test_kill_while_a_checkpoint_is_written(world, tmp_path, monkeypatch):
 
 
 def test_damaged_and_foreign_checkpoints(world, tmp_path, monkeypatch):
-    """A truncated checkpoint, an unreadable state and another run's settings are a sentence each; a finished phase is not run again."""
+    """A truncated checkpoint, an unreadable state and another run's settings are a sentence each; a finished phase is
+    not run again.
+    """
     cfg = settings(world, tmp_path)
     stop_at(monkeypatch, 3)
     with pytest.raises(Interrupted):
         train.stage1(cfg)
-    with pytest.raises(tmd.CheckpointError, match=r"made with another --stage1-lr, lr; give the same settings or another --out"):
+    with pytest.raises(
+        tmd.CheckpointError, match=r"made with another --stage1-lr, lr; give the same settings or another --out"
+    ):
         train.stage1(settings(world, tmp_path, stage1_lr=2e-4))
     newest = complete(cfg.folder("stage1", "checkpoints"))[-1]
     state = (newest / "state.json").read_text()
@@ -176,7 +198,9 @@ def test_damaged_and_foreign_checkpoints(world, tmp_path, monkeypatch):
 
 
 def test_baseline_with_kd(world, tmp_path):
-    """At M = 1 the baseline warms up on pairs and goes on with the whole network as its student; at M = 2 it starts from the teacher."""
+    """At M = 1 the baseline warms up on pairs and goes on with the whole network as its student; at M = 2 it starts
+    from the teacher.
+    """
     cfg = settings(world, tmp_path, M=1)
     shutil.copytree(world / "pairs", cfg.folder("kd-pairs"))
     assert train.kd(cfg)["updates"] == 3
@@ -189,11 +213,16 @@ def test_baseline_with_kd(world, tmp_path):
 
 
 def test_student_step_moves_only_the_student(world, tmp_path, monkeypatch):
-    """In stage 2 each update moves one net: the fifth the student, the others fake score and discriminator; the teacher never."""
+    """In stage 2 each update moves one net: the fifth the student, the others fake score and discriminator; the teacher
+    never.
+    """
     cfg, moved, before = settings(world, tmp_path, stage1_updates=0, stage2_iterations=5), [], {}
 
     def on_step(job, how, phase, terms):
-        now = {name: torch.cat([p.detach().flatten() for p in net.parameters()]).clone() for name, net in phase.nets.items()}
+        now = {
+            name: torch.cat([p.detach().flatten() for p in net.parameters()]).clone()
+            for name, net in phase.nets.items()
+        }
         moved.append({name for name in now if before and not torch.equal(now[name], before[name])})
         before.update(now)
 
@@ -209,7 +238,9 @@ def tiny_phase(feed=None, **kw) -> WanPhase:
 
 
 def test_steps_that_are_not_finite(tmp_path):
-    """A step with a NaN is skipped, counted and told; the weights stay as they were, and a row of them stops the run with a sentence."""
+    """A step with a NaN is skipped, counted and told; the weights stay as they were, and a row of them stops the run
+    with a sentence.
+    """
     phase, bad = tiny_phase(patience=3), {2, 3}
     net = phase.nets["student"]
 
@@ -222,7 +253,9 @@ def test_steps_that_are_not_finite(tmp_path):
     assert phase.skipped == 2 and torch.equal(before[1], before[3]) and not torch.equal(before[3], before[4])
     assert all(torch.isfinite(p).all() for p in [net.weight, *phase.ema.parameters()])
     bad.update(range(6, 20))
-    with pytest.raises(FloatingPointError, match="'student' was not finite 3 times in a row, at step 8; lower the rate"):
+    with pytest.raises(
+        FloatingPointError, match="'student' was not finite 3 times in a row, at step 8; lower the rate"
+    ):
         phase.run(iterate, 20)
 
 
@@ -240,7 +273,9 @@ def test_one_bad_net_of_three_stops_the_run():
 
 
 def test_accuracy_is_of_the_critics(g):
-    """Accuracy is that of the last critic update, over all its micro-batches, and an alarm after a student's update still sees it."""
+    """Accuracy is that of the last critic update, over all its micro-batches, and an alarm after a student's update
+    still sees it.
+    """
     net = torch.nn.Identity()
     accuracy = logs.Accuracy(net)
     for real, fake in ((2.0, -2.0), (2.0, 2.0)):
@@ -280,27 +315,31 @@ def test_accumulation_is_the_mean(tmp_path):
         feed = Feed(lambda position, n: x[position : position + n])
         phase = tiny_phase(feed, accumulate=accumulate)
         net, n = phase.nets["student"], 4 // accumulate
-        phase.run(lambda p, net=net, n=n: p.update("student", {"loss": net(p.feed(n)).square().mean()}), 2, progress=False)
+        phase.run(
+            lambda p, net=net, n=n: p.update("student", {"loss": net(p.feed(n)).square().mean()}), 2, progress=False
+        )
         results.append(net.weight.detach())
     torch.testing.assert_close(results[0], results[1])
 
 
 def test_draws_depend_on_the_micro_batch_alone():
-    """Other numbers and other seeds give other noise, on torch's CPU generator too, which looks at the low 32 bits of a seed."""
+    """Other numbers and other seeds give other noise, on torch's CPU generator too, which looks at the low 32 bits of a
+    seed.
+    """
     seeds = {mixed(seed, number) & 0xFFFFFFFF for seed in range(50) for number in range(50)}
     assert len(seeds) == 2500
 
 
-def test_averaged_weights_change_places():
-    """Within, the net is its average; afterwards both are what they were."""
+def test_ema_weights_change_places():
+    """Within, the net is its EMA; afterwards both are what they were."""
     phase = tiny_phase()
     with torch.no_grad():
         phase.nets["student"].weight.add_(1.0)
-    mine, average = phase.nets["student"].weight.clone(), phase.ema.named["weight"].clone()
-    with phase.averaged_weights() as net:
-        assert torch.equal(net.weight, average)
-    assert torch.equal(phase.nets["student"].weight, mine) and torch.equal(phase.ema.named["weight"], average)
-    assert isinstance(phase.ema, Average)
+    mine, ema = phase.nets["student"].weight.clone(), phase.ema.named["weight"].clone()
+    with phase.ema_weights() as net:
+        assert torch.equal(net.weight, ema)
+    assert torch.equal(phase.nets["student"].weight, mine) and torch.equal(phase.ema.named["weight"], ema)
+    assert isinstance(phase.ema, EMA)
 
 
 def test_batch_that_does_not_divide(world, tmp_path):
@@ -312,7 +351,9 @@ def test_batch_that_does_not_divide(world, tmp_path):
 
 
 def test_checkpointed_discriminator_has_the_same_gradients(g):
-    """Recomputing its branches changes no gradient: of its weights in the critics' update, of its input in the student's."""
+    """Recomputing its branches changes no gradient: of its weights in the critics' update, of its input in the
+    student's.
+    """
     plain = WanDiscriminator(6, 8, 2, hidden=8)
     lean = WanDiscriminator(6, 8, 2, hidden=8, checkpointing=True)
     lean.load_state_dict(plain.state_dict())
@@ -330,7 +371,7 @@ def test_checkpointed_discriminator_has_the_same_gradients(g):
 
 
 def test_auto_checkpointing_is_what_plan_proposes(world, tmp_path, capsys):
-    """The mode that `plan` prints for this memory is the mode that the nets of a phase run in, and the screen says so."""
+    """The checkpointing that `plan` prints for this memory is the one a phase runs with, and the screen says so."""
     for gb in (8.0, 0.001):
         cfg = settings(world, tmp_path, checkpointing="auto", card_gb=gb, compile="off")
         job = train.Training(cfg, "stage1", world / "data")
@@ -339,11 +380,13 @@ def test_auto_checkpointing_is_what_plan_proposes(world, tmp_path, capsys):
         wanted = plan(config, **cfg.planned())["checkpointing"]
         assert student.net.checkpointing == wanted == {8.0: "none", 0.001: "full"}[gb]
         assert f"checkpointing {wanted}, chosen by `plan`" in capsys.readouterr().out
-        assert f"Checkpointing: {wanted}" in report(config, **cfg.planned())
+        assert f"checkpointing: {wanted}" in report(config, **cfg.planned())
 
 
 def test_log_and_previews(world, tmp_path):
-    """Every log_every updates a line of finite numbers, previews with their numbers and latents, and the discriminator's accuracy."""
+    """Every log_every updates a line of finite numbers, previews with their numbers and latents, and the
+    discriminator's accuracy.
+    """
     cfg = settings(world, tmp_path, stage1_updates=0)
     train.stage2(cfg)
     lines = [json.loads(line) for line in (cfg.folder("stage2") / "log.jsonl").read_text().splitlines()]
@@ -356,7 +399,9 @@ def test_log_and_previews(world, tmp_path):
 
 
 def test_alarms_in_words(g):
-    """Still, hot and washed-out clips, one clip for two seeds, and a discriminator that is always right are named; data are not."""
+    """Still, hot and washed-out clips, one clip for two seeds, and a discriminator that is always right are named; data
+    are not.
+    """
     data_ = torch.randn(4, 4, 5, 6, 6, generator=g)
     fine = torch.randn(4, 2, 4, 5, 6, 6, generator=g)
     say = lambda samples, **more: " ".join(logs.alarms({**logs.preview_numbers(samples, data_), **more}))
@@ -372,11 +417,23 @@ def test_presets_are_table_7():
     """The presets 1.3b and 14b carry the paper's numbers for both M."""
     small, big = preset("1.3b"), preset("14b")
     assert (small.stage1_lr, big.stage1_lr, small.adaptive_c, big.adaptive_c) == (3e-5, 1e-5, 1, 1e-5)
-    assert [preset(name, M=m).stage2().iterations for name in ("1.3b", "14b") for m in (1, 2)] == [12000, 4000, 5000, 1000]
+    assert [preset(name, M=m).stage2().iterations for name in ("1.3b", "14b") for m in (1, 2)] == [
+        12000,
+        4000,
+        5000,
+        1000,
+    ]
     assert (small.tap_blocks, big.tap_blocks) == ((15, 22, 29), (19, 29, 39))
     for cfg in (small, big):
         one, two = cfg.stage1(), cfg.stage2()
-        assert (one.updates, one.guidance, one.s_shift, one.fd_step, one.flow_map_share, one.cond_drop) == (3000, 3, 3, 0.005, 0.25, 0.1)
+        assert (one.updates, one.guidance, one.s_shift, one.fd_step, one.flow_map_share, one.cond_drop) == (
+            3000,
+            3,
+            3,
+            0.005,
+            0.25,
+            0.1,
+        )
         assert (two.lr, two.guidance, two.gan_weight, two.student_every, two.dmd_shift) == (1e-5, 5, 0.03, 5, 5)
         assert (cfg.global_batch, cfg.frames, cfg.height, cfg.width, cfg.outer_shift, cfg.inner_shift, cfg.H) == (
             64,
@@ -392,9 +449,9 @@ def test_presets_are_table_7():
 
 @pytest.mark.parametrize(
     ("bad", "words"),
-    [({"frames": 8}, "4 k"), ({"height": 100}, "multiples of 16"), ({"taps": "a"}, "block numbers"), ({"M": 0}, "M is 0"),
-     ({"sampler": "x"}, "sampler is"), ({"micro_batch": 0}, "micro_batch is 0"), ({"stage2_lr": 0.0}, "stage2_lr is 0"),
-     ({"precision": "fp8"}, "precision is")],
+    [({"frames": 8}, "4 k"), ({"height": 100}, "multiples of 16"), ({"taps": "a"}, "block numbers"),
+     ({"M": 0}, "M is 0"), ({"sampler": "x"}, "sampler is"), ({"micro_batch": 0}, "micro_batch is 0"),
+     ({"stage2_lr": 0.0}, "stage2_lr is 0"), ({"precision": "fp8"}, "precision is")],
 )  # fmt: skip
 def test_settings_that_cannot_be(bad, words):
     """One sentence that names the setting."""

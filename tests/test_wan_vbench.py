@@ -14,17 +14,29 @@ from wan_scale.sampling import vbench
 
 FULL = {name: high for name, (_, high, _) in vbench.DIMENSIONS.items()}  # every dimension at the top of its range
 ORDER = [
-    *("subject_consistency", "background_consistency", "temporal_flickering", "motion_smoothness", "dynamic_degree", "aesthetic_quality"),
+    *(
+        "subject_consistency",
+        "background_consistency",
+        "temporal_flickering",
+        "motion_smoothness",
+        "dynamic_degree",
+        "aesthetic_quality",
+    ),
     *("imaging_quality", "object_class", "multiple_objects", "human_action", "color", "spatial_relationship", "scene"),
     *("appearance_style", "temporal_style", "overall_consistency"),
 ]
 # arXiv 2503.19462 (AccVideo), Tables 4 and 5, in per cent: total, quality, semantic, then the dimensions in ORDER
 PUBLISHED = {
-    "VideoCrafter2": "80.44 82.20 73.42 96.85 98.22 98.41 97.73 42.50 63.13 67.22 92.55 40.66 95.00 92.92 35.86 55.29 25.13 25.84 28.23",
-    "T2V-Turbo-V2": "83.52 85.13 77.12 95.50 96.71 97.35 97.07 90.00 62.61 71.78 95.33 61.49 96.20 92.53 43.32 56.40 24.17 27.06 28.26",
-    "CogVideoX": "81.61 82.75 77.04 96.23 96.52 98.66 96.92 70.97 61.98 62.90 85.23 62.11 99.40 82.81 66.35 53.20 24.91 25.38 27.59",
-    "PyramidFlow": "81.72 84.74 69.62 96.95 98.06 99.49 99.12 64.63 63.26 65.01 86.67 50.71 85.60 82.87 59.53 43.20 20.91 23.09 26.23",
-    "HunyuanVideo": "83.24 85.09 75.82 97.37 97.76 99.44 98.99 70.83 60.36 67.56 86.10 68.55 94.40 91.60 68.68 53.88 19.80 23.89 26.44",
+    "VideoCrafter2": "80.44 82.20 73.42 96.85 98.22 98.41 97.73 42.50 63.13 67.22 "
+    "92.55 40.66 95.00 92.92 35.86 55.29 25.13 25.84 28.23",
+    "T2V-Turbo-V2": "83.52 85.13 77.12 95.50 96.71 97.35 97.07 90.00 62.61 71.78 "
+    "95.33 61.49 96.20 92.53 43.32 56.40 24.17 27.06 28.26",
+    "CogVideoX": "81.61 82.75 77.04 96.23 96.52 98.66 96.92 70.97 61.98 62.90 "
+    "85.23 62.11 99.40 82.81 66.35 53.20 24.91 25.38 27.59",
+    "PyramidFlow": "81.72 84.74 69.62 96.95 98.06 99.49 99.12 64.63 63.26 65.01 "
+    "86.67 50.71 85.60 82.87 59.53 43.20 20.91 23.09 26.23",
+    "HunyuanVideo": "83.24 85.09 75.82 97.37 97.76 99.44 98.99 70.83 60.36 67.56 "
+    "86.10 68.55 94.40 91.60 68.68 53.88 19.80 23.89 26.44",
 }
 
 
@@ -38,7 +50,9 @@ def write(path, content):
 
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_aggregate_gives_the_published_totals(model):
-    """Five public rows of 16 dimensions (arXiv 2503.19462, Tables 4 and 5) fold into their printed totals to within rounding."""
+    """Five public rows of 16 dimensions (arXiv 2503.19462, Tables 4 and 5) fold into their printed totals to within
+    rounding.
+    """
     total, quality, semantic, *raw = map(float, PUBLISHED[model].split())
     scores = vbench.aggregate({name: x / 100 for name, x in zip(ORDER, raw, strict=True)})
     assert set(ORDER) == set(vbench.DIMENSIONS)
@@ -49,20 +63,30 @@ def test_aggregate_gives_the_published_totals(model):
 def test_the_ends_of_the_ranges_are_0_and_100():
     """All dimensions at their maximum give 100 three times, at their minimum 0; beyond the range nothing is clamped."""
     for end, expected in ((1, 100.0), (0, 0.0)):
-        scores = vbench.aggregate({name: bounds[end] for name, bounds in ((n, (b[0], b[1])) for n, b in vbench.DIMENSIONS.items())})
+        scores = vbench.aggregate(
+            {name: bounds[end] for name, bounds in ((n, (b[0], b[1])) for n, b in vbench.DIMENSIONS.items())}
+        )
         for name in ("total", "quality", "semantic"):
             assert scores[name] == pytest.approx(expected, abs=1e-9)
         assert set(scores["normalised"]) == set(vbench.DIMENSIONS)
-    assert vbench.aggregate({**FULL, "scene": 1.0})["normalised"]["scene"] > 100 > vbench.aggregate({**FULL, "scene": 0.8})["semantic"]
+    assert (
+        vbench.aggregate({**FULL, "scene": 1.0})["normalised"]["scene"]
+        > 100
+        > vbench.aggregate({**FULL, "scene": 0.8})["semantic"]
+    )
 
 
 @pytest.mark.parametrize("name", vbench.DIMENSIONS)
 def test_one_dimension_moves_the_total_by_its_weight(name):
-    """A raw drop d moves the total by 0.8 w / 6.5 (quality, dynamic degree w = 1/2) or 0.2 / 9 (semantic) times d over the range."""
+    """A raw drop d moves the total by 0.8 w / 6.5 (quality, dynamic degree w = 1/2) or 0.2 / 9 (semantic) times d over
+    the range.
+    """
     low, high, weight = vbench.DIMENSIONS[name]
     moved = 100 - vbench.aggregate({**FULL, name: high - 0.1})["total"]
     share = 0.8 * (0.5 if name == "dynamic_degree" else 1) / 6.5 if name in vbench.QUALITY else 0.2 / 9
-    assert moved == pytest.approx(100 * share * 0.1 / (high - low), rel=1e-9) and weight == (0.5 if name == "dynamic_degree" else 1)
+    assert moved == pytest.approx(100 * share * 0.1 / (high - low), rel=1e-9) and weight == (
+        0.5 if name == "dynamic_degree" else 1
+    )
 
 
 def test_seven_dimensions_of_quality_and_nine_of_semantics():
@@ -105,14 +129,20 @@ def records():
     return [
         {"prompt_en": "a red bicycle", "dimension": ["color"], "auxiliary_info": {"color": {"color": "red"}}},
         {"prompt_en": "In a still frame, a stop sign", "dimension": ["temporal_flickering"]},
-        {"prompt_en": "The bund Shanghai, oil painting", "dimension": ["overall_consistency", "aesthetic_quality", "imaging_quality"]},
+        {
+            "prompt_en": "The bund Shanghai, oil painting",
+            "dimension": ["overall_consistency", "aesthetic_quality", "imaging_quality"],
+        },
         {"prompt_en": "The bund Shanghai, oil painting", "dimension": ["appearance_style"]},
-        {"prompt_en": "In a still frame, a stop sign", "dimension": ["object_class"]},  # a later row must not lower 25 to 5
+        # a later row must not lower 25 to 5
+        {"prompt_en": "In a still frame, a stop sign", "dimension": ["object_class"]},
     ]
 
 
 def test_plan_follows_vbench_names_and_counts(tmp_path):
-    """Five clips a prompt and 25 for temporal flickering, `prompt-index.mp4`, rows of one prompt merged, no two names or seeds alike."""
+    """Five clips a prompt and 25 for temporal flickering, `prompt-index.mp4`, rows of one prompt merged, no two names
+    or seeds alike.
+    """
     read = vbench.read_prompts(write(tmp_path / "VBench_full_info.json", records()))
     assert read == records()
     plan = vbench.plan_videos(read)
@@ -124,7 +154,9 @@ def test_plan_follows_vbench_names_and_counts(tmp_path):
 
 
 def test_seeds_depend_on_the_name_alone():
-    """Other order, fewer prompts, fewer samples: a clip keeps its seed, so ranks and reruns agree; the value is fixed for good."""
+    """Other order, fewer prompts, fewer samples: a clip keeps its seed, so ranks and reruns agree; the value is fixed
+    for good.
+    """
     seeds = {video.name: video.seed for video in vbench.plan_videos(records())}
     again = vbench.plan_videos(records()[2::-1][:2], samples=2, flickering_samples=3)
     assert len(again) == 5 and all(seeds[video.name] == video.seed for video in again)
@@ -133,7 +165,9 @@ def test_seeds_depend_on_the_name_alone():
 
 @pytest.mark.parametrize("prompt", ["a cat and/or a dog", "x" * 250, "a\0b"])
 def test_a_prompt_that_is_no_file_name_is_refused(prompt):
-    """VBench looks clips up by the literal prompt, so a prompt that cannot be a name is an error and never a changed name."""
+    """VBench looks clips up by the literal prompt, so a prompt that cannot be a name is an error and never a changed
+    name.
+    """
     with pytest.raises(ValueError, match="cannot be a file name"):
         vbench.plan_videos([{"prompt_en": prompt, "dimension": ["color"]}])
 
@@ -147,10 +181,13 @@ def test_missing_counts_absent_and_empty_files(tmp_path):
 
 
 def test_rewritten_prompts_change_the_text_and_not_the_name(tmp_path):
-    """The model reads the long text; names and seeds stay those of the short prompt; files that do not pair up are refused."""
+    """The model reads the long text; names and seeds stay those of the short prompt; files that do not pair up are
+    refused.
+    """
     plain, long = tmp_path / "all_dimension.txt", tmp_path / "augmented.txt"
     prompts = [record["prompt_en"] for record in records()]
-    plain.write_text("\n".join(f"{p} " for p in prompts) + "\n", encoding="utf-8")  # VBench's file has blanks at ends of lines
+    # VBench's file has blanks at ends of lines
+    plain.write_text("\n".join(f"{p} " for p in prompts) + "\n", encoding="utf-8")
     long.write_text("\n".join(f"{p}, in\u2028detail" for p in prompts), encoding="utf-8")
     rewritten = vbench.read_rewritten(plain, long)
     plan, short = vbench.plan_videos(records(), rewritten=rewritten), vbench.plan_videos(records())
@@ -190,7 +227,9 @@ def result(score):
 
 
 def test_results_from_one_file_or_many_are_the_same(tmp_path):
-    """One file of 16 dimensions, 16 files of one and an agreeing repetition read alike, and aggregate; *_full_info.json is left alone."""
+    """One file of 16 dimensions, 16 files of one and an agreeing repetition read alike, and aggregate; *_full_info.json
+    is left alone.
+    """
     one, many = tmp_path / "one", tmp_path / "many"
     one.mkdir(), many.mkdir()
     scores = {name: 0.3 + i / 100 for i, name in enumerate(FULL)}
@@ -230,18 +269,24 @@ def test_results_that_disagree_or_are_none_are_refused(tmp_path, files, said):
 
 
 def test_the_papers_rows_add_up():
-    """Every row has total = (4 quality + semantic) / 5 to within rounding, so none is mistyped; the paper's one misprint stays."""
+    """Every row has total = (4 quality + semantic) / 5 to within rounding, so none is mistyped; the paper's one
+    misprint stays.
+    """
     off = {
         (size, *row[:2]): row[2] - (4 * row[3] + row[4]) / 5
         for size, table in vbench.PAPER.items()
         for row in table
         if abs(row[2] - (4 * row[3] + row[4]) / 5) > 0.0101
     }
-    assert off == {("1.3B", "DMD2-v", 4): pytest.approx(-0.2, abs=0.0101)} and [len(t) for t in vbench.PAPER.values()] == [12, 9]
+    assert off == {("1.3B", "DMD2-v", 4): pytest.approx(-0.2, abs=0.0101)} and [
+        len(t) for t in vbench.PAPER.values()
+    ] == [12, 9]
 
 
 def test_compare_puts_the_own_row_at_its_nfe():
-    """The row stands in bold after those of at least its NFE, in the table asked for or in both, and last without an NFE."""
+    """The row stands in bold after those of at least its NFE, in the table asked for or in both, and last without an
+    NFE.
+    """
     scores = vbench.aggregate(FULL)
     table = vbench.compare(scores, "ours", 1.5, "1.3b").splitlines()
     at = table.index("| **ours** | **1.5** | **100.00** | **100.00** | **100.00** |")
@@ -275,9 +320,13 @@ def test_flickering_is_vbenchs_formula_on_8_bit_frames():
 
 
 def test_noise_moves_by_a_third():
-    """Independent uniform values differ by 1/3 on average, no pair is still, and 2 % of values lie at the ends (5 of 255 levels)."""
+    """Independent uniform values differ by 1/3 on average, no pair is still, and 2 % of values lie at the ends (5 of
+    255 levels).
+    """
     scores = cheap.score_clip(noise(frames=12, side=64))
-    assert scores["motion"] == pytest.approx(1 / 3, abs=0.003) and scores["temporal_flickering"] == pytest.approx(2 / 3, abs=0.003)
+    assert scores["motion"] == pytest.approx(1 / 3, abs=0.003) and scores["temporal_flickering"] == pytest.approx(
+        2 / 3, abs=0.003
+    )
     assert scores["still"] == 0 and scores["clipped"] == pytest.approx(5 / 255, abs=0.002)
 
 
@@ -290,7 +339,9 @@ def test_a_jump_counts_once():
 
 
 def test_saturated_clips_are_clipped_and_colourful():
-    """Black and white are clipped and grey; mid grey is neither; pure red has the colourfulness of the formula, 0.3 * 255 * sqrt(5/4)."""
+    """Black and white are clipped and grey; mid grey is neither; pure red has the colourfulness of the formula, 0.3 *
+    255 * sqrt(5/4).
+    """
     grey, white, red = torch.full((3, 8, 8, 3), 0.5), torch.ones(3, 8, 8, 3), torch.zeros(3, 8, 8, 3)
     red[..., 0] = 1
     grey, white, red = map(cheap.score_clip, (grey, white, red))
@@ -299,7 +350,9 @@ def test_saturated_clips_are_clipped_and_colourful():
     assert red["colourfulness"] == pytest.approx(0.3 * 255 * math.sqrt(1.25))
     halves = torch.zeros(2, 4, 4, 3)
     halves[:, :2, :, 0], halves[:, 2:, :, 2] = 1, 1  # red over blue: rg = 255 or 0, yb = 127.5 or -255
-    assert cheap.score_clip(halves)["colourfulness"] == pytest.approx(math.hypot(127.5, 191.25) + 0.3 * math.hypot(127.5, 63.75))
+    assert cheap.score_clip(halves)["colourfulness"] == pytest.approx(
+        math.hypot(127.5, 191.25) + 0.3 * math.hypot(127.5, 63.75)
+    )
 
 
 def test_raising_the_contrast_raises_saturation():
@@ -317,7 +370,16 @@ def test_every_score_is_explained():
 
 @pytest.mark.parametrize(
     "bad",
-    [noise() * 255, noise() - 0.5, noise() * math.nan, noise()[:1], noise()[..., :1], noise()[0], noise().byte(), noise()[:, :0]],
+    [
+        noise() * 255,
+        noise() - 0.5,
+        noise() * math.nan,
+        noise()[:1],
+        noise()[..., :1],
+        noise()[0],
+        noise().byte(),
+        noise()[:, :0],
+    ],
 )
 def test_what_is_no_clip_is_refused(bad):
     """Other ranges, NaN, one frame, other shapes and integers are one sentence."""
@@ -333,7 +395,11 @@ def test_what_is_no_clip_is_refused(bad):
 def test_the_same_clip_twice_has_no_diversity():
     """Copies have distance exactly 0, one clip has none, and one other among copies has some."""
     clip = noise()
-    assert cheap.diversity([clip, clip.clone(), clip.clone()]) == 0.0 and cheap.diversity([clip]) is None and cheap.diversity([]) is None
+    assert (
+        cheap.diversity([clip, clip.clone(), clip.clone()]) == 0.0
+        and cheap.diversity([clip]) is None
+        and cheap.diversity([]) is None
+    )
     assert cheap.diversity([clip, clip, noise(1)]) > 0.1
 
 
@@ -369,9 +435,17 @@ def smooth(seed, frames=9):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two seeds of one prompt, the same clip twice of another, one clip of a third whose name looks like a protocol and an index."""
+    """Two seeds of one prompt, the same clip twice of another, one clip of a third whose name looks like a protocol and
+    an index.
+    """
     path = tmp_path_factory.mktemp("clips")
-    for name, seed in (("a red ball-0", 0), ("a red ball-10", 1), ("a cat, frozen-0", 2), ("a cat, frozen-1", 2), ("file: take-2-0", 3)):
+    for name, seed in (
+        ("a red ball-0", 0),
+        ("a red ball-10", 1),
+        ("a cat, frozen-0", 2),
+        ("a cat, frozen-1", 2),
+        ("file: take-2-0", 3),
+    ):
         save(path / f"{name}.mp4", smooth(seed) if "frozen" not in name else smooth(seed)[:1].repeat(9, 1, 1, 1))
     (path / "notes.txt").write_text("not a clip")
     return path
@@ -387,7 +461,9 @@ def test_mp4s_come_back_with_all_frames(folder, monkeypatch):
 
 
 def test_a_folder_is_scored_by_prompt(folder):
-    """Every clip is scored, seeds of a prompt are compared with each other alone, means are over clips, and the result is JSON."""
+    """Every clip is scored, seeds of a prompt are compared with each other alone, means are over clips, and the result
+    is JSON.
+    """
     scores = cheap.score_folder(folder)
     json.dumps(scores, allow_nan=False)
     assert len(scores["videos"]) == 5 and set(scores["prompts"]) == {"a red ball", "a cat, frozen", "file: take-2"}
@@ -397,12 +473,16 @@ def test_a_folder_is_scored_by_prompt(folder):
     assert cat["diversity"] == 0 and take == {"samples": 1, "diversity": None}
     assert scores["videos"]["a cat, frozen-0.mp4"]["still"] == 1 > scores["videos"]["a red ball-0.mp4"]["still"]
     assert scores["mean"]["motion"] == pytest.approx(np.mean([video["motion"] for video in scores["videos"].values()]))
-    assert scores["mean"]["diversity"] == pytest.approx(ball["diversity"] / 2) and set(scores["mean"]) == set(cheap.MEANING)
+    assert scores["mean"]["diversity"] == pytest.approx(ball["diversity"] / 2) and set(scores["mean"]) == set(
+        cheap.MEANING
+    )
 
 
 @pytest.mark.parametrize("damage", ["text", "empty", "cut", "front"])
 def test_a_broken_mp4_is_one_sentence(folder, tmp_path, damage):
-    """Text, nothing, half a file, and a file whose index survives but whose frames are cut off: RuntimeError names the file."""
+    """Text, nothing, half a file, and a file whose index survives but whose frames are cut off: RuntimeError names the
+    file.
+    """
     whole, path = (folder / "a red ball-0.mp4").read_bytes(), tmp_path / "a-0.mp4"
     if damage == "front":  # the index first, as for streaming: a cut file then opens without complaint
         import subprocess
@@ -410,7 +490,18 @@ def test_a_broken_mp4_is_one_sentence(folder, tmp_path, damage):
         from imageio_ffmpeg import get_ffmpeg_exe
 
         save(tmp_path / "long.mp4", noise(frames=40))
-        line = [get_ffmpeg_exe(), "-v", "error", "-i", tmp_path / "long.mp4", "-c", "copy", "-movflags", "+faststart", path]
+        line = [
+            get_ffmpeg_exe(),
+            "-v",
+            "error",
+            "-i",
+            tmp_path / "long.mp4",
+            "-c",
+            "copy",
+            "-movflags",
+            "+faststart",
+            path,
+        ]
         subprocess.run(line, check=True)
         assert len(cheap.read_video(path)) == 40
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

@@ -1,8 +1,10 @@
-"""One phase of training with its whole state in hand; under torchrun, what test_wan_train.py and test_wan_dist.py compare with one process.
+"""One phase of training with its whole state in hand; under torchrun, what test_wan_train.py and test_wan_dist.py
+compare with one process.
 
 torchrun --nproc-per-node 2 tests/wan_ranks.py ROOT [two]        # ROOT holds tiny/ and data/; writes ROOT/two/*.pt
 torchrun --nproc-per-node 4 tests/wan_ranks.py ROOT copies       # two copies of the weights, cut over two ranks each
-torchrun --nproc-per-node 2 tests/wan_ranks.py ROOT pair         # gathers counted, host memory, the teacher in host memory
+torchrun --nproc-per-node 2 tests/wan_ranks.py ROOT pair         # gathers counted, host memory, the teacher in host
+memory
 """
 
 import shutil
@@ -23,7 +25,15 @@ from wan_scale.sampling import sample
 from wan_scale.training import dist, train, weights
 
 # of the two clips of stage 1's third update one needs the derivative, so the ranks call the head unequally often
-SETTINGS = {"M": 2, "global_batch": 2, "micro_batch": 1, "stage1_updates": 3, "stage2_iterations": 6, "stage1_lr": 1e-3, "stage2_lr": 1e-3}
+SETTINGS = {
+    "M": 2,
+    "global_batch": 2,
+    "micro_batch": 1,
+    "stage1_updates": 3,
+    "stage2_iterations": 6,
+    "stage1_lr": 1e-3,
+    "stage2_lr": 1e-3,
+}
 
 
 class Stop(Exception):
@@ -31,14 +41,19 @@ class Stop(Exception):
 
 
 def settings(root: Path, out: Path, **given):
-    more = {"model": str(root / "tiny"), "data": str(root / "data"), "prompts": str(root / "prompts.txt"), "samples_per_prompt": 1}
+    more = {
+        "model": str(root / "tiny"),
+        "data": str(root / "data"),
+        "prompts": str(root / "prompts.txt"),
+        "samples_per_prompt": 1,
+    }
     more |= {"checkpointing": "full", "save_every": 100}
     return preset("tiny", out=str(out), **{**more, **SETTINGS, **given})
 
 
 def run(phase: str, root: Path, out: Path, stop: int | None = None, **given) -> dict:
-    """Train stage1 or stage2 (to a checkpoint at step `stop`, if given); every tensor of the phase, whole, its step, and losses and
-    all-gathers of every update."""
+    """Train stage1 or stage2 (to a checkpoint at step `stop`, if given); every tensor of the phase, whole, its step,
+    and losses and all-gathers of every update."""
     cfg = settings(root, out, **given)
     kept, seen, losses, counts = {}, train.Training.on_step, [], []
 
@@ -62,7 +77,14 @@ def run(phase: str, root: Path, out: Path, stop: int | None = None, **given) -> 
     whole = {name: dist.full(p).clone() for name, p in kept["phase"].tensors().items()}
     cut = next(kept["phase"].nets["student"].parameters())
     mesh = list(cut.device_mesh.shape) if isinstance(cut, DTensor) else []
-    return {"step": kept["phase"].step, "world": dist.world(), "mesh": mesh, "tensors": whole, "losses": losses, "gathers": counts}
+    return {
+        "step": kept["phase"].step,
+        "world": dist.world(),
+        "mesh": mesh,
+        "tensors": whole,
+        "losses": losses,
+        "gathers": counts,
+    }
 
 
 @contextmanager
@@ -74,7 +96,8 @@ def gathers():
         idle = group._all_gather_result is None
         unshard(group, *args)
         if idle and group._all_gather_result is not None:
-            name = group._module_fqn  # "net.transformer.blocks.3", "transformer.blocks.3", or "" for what is in no block
+            # "net.transformer.blocks.3", "transformer.blocks.3", or "" for what is in no block
+            name = group._module_fqn
             who = "student" if name.startswith("net.") or hasattr(group.modules[0], "H") else "other"
             count[f"{who} {name.rpartition('blocks.')[2] or 'rest'}"] += 1
 
@@ -117,7 +140,7 @@ def copies(root: Path) -> None:
 
 
 def pair(root: Path) -> None:
-    """What two ranks gather, hold and lose; their stage 2 with the teacher on the card and in host memory."""
+    """What two ranks gather, hold and lose; their stage 2 with the teacher on the GPU and in host memory."""
     found, four = {}, {"N": 4, "global_batch": 4, "stage2_iterations": 5}
     found["counts"] = {phase: run(phase, root, root / "counted", **four) for phase in ("stage1", "stage2")}
     found["agreed"] = dist.agreed(dist.rank())
@@ -125,7 +148,9 @@ def pair(root: Path) -> None:
     for precision in ("fp32", "bf16"):
         bare = {"stage1_updates": 0, "stage2_iterations": 5, "precision": precision}
         for where, offload in (("here", False), ("host", True)):
-            found[f"{precision} {where}"] = run("stage2", root, root / f"{precision}-{where}", offload_teacher=offload, **bare)
+            found[f"{precision} {where}"] = run(
+                "stage2", root, root / f"{precision}-{where}", offload_teacher=offload, **bare
+            )
     found["held"], found["wiring"] = memory(root), [wiring(root, offload) for offload in (False, True)]
     found["taps"] = partial_calls(root)
     torch.save(found, root / f"pair-{dist.rank()}.pt")
@@ -146,10 +171,15 @@ class Watched:
 
 
 def memory(root: Path) -> dict:
-    """Bytes on this rank of student and teacher before their sharding and when they are in place, and the most that was read at once."""
+    """Bytes on this rank of student and teacher before their sharding and when they are in place, and the most that was
+    read at once.
+    """
     cfg, bytes_, real = settings(root, root / "held"), {}, weights.safe_open
     job = train.Training(cfg, "stage2", cfg.shards)
-    for who, net in (("student", train.make_student(cfg, cfg.how())), ("teacher", train.network(cfg).requires_grad_(False))):
+    for who, net in (
+        ("student", train.make_student(cfg, cfg.how())),
+        ("teacher", train.network(cfg).requires_grad_(False)),
+    ):
         before, reads = held(net), []
         weights.safe_open = lambda *args, reads=reads: Watched(real(*args), reads)
         bytes_[who] = before, held(job.place(net)), max(reads)
@@ -158,7 +188,9 @@ def memory(root: Path) -> dict:
 
 
 def wiring(root: Path, offload: bool) -> dict:
-    """Of every block of the teacher: which blocks it fetches early, forward and backward, and whether its weights wait in host memory."""
+    """Of every block of the teacher: which blocks it fetches early, forward and backward, and whether its weights wait
+    in host memory.
+    """
     cfg = settings(root, root / "held", offload_teacher=offload)
     net = train.Training(cfg, "stage2", cfg.shards).place(train.network(cfg).requires_grad_(False))
     states = [block._get_fsdp_state() for block in net.blocks]
@@ -170,13 +202,17 @@ def wiring(root: Path, offload: bool) -> dict:
 
 
 def partial_calls(root: Path) -> dict:
-    """All-gathers of taps that end at block 1 of 4, with gradient of the input, and what is still under way afterwards."""
+    """All-gathers of taps that end at block 1 of 4, with gradient of the input, and what is under way afterwards."""
     cfg = settings(root, root / "held", taps="0,1")
     net = train.Training(cfg, "stage2", cfg.shards).place(train.network(cfg).requires_grad_(False))
     x, c = torch.ones(1, 16, 3, 8, 8, requires_grad=True), torch.ones(1, 20, 32)
     with gathers() as count:
         net.taps(x, torch.tensor([0.7], dtype=torch.float64), c, (0, 1))[1].sum().backward()
-    pending = [i for i, block in enumerate(net.blocks) if block._get_fsdp_state()._fsdp_param_group._all_gather_result is not None]
+    pending = [
+        i
+        for i, block in enumerate(net.blocks)
+        if block._get_fsdp_state()._fsdp_param_group._all_gather_result is not None
+    ]
     return {"gathers": dict(count), "pending": pending, "gradient": x.grad}
 
 

@@ -1,7 +1,8 @@
-"""`bench`: what a forward, a training step and a sample cost on this card, at full size with random weights, beside the plan.
+"""`bench`: what a forward, a training step and a sample cost on this GPU, at full size with random weights.
 
-The order is by value, every result is written as it comes, and no case starts after --bench-minutes, so that a run that is cut short has
-measured something. Seconds are medians after a warm-up, by CUDA events on a card; a case that fails says why and the next one starts.
+The most valuable cases come first, every result is written as it comes, and no case starts after --bench-minutes: a run
+that is cut short has measured something. Seconds are medians after a warm-up, on a GPU by CUDA events. A case that
+fails says why, and the next one starts. cost/benchmarks.py sets the numbers beside the plan's.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from wan_scale.training import dist, lora, train, weights
 from wan_scale.training.phase import Feed, WanPhase
 
 LOOKED_AT = (  # by what is measured: a setting of these that is not the preset's makes a variant, named in this order
-    "frames height width N H micro_batch taps disc_width lora device precision tf32 checkpointing attn compile card_gb bench_minutes"
+    "frames height width N H micro_batch taps disc_width lora device precision tf32 checkpointing attn compile "
+    "card_gb bench_minutes"
 ).split()
 GRIDS = (1, 2), (1, 1), (1, 4), (2, 2), (4, 1)  # (M, N), by value
 
@@ -48,15 +50,17 @@ class Bench:
         self.dtype = train.compute_dtype(cfg, self.device)
         self.shape = (config["in_channels"], *latent(cfg.frames, cfg.height, cfg.width))
         self.tokens, self.D = tokens(config, cfg.frames, cfg.height, cfg.width), known(config)["D"]
-        self.card = torch.cuda.get_device_name() if self.cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
-        self.attn = self.attn_forward = "native" if cfg.attn == "auto" else cfg.attn  # until the case "attention" has chosen
+        cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+        self.hardware = torch.cuda.get_device_name() if self.cuda else cpu
+        attn = "native" if cfg.attn == "auto" else cfg.attn  # until the case "attention" has chosen
+        self.attn = self.attn_forward = attn
         self.compiled = cfg.compile == "on" or (cfg.compile == "auto" and self.cuda)
         budget = (torch.cuda.get_device_properties(0).total_memory if self.cuda else cfg.card_gb * GB) * (1 - RESERVE)
         self.disc = disc = discriminator(config, self.shape[1:], cfg.disc_width, len(cfg.tap_blocks))
-        held = {"H": cfg.H, "N": cfg.N, "micro_batch": cfg.micro_batch, "disc": disc["parameters"], "disc_bytes": disc["live"]}
-        held |= {"accumulated": False, "compiled": self.compiled}
+        held = dict(H=cfg.H, N=cfg.N, micro_batch=cfg.micro_batch, disc=disc["parameters"], disc_bytes=disc["live"],
+                    accumulated=False, compiled=self.compiled)  # fmt: skip
         smallest = max(sum(memory(config, self.tokens, kind, **held).values()) for kind in ("student", "critic"))
-        self.lora = cfg.lora or 64 * (smallest > budget)  # what one card cannot train in full is measured with adapters
+        self.lora = cfg.lora or 64 * (smallest > budget)  # what one GPU cannot train in full is measured with LoRA
         chosen = choose_checkpointing(config, self.tokens, budget, lora=self.lora, **held)
         self.mode = chosen if cfg.checkpointing == "auto" else cfg.checkpointing
         torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
@@ -73,13 +77,15 @@ class Bench:
             rate = measured_rates(self.record, tf32, attn)
         except (ValueError, KeyError):
             return 0.0
-        how = {"H": self.cfg.H, "N": self.cfg.N, "last_tap": self.cfg.tap_blocks[-1], "disc_flops": self.disc["flops"], **how}
+        own = dict(H=self.cfg.H, N=self.cfg.N, last_tap=self.cfg.tap_blocks[-1], disc_flops=self.disc["flops"])
+        how = own | how
         return sum(time_of(work, rate) for work in step_work(self.config, self.tokens, kind, **how).values())
 
     def affordable(self, seconds: float = 0) -> None:
         """RuntimeError where that is more than what is left."""
         if seconds > self.left():
-            raise RuntimeError("left out: " + f"{seconds:.0f} s by plan, " * bool(seconds) + f"{max(self.left(), 0):.0f} s were left")
+            by_plan = f"{seconds:.0f} s by plan, " if seconds else ""
+            raise RuntimeError(f"left out: {by_plan}{max(self.left(), 0):.0f} s were left")
 
     def median(self, work, warm: int = 2, within: float = 15.0) -> dict:
         """Median seconds of work() after a warm-up, of how many, and the peak memory in GB."""
@@ -92,7 +98,7 @@ class Bench:
         return {"peak_gb": torch.cuda.max_memory_allocated() / GB} if self.cuda else {}
 
     def transformer(self, dtype: torch.dtype):
-        """The stock transformer with random weights, made where it will live; in bf16 what diffusers keeps in float32 is float32."""
+        """The stock transformer with random weights, made on its device; float32 stays what diffusers keeps so."""
         from diffusers import WanTransformer3DModel
 
         torch.manual_seed(0)
@@ -111,9 +117,10 @@ class Bench:
     # ---- Cases: each returns seconds (a number, or by part) and facts ----
 
     def attention(self) -> dict:
-        """Self-attention by backend: forwards and samples then take what is fastest without backward, training what is with it."""
-        shape = self.config["num_attention_heads"], self.config["attention_head_dim"], self.tokens, self.device, self.dtype
-        forward, both = (speed.attention_times(*shape, backward=backward, compiled=self.compiled) for backward in (False, True))
+        """Self-attention by backend. Forwards and samples then take the fastest forward, training the fastest both."""
+        heads, head_dim = self.config["num_attention_heads"], self.config["attention_head_dim"]
+        times = partial(speed.attention_times, heads, head_dim, self.tokens, self.device, self.dtype)
+        forward, both = (times(backward=backward, compiled=self.compiled) for backward in (False, True))
         if self.cfg.attn == "auto" and self.cuda:
             self.attn, self.attn_forward = speed.fastest(both), speed.fastest(forward)
         found = {**forward, **{f"{name}, with backward": s for name, s in both.items()}}
@@ -122,7 +129,7 @@ class Bench:
         return {"seconds": ran, "reasons": reasons, "attn": self.attn, "attn_forward": self.attn_forward}
 
     def rates(self) -> dict:
-        """What the card does of each of UNITS a second, attention apart, at the sizes of one block; "matmul": of the largest kind."""
+        """Seconds and work of each of work.UNITS but attention, at the sizes of one block; "matmul": a large one."""
         n, D, wide, heads = self.tokens, self.D, self.config["ffn_dim"], self.config["num_attention_heads"]
         make = lambda *shape, dtype=self.dtype: torch.randn(*shape, device=self.device, dtype=dtype)
         pairs = [(D, D)] * 6 + [(D, wide), (wide, D)]  # a block's linear layers
@@ -133,7 +140,8 @@ class Bench:
                 seconds[unit], work[unit] = self.median(run, within=3.0)["seconds"], float(amount)
 
         def layers(unit, dtype, gradients=False):
-            x, weight = ({shape: make(*shape, dtype=dtype) for shape in shapes} for shapes in ({(n, D), (n, wide)}, {*pairs}))
+            of_shape = lambda shapes: {shape: make(*shape, dtype=dtype) for shape in shapes}
+            x, weight = of_shape({(n, D), (n, wide)}), of_shape({*pairs})
             once = lambda a, b: x[n, a].T @ x[n, b] if gradients else x[n, a] @ weight[a, b]
             measure(unit, sum(2 * n * a * b for a, b in pairs), lambda: [once(a, b) for a, b in pairs])
 
@@ -178,7 +186,7 @@ class Bench:
             return self.median(work) | {"attn": attn, "compiled": compiled}
 
     def sampling(self, graphed: bool = False, grids=None) -> dict:
-        """The transformer's part of a sample at every (M, N), the prompt known, the head as it is or as a CUDA graph."""
+        """The transformer's part of a sample at every (M, N), the prompt known; graphed: the head as a CUDA graph."""
         student = tmd.TMDStudent(self.frozen(), self.cfg.H).to(self.device).requires_grad_(False)
         speed.prepare(student.net, self.attn_forward, self.compiled, frozen=True)
         if graphed:
@@ -189,7 +197,8 @@ class Bench:
             try:
                 self.affordable(4 * self.expected("sample", self.attn_forward, M=M, N=N, compiled=self.compiled))
                 with torch.no_grad(), train.compute(self.cfg, self.device):
-                    found[part] = self.median(partial(train.draw, student, how, x, c, seed=0), warm=1 + (not found), within=8.0)
+                    work = partial(train.draw, student, how, x, c, seed=0)
+                    found[part] = self.median(work, warm=1 + (not found), within=8.0)
             except RuntimeError as e:  # what was measured stays; out of memory is one of these
                 reasons[part] = reason(e)
         if graphed and found and not student.recorded:
@@ -211,18 +220,19 @@ class Bench:
         with torch.no_grad():
             return self.median(lambda: vae.decode(z, return_dict=False), warm=1)
 
-    def training(self, kind: str, naive: bool = False, mode: str | None = None, difference: bool = True, compiled: bool | None = None,
-                 tf32: bool | None = None) -> dict:  # fmt: skip
-        """Seconds of an update with one micro-batch, by the real loop: stage 1, or stage 2's student and critics in turns.
+    def training(self, kind: str, naive: bool = False, mode: str | None = None, difference: bool = True,
+                 compiled: bool | None = None, tf32: bool | None = None) -> dict:  # fmt: skip
+        """Seconds of an update with one micro-batch, by the real loop: "stage 1", or "stage 2" (student and critics).
 
-        naive: native attention, blocks uncompiled and recomputed whole, torch's default AdamW. difference: stage 1's is needed in every
-        micro-batch, or in none.
+        naive: native attention, blocks not compiled, full activation checkpointing, torch's default AdamW. difference:
+        stage 1's finite difference is needed in every micro-batch, or in none. mode: activation checkpointing.
         """
         mode = "full" if naive else mode or self.mode
         tf32, compiled = self.cfg.tf32 if tf32 is None else tf32, self.compiled if compiled is None else compiled
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         facts = {"attn": "native" if naive else self.attn, "compiled": compiled and not naive, "checkpointing": mode}
-        step = lambda kind: self.cfg.micro_batch * self.expected(kind, tf32=tf32, **facts, lora=self.lora, flow_map_share=float(difference))
+        like = dict(**facts, tf32=tf32, lora=self.lora, flow_map_share=float(difference))
+        step = lambda kind: self.cfg.micro_batch * self.expected(kind, **like)
         of_each = {"stage 1": step("stage1"), "stage 2": step("student") + step("critic")}[kind]
         rounds = 4 if 4 * of_each < self.left() / 2 else 2  # the first of each is the warm-up
         self.affordable(rounds * of_each)
@@ -231,7 +241,8 @@ class Bench:
         whole = lambda: WanNetwork(self.transformer(torch.float32))
         if self.lora:
             base = WanNetwork(self.transformer(self.dtype))
-            lora.adapt(base, self.lora, cfg.lora_scale, {"student": L - cfg.H} | ({"fake": L} if kind == "stage 2" else {}))
+            depth = {"student": L - cfg.H} | ({"fake": L} if kind == "stage 2" else {})
+            lora.adapt(base, self.lora, cfg.lora_scale, depth)
             base.to(self.device)
         net = lora.graft(whole(), base, cfg.H) if self.lora else whole()
         student = tmd.TMDStudent(net, cfg.H).to(self.device)
@@ -240,7 +251,8 @@ class Bench:
         seconds, peaks, last = {}, {}, [speed.moment(self.device)]
 
         def on_step(phase, terms):
-            part, end = "" if kind == "stage 1" else "student" if "vsd" in terms else "critic", speed.moment(self.device)
+            end, part = speed.moment(self.device), "student" if "vsd" in terms else "critic"
+            part = "" if kind == "stage 1" else part
             seconds.setdefault(part, []).append(speed.between(last[0], end))
             peaks.setdefault(part, []).append(self.peak().get("peak_gb"))
             if self.cuda:
@@ -248,10 +260,10 @@ class Bench:
             last[0] = speed.moment(self.device)
 
         def make(*args, **kw):
-            phase = WanPhase(*args, feed=Feed(None), average_on="cpu" if self.lora else None, **kw)
+            phase = WanPhase(*args, feed=Feed(None), ema_on="cpu" if self.lora else None, **kw)
             for optimizer in phase.optimizers.values() if naive else ():
                 for group in optimizer.param_groups:
-                    group["fused"] = None  # torch's default: many tensors at a time on a card
+                    group["fused"] = None  # torch's default: many tensors at a time on a GPU
             return phase
 
         shared = {"c_neg": c_neg, "make": make, "on_step": on_step, "progress": False}
@@ -262,7 +274,9 @@ class Bench:
             else:
                 teacher, fake = (lora.Role(base), lora.Role(base, "fake")) if self.lora else (self.frozen(), whole())
                 speed.prepare(teacher, **facts), speed.prepare(fake, **facts)
-                disc = WanDiscriminator(feature_channels(teacher), cfg.disc_width, len(cfg.tap_blocks), checkpointing=True).to(self.device)
+                heads = len(cfg.tap_blocks)
+                disc = WanDiscriminator(feature_channels(teacher), cfg.disc_width, heads, checkpointing=True)
+                disc = disc.to(self.device)
                 two = replace(cfg.stage2(), iterations=2 * rounds, student_every=2)
                 tmd.train_stage2(student, teacher, disc, data, how, two, taps=cfg.tap_blocks, fake_score=fake, **shared)
         found = {"seconds": {part: statistics.median(s[1:]) for part, s in seconds.items()}, "n": rounds - 1}
@@ -273,7 +287,7 @@ class Bench:
     def cases(self) -> dict:
         """Name: (work, whether only a GPU can), in order of value."""
         stage1, stage2 = partial(self.training, "stage 1"), partial(self.training, "stage 2")
-        again = {"stage 2, recomputed whole": (partial(stage2, mode="full"), False)} if self.mode != "full" else {}
+        full = {"stage 2, full checkpointing": (partial(stage2, mode="full"), False)} if self.mode != "full" else {}
         few = GRIDS[:3] if self.lora else GRIDS  # 14B: the bars first, the rest in "sampling"
         return {
             "attention": (self.attention, False),
@@ -282,7 +296,7 @@ class Bench:
             "sampling, graphed head": (partial(self.sampling, graphed=True, grids=few), True),
             "stage 2": (stage2, False),
             "stage 2, naive": (partial(stage2, naive=True), False),
-            **again,  # in the naive baseline's memory
+            **full,  # in the naive baseline's memory
             "stage 1": (stage1, False),
             "stage 1, no finite difference": (partial(stage1, difference=False), False),
             "sampling": (self.sampling, False),
@@ -296,25 +310,28 @@ class Bench:
 
 def reason(e: Exception) -> str:
     """Why a case failed, in a line."""
-    return "out of memory" if isinstance(e, torch.OutOfMemoryError) else (str(e).splitlines() or [type(e).__name__])[0][:200]
+    if isinstance(e, torch.OutOfMemoryError):
+        return "out of memory"
+    return (str(e).splitlines() or [type(e).__name__])[0][:200]
 
 
 def run(cfg: Wan, config: dict, name: str, out: Path | None = None, repeats: int = 5) -> dict:
-    """Every case of a size on this machine; OUT/<name>-<card>-<date>.json grows as they come. Returns the record."""
+    """Every case of a size on this machine; OUT/<name>-<GPU>-<date>.json grows as they come. Returns the record."""
     bench = Bench(cfg, config, repeats)
-    record = {"size": name, "card": bench.card, "date": date.today().isoformat(), "torch": torch.__version__}
+    record = {"size": name, "card": bench.hardware, "date": date.today().isoformat(), "torch": torch.__version__}
     usual, ours = asdict(preset(name)), asdict(cfg)
     given = {key.replace("_", "-"): ours[key] for key in LOOKED_AT if ours[key] != usual[key]}
     given = [key if value is True else f"{key} {value}" for key, value in given.items()]
     record["command"] = " --".join([f"python wan_scale/run.py bench --preset {name}", *given])
     record |= {"precision": str(bench.dtype).removeprefix("torch."), "tf32": cfg.tf32, "micro_batch": cfg.micro_batch}
-    record |= {"tokens": bench.tokens, "clip": [cfg.frames, cfg.height, cfg.width], "H": cfg.H, "N": cfg.N, "last_tap": cfg.tap_blocks[-1]}
+    record |= {"tokens": bench.tokens, "clip": [cfg.frames, cfg.height, cfg.width]}
+    record |= {"H": cfg.H, "N": cfg.N, "last_tap": cfg.tap_blocks[-1]}
     record["discriminator"] = discriminator(config, bench.shape[1:], cfg.disc_width, len(cfg.tap_blocks))
     record |= {"config": {key: config[key] for key in WAN["1.3b"]}, "cases": {}}
     bench.record = record
     variant = record["variant"] = [words for words in given if not words.startswith("bench-minutes")]
     plain = lambda text: "".join(ch if ch.isalnum() else "-" for ch in text).strip("-").lower()
-    path = (out or RESULTS) / f"{'-'.join([name, plain(bench.card), record['date'], *map(plain, variant)])}.json"
+    path = (out or RESULTS) / f"{'-'.join([name, plain(bench.hardware), record['date'], *map(plain, variant)])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     for case, (work, needs_gpu) in bench.cases().items():
         start = time.perf_counter()
@@ -323,7 +340,7 @@ def run(cfg: Wan, config: dict, name: str, out: Path | None = None, repeats: int
                 raise RuntimeError("needs a GPU")
             bench.affordable()
             found = work()
-        except Exception as e:  # whatever a card or a build lacks must not end the run
+        except Exception as e:  # whatever a GPU or a build lacks must not end the run
             found = {"failed": reason(e)}
         gc.collect()
         if bench.cuda:

@@ -12,14 +12,14 @@ import tmd_minimal as tmd
 from settings import Settings, option
 from wan_scale.cost.work import CHECKPOINTING
 
-# What a machine or a run's look decides, and no weight depends on: may change between two starts of the same training.
+# Settings of the machine, of the log and of sampling: they may change between two starts of the same training.
 OF_THE_MACHINE = (
-    "model out data prompts videos device precision tf32 checkpointing attn compile save_every preview_every preview_prompts log_every "
-    "graph context_parallel shard_over offload_teacher gpus card_gb tflops rates bench_minutes verify "
-    "data_steps data_guidance sampler clips shard_size kd_clips skip_layer student "
+    "model out data prompts videos device precision tf32 checkpointing attn compile save_every preview_every "
+    "preview_prompts log_every graph context_parallel shard_over offload_teacher gpus card_gb tflops rates "
+    "bench_minutes verify data_steps data_guidance sampler clips shard_size kd_clips skip_layer student "
     "sample_prompts samples_per_prompt vbench_info vbench_results"
 ).split()
-# Settings that only these phases look at: another value is no other run for the rest.
+# Settings that only these phases read: for the others another value is the same run.
 OF_THE_PHASE = {
     "stage1": "stage1_updates stage1_lr stage1_guidance adaptive_c",
     "stage1 stage2": "N H fusion inner_shift",
@@ -45,14 +45,14 @@ class Wan(Settings):
     """Settings of the whole ladder. Defaults are the paper's for 1.3B (Table 7) where it gives one."""
 
     GROUPS: ClassVar = (
-        "run", "model", "clip", "data", "student", "training", "stage 1", "stage 2", "baseline", "teacher", "memory and speed",
-        "sampling", "log", "plan",
+        "run", "model", "clip", "data", "student", "training", "stage 1", "stage 2", "baseline", "teacher",
+        "memory and speed", "sampling", "log", "plan",
     )  # fmt: skip
 
     out: str = option("runs/wan", "everything is written below this folder; the presets have their own", "run")
     device: str = option("auto", "auto, cpu or cuda", "run", choices=("auto", "cpu", "cuda"))
 
-    model: str = option("", "folder of Wan2.1-T2V weights in the Hugging Face layout; the preset tiny makes its own", "model")
+    model: str = option("", "folder of Wan2.1-T2V weights, Hugging Face layout; the preset tiny makes its own", "model")
 
     frames: int = option(81, "frames of a clip, 4 k + 1; paper: 81", "clip")
     height: int = option(480, "pixels, a multiple of 16; paper: 480", "clip")
@@ -67,14 +67,18 @@ class Wan(Settings):
     data_guidance: float = option(5.0, "the teacher's guidance in sampling", "data")
     sampler: str = option("unipc", "the teacher's sampler: unipc or euler", "data", choices=("unipc", "euler"))
     flow_shift: float = option(3.0, "timestep shift of the teacher's sampler; Wan's own for 480p: 3", "data", above=0)
-    verify: bool = option(False, "compare checksums when training first reads a shard, also where data exceed 50 GB", "data")
+    verify: bool = option(False, "check a shard's checksum when training first reads it, also beyond 50 GB", "data")
 
     N: int = 2
-    fusion: str = option("gated", "how the head joins y_s to the main feature: gated or concat; paper: gated", "student")
+    fusion: str = option("gated", "how y_s joins the main feature: gated or concat; paper: gated", "student")
 
-    global_batch: int = option(64, "clips an update, over all GPUs and gradient accumulation; paper: 64", "training", least=1)
+    global_batch: int = option(
+        64, "clips an update, over GPUs and gradient accumulation; paper: 64", "training", least=1
+    )
     micro_batch: int = option(1, "clips a GPU holds at once", "training", least=1)
-    lora: int = option(0, "rank of LoRAs on one frozen transformer for all roles; 0: full training", "training", least=0)
+    lora: int = option(
+        0, "rank of LoRAs on one frozen transformer for all roles; 0: train in full", "training", least=0
+    )
     lora_scale: float = option(10.0, "strength of the adapters: B A counts so many times", "training", above=0)
     precision: str = option("auto", "bf16 (compute; the weights stay fp32) or fp32; auto: bf16 on a GPU", "training",
                             choices=("auto", "bf16", "fp32"))  # fmt: skip
@@ -85,46 +89,59 @@ class Wan(Settings):
 
     stage2_iterations: int = option(0, "iterations; 0: the paper's (4k, at M = 1 12k; 14B: 1k, 5k)", "stage 2", least=0)
     stage2_guidance: float = option(5.0, "the teacher's guidance in stage 2; paper: 5", "stage 2")
-    taps: str = option("15,22,29", "teacher blocks whose features the discriminator sees; paper: 15,22,29; 14B: 19,29,39", "stage 2")
+    taps: str = option(
+        "15,22,29", "teacher blocks that the discriminator sees; paper: 15,22,29; 14B: 19,29,39", "stage 2"
+    )
     disc_width: int = option(384, "width of the discriminator's convolutions (384: 67.9 M at 1.3B)", "stage 2")
 
     kd_clips: int = option(10000, "pairs of the KD warm-up of DMD2-v at M = 1; paper: 10k", "baseline")
     kd_updates: int = option(10000, "updates of the KD warm-up; paper: 10k (1.3B), 5k (14B)", "baseline", least=0)
     kd_lr: float = option(7e-5, "learning rate of the KD warm-up; paper: 7e-5", "baseline", above=0)
-    skip_layer: int = option(10, "block that skip-layer guidance leaves out in KD pairs, -1: none; paper: 10", "baseline")
+    skip_layer: int = option(
+        10, "block that skip-layer guidance leaves out in KD pairs, -1: none; paper: 10", "baseline"
+    )
 
-    teacher_updates: int = option(0, "updates of `teacher`: flow matching from scratch, for folders made by hand", "teacher", least=0)
+    teacher_updates: int = option(
+        0, "updates of `teacher`: flow matching, for folders made by hand", "teacher", least=0
+    )
 
-    checkpointing: str = option("none", "activation checkpointing of a block: none, selective (all but attention), full, or auto: "
-                                "the fastest that fits (1.3b, 14b)", "memory and speed", choices=("auto", *CHECKPOINTING))  # fmt: skip
-    shard_over: int = option(0, "GPUs that one copy of the weights is sharded over (FSDP; fewer than all: HSDP); 0: all",
+    checkpointing: str = option(
+        "none", "activation checkpointing: none, selective (keeps attention's output), full; auto: fastest that fits",
+        "memory and speed", choices=("auto", *CHECKPOINTING),
+    )  # fmt: skip
+    shard_over: int = option(0, "GPUs that one copy of the weights is sharded over; 0: all (FSDP), fewer: HSDP",
                              "memory and speed", least=0)  # fmt: skip
-    context_parallel: int = option(1, "GPUs that share one clip, by heads and tokens: 1, 2, 4 or 8 (1.3B has 12 heads: 1, 2 or 4)",
+    context_parallel: int = option(1, "GPUs that share one clip, by heads and tokens: 1, 2, 4 or 8 (1.3B: 1, 2 or 4)",
                                    "memory and speed", least=1)  # fmt: skip
-    offload_teacher: bool = option(False, "keep the frozen teacher in host memory and fetch it block by block", "memory and speed")
-    attn: str = option("auto", "attention backend: native, cudnn, flash or flex; auto: the fastest on this GPU, measured at the start",
+    offload_teacher: bool = option(
+        False, "keep the frozen teacher in host memory, fetched by blocks", "memory and speed"
+    )
+    attn: str = option("auto", "attention backend: native, cudnn, flash or flex; auto: the fastest, timed at the start",
                        "memory and speed", choices=("auto", "cudnn", "flash", "flex", "native"))  # fmt: skip
-    compile: str = option("auto", "compile the blocks: on or off; auto: on a GPU", "memory and speed", choices=("auto", "on", "off"))
-    graph: str = option("auto", "replay the flow head as a CUDA graph in sampling: off, or auto: on a GPU", "memory and speed",
+    compile: str = option("auto", "compile the blocks: on or off; auto: on a GPU", "memory and speed",
+                          choices=("auto", "on", "off"))  # fmt: skip
+    graph: str = option("auto", "the flow head as a CUDA graph in sampling: off, or auto: on a GPU", "memory and speed",
                         choices=("auto", "off"))  # fmt: skip
-    tf32: bool = option(False, "let stage 1's float32 finite difference use TF32 on a GPU: several times faster, 10 bits of mantissa",
-                        "memory and speed")  # fmt: skip
+    tf32: bool = option(False, "TF32 in stage 1's float32 finite difference: several times faster on a GPU, 10 bits of "
+                        "mantissa", "memory and speed")  # fmt: skip
 
     student: str = option("tmd", "the student of sample, export and eval: tmd, dmd2v or teacher", "sampling",
                           choices=("tmd", "dmd2v", "teacher"))  # fmt: skip
     sample_prompts: int = option(16, "sample so many of the prompts, the first (0: all)", "sampling")
     samples_per_prompt: int = option(1, "videos a prompt, each from its own seed (VBench asks for 5)", "sampling")
-    vbench_info: str = option("", "VBench_full_info.json, to sample VBench's prompts under VBench's file names", "sampling")
+    vbench_info: str = option(
+        "", "VBench_full_info.json: sample VBench's prompts, under VBench's file names", "sampling"
+    )
     vbench_results: str = option("", "folder of VBench's *_eval_results.json, to be scored", "sampling")
 
     log_every: int = option(10, "updates between two lines of the log", "log", least=1)
-    preview_every: int = option(250, "updates between two previews of fixed prompts, with alarms; 0: none", "log", least=0)
+    preview_every: int = option(250, "updates between two previews with alarms; 0: none", "log", least=0)
     preview_prompts: int = option(4, "prompts of a preview, two seeds each", "log")
 
-    gpus: int = option(1, "GPUs, for plan", "plan", least=1)
-    card_gb: float = option(141.0, "memory of a GPU in GB, for plan", "plan", above=0)
-    tflops: float = option(400.0, "bf16 TFLOP/s that a GPU achieves, for plan", "plan", above=0)
-    rates: str = option("", "JSON that `bench` wrote on such a GPU: plan with its measured rates instead of --tflops", "plan")
+    gpus: int = option(1, "number of GPUs", "plan", least=1)
+    card_gb: float = option(141.0, "memory of a GPU in GB", "plan", above=0)
+    tflops: float = option(400.0, "bf16 TFLOP/s that a GPU achieves", "plan", above=0)
+    rates: str = option("", "JSON that `bench` wrote on such a GPU: its measured rates, in place of --tflops", "plan")
     bench_minutes: float = option(9.0, "minutes of bench: a case that would start later is left out", "plan", above=0)
 
     def __post_init__(self):
@@ -135,11 +152,15 @@ class Wan(Settings):
             size = f"{self.height}x{self.width}"
             raise ValueError(f"clips of {size} do not fit Wan's patches; height and width must be multiples of 16.")
         if self.lora and self.offload_teacher:
-            raise ValueError("with --lora the teacher is the base that all share and stays on the GPU; drop --offload-teacher.")
+            raise ValueError(
+                "with --lora the teacher is the base that all share and stays on the GPU; drop --offload-teacher."
+            )
         try:
             self.tap_blocks = tuple(int(i) for i in self.taps.split(","))
         except ValueError:
-            raise ValueError(f"taps is {self.taps!r}; give block numbers with commas between, such as 15,22,29.") from None
+            raise ValueError(
+                f"taps is {self.taps!r}; give block numbers with commas between, such as 15,22,29."
+            ) from None
         self.how(), self.stage1(), self.stage2()  # their own checks
 
     def how(self, plain: bool = False) -> WanStudentConfig:
@@ -148,31 +169,34 @@ class Wan(Settings):
         return WanStudentConfig(**grid, N=1 if plain else self.N, H=0 if plain else self.H, fusion=self.fusion)
 
     def stage1(self) -> tmd.Stage1Config:
-        return tmd.Stage1Config(updates=self.stage1_updates, batch=self.micro_batch, lr=self.stage1_lr, guidance=self.stage1_guidance,
-                                adaptive_c=self.adaptive_c)  # fmt: skip
+        return tmd.Stage1Config(updates=self.stage1_updates, batch=self.micro_batch, lr=self.stage1_lr,
+                                guidance=self.stage1_guidance, adaptive_c=self.adaptive_c)  # fmt: skip
 
     def stage2(self) -> tmd.Stage2Config:
         iterations = self.stage2_iterations or (12000 if self.M == 1 else 4000)
-        return tmd.Stage2Config(iterations=iterations, batch=self.micro_batch, lr=self.stage2_lr, guidance=self.stage2_guidance,
-                                dmd_shift=self.dmd_shift, gan_weight=self.gan_weight)  # fmt: skip
+        return tmd.Stage2Config(iterations=iterations, batch=self.micro_batch, lr=self.stage2_lr,
+                                guidance=self.stage2_guidance, dmd_shift=self.dmd_shift,
+                                gan_weight=self.gan_weight)  # fmt: skip
 
     def planned(self, **changed) -> dict:
-        """The arguments of plan.plan (but the transformer's config and rates) that are these settings, some of them `changed`."""
+        """These settings as arguments of plan.plan, some of them `changed`; the transformer and rates are not here."""
         same = (
-            "M N H frames height width micro_batch lora gpus card_gb tflops context_parallel shard_over offload_teacher "
-            "checkpointing disc_width"
+            "M N H frames height width micro_batch lora gpus card_gb tflops context_parallel shard_over "
+            "offload_teacher checkpointing disc_width"
         ).split()
         found = {name: getattr(self, name) for name in same}
         found |= {"batch": self.global_batch, "clips": self.clips or 500_000, "compiled": self.compile != "off"}
         found |= {"stage1": self.stage1_updates, "stage2": self.stage2().iterations, "last_tap": self.tap_blocks[-1]}
-        # choice: float32 without TF32 taken to run at an eighth of the bf16 rate, with it at half (data sheets, not measured)
+        # choice: float32 runs at an eighth of the bf16 rate, with TF32 at half of it (data sheets, not measured)
         found |= {"disc_checkpointing": self.checkpointing != "none", "fp32_slowdown": 2.0 if self.tf32 else 8.0}
         return found | changed
 
     def of_the_training(self, phase: str = "") -> dict:
-        """The settings that decide the weights of a phase, under the names of their options: what its checkpoints are compared by."""
-        others = {key for name, keys in OF_THE_PHASE.items() if phase and phase not in name.split() for key in keys.split()}
-        left_out = {*OF_THE_MACHINE, *others}
+        """The settings that decide the weights of a phase, by option: its checkpoints are compared by them."""
+        left_out = {*OF_THE_MACHINE}
+        for phases, names in OF_THE_PHASE.items():
+            if phase and phase not in phases.split():
+                left_out |= {*names.split()}
         return {f"--{key.replace('_', '-')}": value for key, value in asdict(self).items() if key not in left_out}
 
     def folder(self, *parts: str) -> Path:
@@ -184,11 +208,15 @@ class Wan(Settings):
 
 
 TINY = dict(
-    out="runs/wan-tiny", device="cpu", precision="fp32", frames=9, height=64, width=64, data_steps=6, clips=16, shard_size=8, kd_clips=8,
-    skip_layer=1, H=2, taps="1,3", disc_width=8, global_batch=4, micro_batch=2, stage1_updates=12, stage1_lr=1e-4, stage2_iterations=20,
-    stage2_lr=1e-4, kd_updates=6, save_every=10, preview_every=10, preview_prompts=2, log_every=2, samples_per_prompt=2,
+    out="runs/wan-tiny", device="cpu", precision="fp32", frames=9, height=64, width=64, data_steps=6, clips=16,
+    shard_size=8, kd_clips=8, skip_layer=1, H=2, taps="1,3", disc_width=8, global_batch=4, micro_batch=2,
+    stage1_updates=12, stage1_lr=1e-4, stage2_iterations=20, stage2_lr=1e-4, kd_updates=6, save_every=10,
+    preview_every=10, preview_prompts=2, log_every=2, samples_per_prompt=2,
 )  # fmt: skip
-BIG = dict(out="runs/wan-14b", checkpointing="auto", stage1_lr=1e-5, adaptive_c=1e-5, taps="19,29,39", disc_width=608, kd_updates=5000)
+BIG = dict(
+    out="runs/wan-14b", checkpointing="auto", stage1_lr=1e-5, adaptive_c=1e-5, taps="19,29,39", disc_width=608,
+    kd_updates=5000,
+)  # fmt: skip
 PRESETS = {"tiny": TINY, "1.3b": {"out": "runs/wan-1.3b", "checkpointing": "auto"}, "14b": BIG}
 STAGE2_14B = {1: 5000}  # iterations at 14B; else 1000
 

@@ -1,8 +1,10 @@
 """Wan2.1 as a network of tmd_minimal: the stock diffusers transformer, called part by part. No forward is copied.
 
-    teacher = WanNetwork(load_transformer(folder, torch.bfloat16))      # tmd.Network: teacher(x_t, t, c), teacher.taps(...)
+    teacher = WanNetwork(load_transformer(folder, torch.bfloat16))       # tmd.Network: teacher(x_t, t, c), .taps(...)
     student = tmd.TMDStudent(WanNetwork(load_transformer(folder)), H=5)  # the student wrapper that the toys use
-States x are latents (B, 16, T, H, W), conditions c are text embeddings (B, 512, 4096), times (B,) in [0, 1] (Wan's own: 1000 t).
+
+States x are latents (B, 16, T, H, W), conditions c are text embeddings (B, 512, 4096), times are (B,) in [0, 1] (Wan's
+own: 1000 t).
 """
 
 from __future__ import annotations
@@ -23,12 +25,16 @@ from wan_scale.training import ulysses
 
 
 class WanTime(nn.Module):
-    """Times (B,) -> (B, D): Wan's sinusoids of 1000 t, then its two-layer MLP; never in half precision, whatever autocast says."""
+    """Times (B,) -> (B, D): Wan's sinusoids of 1000 t, then its two-layer MLP.
+
+    Never in half precision, whatever autocast says.
+    """
 
     def __init__(self, condition_embedder):
         super().__init__()
         embedder = condition_embedder.time_embedder
-        self.sinusoids, self.mlp = condition_embedder.timesteps_proj, nn.Sequential(embedder.linear_1, embedder.act, embedder.linear_2)
+        self.sinusoids = condition_embedder.timesteps_proj
+        self.mlp = nn.Sequential(embedder.linear_1, embedder.act, embedder.linear_2)
 
     def forward(self, t):
         with torch.autocast(t.device.type, enabled=False):
@@ -36,20 +42,22 @@ class WanTime(nn.Module):
 
 
 class WanNetwork(tmd.Network):
-    """A stock WanTransformer3DModel in the contract of tmd.Network. `checkpointing`: what of a block its backward pass computes again,
-    "none", "selective" (all but attention) or "full".
+    """A stock WanTransformer3DModel in the contract of tmd.Network.
 
-    Hidden states are (B, n, D) tokens, of ulysses.share(net, K) the n / K of this rank; ctx is (text tokens, rotary table, (T', H', W')),
-    made once a sample. Where the network is `frozen` (speed.prepare), each block's keys and values of a prompt stand for its text tokens,
-    and are made once for a tensor c, WHICH MUST NOT BE CHANGED IN PLACE.
+    Hidden states are tokens (B, n, D); after ulysses.share(net, K) they are the n / K of this rank. ctx is (text
+    tokens, rotary table, (T', H', W')), made once a sample. `checkpointing` is the activation checkpointing of each
+    block: "none", "selective" (all but attention) or "full".
+    Where the network is `frozen` (speed.prepare), each block's keys and values stand for the text tokens. They are made
+    once for a tensor c, WHICH MUST NOT BE CHANGED IN PLACE.
     """
 
     def __init__(self, transformer, checkpointing: str = "none"):
         super().__init__()
         if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
-            raise ValueError("this is an image-to-video checkpoint; give a text-to-video one (Wan2.1-T2V-1.3B or -14B).")
+            other = "this is an image-to-video checkpoint"
+            raise ValueError(f"{other}; give a text-to-video one (Wan2.1-T2V-1.3B or -14B).")
         tmd.choose("checkpointing", checkpointing, CHECKPOINTING)
-        self.transformer, self.checkpointing, self.tables, self.cards = transformer, checkpointing, {}, 1
+        self.transformer, self.checkpointing, self.tables, self.ranks = transformer, checkpointing, {}, 1
         self.frozen, self.prompt = False, (None, None)
 
     # Properties, not registered again: each weight has one name.
@@ -61,16 +69,18 @@ class WanNetwork(tmd.Network):
         """Patches of latents (B, C, T, H, W) along T, H, W; RAISES ValueError if they do not fit."""
         channels, p = self.transformer.config.in_channels, self.transformer.config.patch_size
         if x.ndim != 5 or x.shape[1] != channels or any(n % k for n, k in zip(x.shape[2:], p)):
-            raise ValueError(f"latents of shape {tuple(x.shape)} do not fit {channels} channels in patches of {tuple(p)}.")
+            shape = tuple(x.shape)
+            raise ValueError(f"latents of shape {shape} do not fit {channels} channels in patches of {tuple(p)}.")
         return tuple(n // k for n, k in zip(x.shape[2:], p))
 
     def embed(self, x):
         tokens = self.patch(x.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)  # (B, n, D)
-        return ulysses.split(tokens, self.cards).contiguous()
+        return ulysses.split(tokens, self.ranks).contiguous()
 
     def context(self, c, x):
         if c is None:
-            raise ValueError("Wan needs text embeddings (B, n, text_dim) as its condition; for no prompt pass the negative one.")
+            needed = "Wan needs text embeddings (B, n, text_dim) as its condition"
+            raise ValueError(f"{needed}; for no prompt pass the negative one.")
         text, dtype, grid = self.transformer.condition_embedder.text_embedder, self.patch.weight.dtype, self.grid(x)
         if (grid, x.device) not in self.tables:  # rotary positions: once a shape
             self.tables = {(grid, x.device): self.transformer.rope(x)}
@@ -95,17 +105,20 @@ class WanNetwork(tmd.Network):
             h = h.to(torch.get_autocast_dtype(h.device.type))  # the head's stream, too, which comes from a float32 gate
         texts = text[start:stop] if isinstance(text, list) else repeat(text)
         for block, text in zip(self.blocks[start:stop], texts):
-            h = speed.recomputed(block, self.checkpointing, h, text, six, rope)
+            h = speed.checkpointed(block, self.checkpointing, h, text, six, rope)
         return h
 
     def output(self, h, e):
         net, (_, temb, (_, _, grid)) = self.transformer, e
         shift_, scale = (net.scale_shift_table + temb[:, None]).chunk(2, 1)
         h = (net.norm_out(h.float()) * (1 + scale) + shift_).type_as(h)
-        return tmd.at_least_fp32(self.unpatchify(ulysses.gather(net.proj_out(h), self.cards), grid, channels_last=True))
+        return tmd.at_least_fp32(self.unpatchify(ulysses.gather(net.proj_out(h), self.ranks), grid, channels_last=True))
 
     def unpatchify(self, tokens, grid, channels_last: bool):
-        """Tokens (B, n, p q r C) -> (B, C, T, H, W). Wan's output has the channels last in a token; for features we put them first."""
+        """Tokens (B, n, p q r C) -> (B, C, T, H, W).
+
+        Wan's output has the channels last in a token; for features we put them first.
+        """
         p = self.transformer.config.patch_size
         if channels_last:
             cells = tokens.unflatten(2, (*p, -1)).movedim(-1, 2)
@@ -115,8 +128,8 @@ class WanNetwork(tmd.Network):
         return cells.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def taps(self, x_t, t, c, blocks) -> list[torch.Tensor]:
-        """Hidden states after `blocks`, unpatchified to (B, D / (p q r), T, H, W) for the discriminator; stops at the last of them."""
-        whole = (ulysses.gather(h, self.cards) for h in super().taps(x_t, t, c, blocks))
+        """Hidden states after `blocks`, unpatchified to (B, D / (p q r), T, H, W); stops at the last of them."""
+        whole = (ulysses.gather(h, self.ranks) for h in super().taps(x_t, t, c, blocks))
         return [self.unpatchify(h, self.grid(x_t), channels_last=False) for h in whole]
 
 
@@ -125,7 +138,8 @@ class ScaleBranch(nn.Module):
 
     def __init__(self, channels: int, width: int, scale: int, checkpointing: bool = False):
         super().__init__()
-        groups = math.gcd(32, max(width // 4, 1))  # groups of four channels and more: one cell must still have something to normalise
+        # groups of four channels and more: one cell must still have something to normalise
+        groups = math.gcd(32, max(width // 4, 1))
         self.scale, self.checkpointing = scale, checkpointing
         self.into = nn.Sequential(nn.Conv3d(channels, width, 1), nn.GroupNorm(groups, width), nn.SiLU())
         self.over = nn.Sequential(nn.Conv3d(width, width, 3, padding=1), nn.GroupNorm(groups, width), nn.SiLU())
@@ -133,7 +147,8 @@ class ScaleBranch(nn.Module):
     def forward(self, h):
         if not (self.checkpointing and torch.is_grad_enabled()):
             return self.pooled(h)
-        trained = self.over[0].weight.requires_grad  # in the student's update tmd.frozen holds it still; so must the recomputation
+        # in the student's update tmd.frozen holds the weights still; so must the second forward of checkpointing
+        trained = self.over[0].weight.requires_grad
         again = lambda: (nullcontext(), nullcontext() if trained else tmd.frozen(self))
         return checkpoint(self.pooled, h, use_reentrant=False, context_fn=again)
 
@@ -147,7 +162,8 @@ class ScaleBranch(nn.Module):
 class WanDiscriminator(nn.Module):
     """Conv3D heads on the teacher's tapped features at five scales: list of (B, C, T, H, W) -> logits (B, heads).
 
-    At 1.3B (C = 384, width 384, 3 taps) 67.9 M parameters, the paper's 68 M. choice: width 608 at 14B gives 171 M of the paper's 172 M.
+    At 1.3B (C = 384, width 384, 3 taps) 67.9 M parameters, the paper's 68 M. choice: width 608 at 14B gives 171 M of
+    the paper's 172 M.
     """
 
     SCALES = (1, 2, 4, 8, 16)
@@ -156,18 +172,22 @@ class WanDiscriminator(nn.Module):
         super().__init__()
         branches = lambda: nn.ModuleList(ScaleBranch(channels, width, scale, checkpointing) for scale in self.SCALES)
         self.heads = nn.ModuleList(branches() for _ in range(heads))
-        self.logits = nn.ModuleList(
-            nn.Sequential(nn.Linear(len(self.SCALES) * width, hidden), nn.SiLU(), nn.Linear(hidden, 1)) for _ in range(heads)
-        )
+        into = len(self.SCALES) * width
+        logit = lambda: nn.Sequential(nn.Linear(into, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+        self.logits = nn.ModuleList(logit() for _ in range(heads))
 
     def forward(self, features):
-        weight = self.logits[0][0].weight
-        joined = [torch.cat([branch(h.to(weight.dtype)) for branch in head], -1) for head, h in zip(self.heads, features, strict=True)]
+        dtype = self.logits[0][0].weight.dtype
+        scales = lambda head, h: torch.cat([branch(h) for branch in head], -1)
+        joined = [scales(head, h.to(dtype)) for head, h in zip(self.heads, features, strict=True)]
         return torch.cat([logit(z) for logit, z in zip(self.logits, joined)], -1)
 
 
 def load_transformer(folder, dtype: torch.dtype = torch.float32):
-    """The transformer of a Wan2.1 folder in the Hugging Face layout; in bf16, diffusers keeps times, tables and norms in fp32."""
+    """The transformer of a Wan2.1 folder in the Hugging Face layout.
+
+    In bf16 diffusers keeps times, tables and norms in fp32.
+    """
     from diffusers import WanTransformer3DModel
 
     return WanTransformer3DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype)

@@ -1,9 +1,11 @@
-"""The distilled student as a diffusers pipeline: saves and loads as a folder, is called like WanPipeline, needs no guidance.
+"""The distilled student as a diffusers pipeline: saved and loaded as a folder, called like WanPipeline, no guidance.
 
 from wan_scale.pipeline import TMDWanPipeline
-pipe = TMDWanPipeline.from_pretrained("runs/wan-1.3b/export", dtype={"vae": torch.float32, "default": torch.bfloat16}).to("cuda")
+dtype = {"vae": torch.float32, "default": torch.bfloat16}
+pipe = TMDWanPipeline.from_pretrained("runs/wan-1.3b/export", dtype=dtype).to("cuda")
 pipe.fast(attn="cudnn")  # optional: another attention backend, compiled blocks, the flow head as a CUDA graph
-video = pipe("a cat on the beach", num_frames=81, height=480, width=832, generator=torch.Generator().manual_seed(0)).frames[0]
+g = torch.Generator().manual_seed(0)
+video = pipe("a cat on the beach", num_frames=81, height=480, width=832, generator=g).frames[0]
 """
 
 from __future__ import annotations
@@ -28,11 +30,12 @@ from wan_scale.config import WanStudentConfig
 from wan_scale.model import WanNetwork
 from wan_scale.pictures import decode
 
-HOW = ("M", "N", "H", "fusion", "target", "field", "outer", "outer_shift", "inner_shift")  # what sampling needs of a StudentConfig
+# what sampling needs of a StudentConfig
+HOW = ("M", "N", "H", "fusion", "target", "field", "outer", "outer_shift", "inner_shift")
 
 
 class TMDWanModel(ModelMixin, ConfigMixin):
-    """A TMD (or, with H = 0, a DMD2-v) student with its config, in diffusers' way of saving: config.json and safetensors."""
+    """A TMD student (H = 0: DMD2-v) with its config, saved as diffusers does: config.json and safetensors."""
 
     _keep_in_fp32_modules: ClassVar = [*WanTransformer3DModel._keep_in_fp32_modules, "span", "fuse", "gate"]
     _no_split_modules: ClassVar = ["WanTransformerBlock"]
@@ -50,7 +53,10 @@ class TMDWanModel(ModelMixin, ConfigMixin):
         return len(self.student.net.blocks)
 
     def fast(self, attn: str = "native", compiled: bool = False, graphed: bool = True) -> None:
-        """For sampling alone, its weights where they will stay: see speed.py. Compiled, the first clip of a size waits for the compiler."""
+        """Make sampling fast (speed.py), once the weights are where they will stay. Do not train it afterwards.
+
+        Compiled, the first clip of a size waits for the compiler.
+        """
         speed.prepare(self.student.net, attn=attn, compiled=compiled, checkpointing="none", frozen=True)
         self.sampler = speed.GraphedHead(self.student) if graphed and self.how.H else None
 
@@ -63,13 +69,14 @@ class TMDWanPipeline(WanPipeline):
 
     seconds: ClassVar = {}
 
-    def __init__(self, tokenizer, text_encoder, vae, scheduler, transformer: TMDWanModel | None = None, transformer_2=None,
-                 boundary_ratio=None, expand_timesteps: bool = False):  # fmt: skip
+    def __init__(self, tokenizer, text_encoder, vae, scheduler, transformer: TMDWanModel | None = None,
+                 transformer_2=None, boundary_ratio=None, expand_timesteps: bool = False):  # fmt: skip
         # WanPipeline's own arguments, so that its loader finds what it expects; the last three are Wan2.2's
-        super().__init__(tokenizer, text_encoder, vae, scheduler, transformer, transformer_2, boundary_ratio, expand_timesteps)
+        last = transformer_2, boundary_ratio, expand_timesteps
+        super().__init__(tokenizer, text_encoder, vae, scheduler, transformer, *last)
 
     def fast(self, **how) -> None:
-        """Call when the pipeline is on its card: TMDWanModel.fast."""
+        """Call when the pipeline is on its GPU: TMDWanModel.fast."""
         self.transformer.fast(**how)
 
     def clock(self, part: str, work):
@@ -87,34 +94,40 @@ class TMDWanPipeline(WanPipeline):
         return timed
 
     @torch.no_grad()
-    def __call__(self, prompt=None, height: int = 480, width: int = 832, num_frames: int = 81, num_videos_per_prompt: int = 1,
-                 generator=None, latents=None, prompt_embeds=None, output_type: str = "np", return_dict: bool = True,
-                 max_sequence_length: int = 512, M: int | None = None, N: int | None = None):  # fmt: skip
+    def __call__(self, prompt=None, height: int = 480, width: int = 832, num_frames: int = 81,
+                 num_videos_per_prompt: int = 1, generator=None, latents=None, prompt_embeds=None,
+                 output_type: str = "np", return_dict: bool = True, max_sequence_length: int = 512,
+                 M: int | None = None, N: int | None = None):  # fmt: skip
         """Videos for a prompt or a list of them; M and N default to what the student was trained with.
 
-        `generator`: one, or one a video, which then depends on its own draws alone. Frames are WanPipeline's: (B, T, H, W, 3) in [0, 1].
+        `generator`: one, or a list with one for each video, which then depends on its own draws alone.
+        Frames are WanPipeline's: (B, T, H, W, 3) in [0, 1].
         """
         if latents is None and (num_frames % 4 != 1 or height % 16 or width % 16):
-            raise ValueError(f"{num_frames} frames of {height}x{width} do not fit; give 4 k + 1 frames and multiples of 16 pixels.")
+            size = f"{num_frames} frames of {height}x{width}"
+            raise ValueError(f"{size} do not fit; give 4 k + 1 frames and multiples of 16 pixels.")
         self.check_inputs(prompt, None, height, width, prompt_embeds)
         model, device, self.seconds = self.transformer, self._execution_device, {}
-        how = WanStudentConfig(**{key: getattr(model.how, key) for key in HOW} | {"M": M or model.how.M, "N": N or model.how.N})
+        grid = {"M": M or model.how.M, "N": N or model.how.N}
+        how = WanStudentConfig(**{key: getattr(model.how, key) for key in HOW} | grid)
         c, _ = self.clock("text", self.encode_prompt)(
-            prompt, do_classifier_free_guidance=False, num_videos_per_prompt=num_videos_per_prompt, prompt_embeds=prompt_embeds,
-            max_sequence_length=max_sequence_length, device=device,
+            prompt, do_classifier_free_guidance=False, num_videos_per_prompt=num_videos_per_prompt,
+            prompt_embeds=prompt_embeds, max_sequence_length=max_sequence_length, device=device,
         )  # fmt: skip
         channels = model.student.net.transformer.config.in_channels
-        x_1 = self.prepare_latents(len(c), channels, height, width, num_frames, torch.float32, device, generator, latents)
+        shape = len(c), channels, height, width, num_frames
+        x_1 = self.prepare_latents(*shape, torch.float32, device, generator, latents)
         draws = generator if isinstance(generator, list) else [generator] * len(c)
-        inner = [int(torch.randint(2**62, (1,), generator=g, device=g.device if g else "cpu")) for g in draws]  # seeds of the inner noise
+        seed = lambda g: int(torch.randint(2**62, (1,), generator=g, device=g.device if g else "cpu"))
+        inner = [torch.Generator(device).manual_seed(seed(g)) for g in draws]  # of the inner noise
         student = _Timed(model.sampler or model.student, self.clock)
         half = model.student.net.patch.weight.dtype == torch.bfloat16
-        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if half else nullcontext():  # as GraphedHead records
-            x = torch.cat([
-                tmd.sample(student, x_1[i : i + 1], c[i : i + 1], outer_grid=how.outer_grid, inner_grid=how.inner_grid, target=how.target,
-                           field=how.field, outer=how.outer, generator=torch.Generator(device).manual_seed(inner[i]))
-                for i in range(len(c))
-            ])  # fmt: skip
+        same = {"outer_grid": how.outer_grid, "inner_grid": how.inner_grid, "target": how.target}
+        same |= {"field": how.field, "outer": how.outer}
+        one = lambda i: tmd.sample(student, x_1[i : i + 1], c[i : i + 1], generator=inner[i], **same)
+        # without a cache of casts, as GraphedHead records
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if half else nullcontext():
+            x = torch.cat([one(i) for i in range(len(c))])
         video = x if output_type == "latent" else self.clock("vae", self.decode)(x, output_type)
         self.maybe_free_model_hooks()
         return WanPipelineOutput(frames=video) if return_dict else (video,)

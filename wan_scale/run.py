@@ -1,10 +1,11 @@
-"""Distil Wan2.1 with TMD: from a checkpoint folder and a prompt file to a one- or two-step student, its videos and a score sheet.
+"""Distil Wan2.1 with TMD: from weights and a prompt file to a one- or two-step student, its videos and a score sheet.
 
-    python wan_scale/run.py --preset tiny                        # the whole ladder on a laptop: a tiny random Wan, nothing to download
+    python wan_scale/run.py --preset tiny                        # the whole ladder on a laptop, nothing to download
     python wan_scale/run.py plan --preset 1.3b --gpus 8          # does it fit, how long does it take
     torchrun --nproc-per-node 8 wan_scale/run.py --preset 1.3b --model Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt
 
-Without a subcommand it runs data, stage1, stage2, sample and eval, and skips what is finished. The same command goes on after a stop.
+Without a subcommand it runs data, stage1, stage2, sample and eval, and skips what is finished. After a stop the same
+command goes on from the last checkpoint.
 
     plan      parameters, memory, seconds, disk: before anything starts
     data      latents of the teacher's own samples (or of --videos) and text embeddings, into shards
@@ -15,7 +16,7 @@ Without a subcommand it runs data, stage1, stage2, sample and eval, and skips wh
     sample    prompts to mp4 (--student tmd, dmd2v or teacher; --M and --N may differ from training)
     export    the student as a folder for TMDWanPipeline.from_pretrained
     eval      score sheet of what was sampled; with --vbench-results VBench's three numbers beside the paper's
-    bench     seconds and memory of every step on this card at full size, with random weights: nothing to download
+    bench     seconds and memory of every step on this GPU at full size, with random weights: nothing to download
     teacher   flow matching of MODEL's transformer on the shards, for folders made by hand
 """
 
@@ -30,7 +31,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, so that this runs as a script from anywhere
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository: this runs as a script from anywhere
 
 from settings import command as run_command
 from settings import parser
@@ -50,16 +51,17 @@ To see every step run now on this machine, with a tiny random Wan and nothing to
 It makes the folder, 16 teacher clips, trains stage 1 and stage 2, writes mp4s of student and teacher and a score sheet.
 The weights are random, so the videos are noise: it shows that everything works, not how well.
 """
-TINY_PROMPTS = """a red ball, a blue cube, a green cat runs, a small dog jumps, the big ball left, the red cube right, a cat sits,
-a dog on the sand, the blue ball up, a small cube down, a big cat in the snow, the dog runs fast, a red cat slow, a still cube,
-the green ball in the sea, the small ball jumps""".replace("\n", " ").split(", ")
+TINY_PROMPTS = """a red ball, a blue cube, a green cat runs, a small dog jumps, the big ball left, the red cube right,
+a cat sits, a dog on the sand, the blue ball up, a small cube down, a big cat in the snow, the dog runs fast,
+a red cat slow, a still cube, the green ball in the sea, the small ball jumps""".replace("\n", " ").split(", ")
 
 
 def parse(argv=None):
     """(command or None, settings, the names given on the command line, dry run?)."""
     p = parser(Wan, __doc__)
     p.usage = "run.py [COMMAND] [--preset tiny|1.3b|14b] [options]"
-    p.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND", help=f"one of {', '.join(COMMANDS)}; none: the ladder")
+    one_of = f"one of {', '.join(COMMANDS)}; none: the ladder"
+    p.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND", help=one_of)
     p.add_argument("--preset", choices=tuple(PRESETS), help="tiny, 1.3b or 14b: Table 7's settings (default: 1.3b)")
     p.add_argument("--dry-run", action="store_true", help="print the resolved settings as JSON and stop")
     args = vars(p.parse_args(argv))
@@ -102,12 +104,14 @@ def make_data(cfg: Wan, kd: bool = False) -> None:
     else:
 
         def fast(transformer):
-            speed.stock(transformer, **speed.chosen(cfg, dict(transformer.config), device, transformer.dtype, backward=False))
+            how = speed.chosen(cfg, dict(transformer.config), device, transformer.dtype, backward=False)
+            speed.stock(transformer, **how)
 
-        how = {"fast": fast, "steps": cfg.data_steps, "guidance": cfg.data_guidance, "flow_shift": cfg.flow_shift, "sampler": cfg.sampler}
+        how = dict(fast=fast, steps=cfg.data_steps, guidance=cfg.data_guidance, flow_shift=cfg.flow_shift,
+                   sampler=cfg.sampler, limit=(cfg.kd_clips if kd else cfg.clips) or None)  # fmt: skip
         # choice: KD pairs from noise that the training data have not seen
-        more = {"kd": True, "seed_offset": 1_000_000, "skip_layer": None if cfg.skip_layer < 0 else cfg.skip_layer} if kd else {}
-        teacher.generate(cfg.model, cfg.prompts, out, limit=(cfg.kd_clips if kd else cfg.clips) or None, **how, **more, **clip, **where)
+        own = {"kd": True, "seed_offset": 1_000_000, "skip_layer": None if cfg.skip_layer < 0 else cfg.skip_layer}
+        teacher.generate(cfg.model, cfg.prompts, out, **how, **(own if kd else {}), **clip, **where)
     dist.barrier()
     if dist.rank() == 0:
         print(shards.summary(out), flush=True)
@@ -117,7 +121,8 @@ def evaluate(cfg: Wan, folders=None) -> None:
     from wan_scale.sampling import evaluate, sample
     from wan_scale.training import dist
 
-    folders = folders or {f.name: f for f in sorted(cfg.folder("samples").glob("*")) if f.is_dir() and any(f.glob("*.mp4"))}
+    sampled = [f for f in sorted(cfg.folder("samples").glob("*")) if f.is_dir() and any(f.glob("*.mp4"))]
+    folders = folders or {f.name: f for f in sampled}
     if not folders:
         raise RuntimeError(f"{cfg.folder('samples')} holds no videos; run `sample` first.")
     if dist.rank() == 0:
@@ -149,7 +154,9 @@ def plan(cfg: Wan, name: str) -> None:
 
     given = Path(cfg.model) / "transformer" / "config.json" if cfg.model else None
     if given and not given.exists():
-        raise RuntimeError(f"{given} is missing; give a Wan2.1 folder in the Hugging Face layout, or leave --model away.")
+        raise RuntimeError(
+            f"{given} is missing; give a Wan2.1 folder in the Hugging Face layout, or leave --model away."
+        )
     model = json.loads(given.read_text()) if given else size_of(name)
     if cfg.rates and not Path(cfg.rates).is_file():
         raise RuntimeError(f"{cfg.rates} is missing; give a JSON of bench_results/ with --rates, or leave it away.")
@@ -160,7 +167,8 @@ def plan(cfg: Wan, name: str) -> None:
 def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:
     cfg = preset(name or "1.3b", **given)
     if dry:
-        print(json.dumps({"command": command or "data, stage1, stage2, sample, eval", "preset": name or "1.3b", **asdict(cfg)}, indent=1))
+        resolved = {"command": command or "data, stage1, stage2, sample, eval", "preset": name or "1.3b", **asdict(cfg)}
+        print(json.dumps(resolved, indent=1))
         return
     if command == "plan":
         return plan(cfg, name or "1.3b")
@@ -195,7 +203,7 @@ def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:
     }
     for step in (command,) if command else ("data", "stage1", "stage2"):
         steps[step]()
-        free_memory()  # or the next phase would find the last one's nets on the card
+        free_memory()  # or the next phase would find the last one's nets on the GPU
     if not command:
         evaluate(cfg, {who: sample.sample(replace(cfg, student=who)) for who in ("tmd", "teacher")})
     dist.stop()  # not after an error: torchrun ends the other ranks, which may wait in a collective
@@ -203,11 +211,12 @@ def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:
 
 def main(argv=None) -> int:
     command, name, given, dry = parse(argv)
-    quiet = {"HF_HUB_OFFLINE": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # everything is read from the folder given
+    quiet |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
     # one process saves alone, as it should; and nothing writes in place into what a sharded net returns
     for words in ("torch.distributed is disabled", "FSDP2-wrapped module .* returned a view"):
         warnings.filterwarnings("ignore", words)
-    for key, value in quiet.items():  # everything is read from the folder given
+    for key, value in quiet.items():
         os.environ.setdefault(key, value)
     status = run_command("wan_scale", lambda: explain(lambda: work(command, name, given, dry)))
     if status and int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -1,10 +1,11 @@
-"""Does it distil? A small stock Wan learns the moving shapes, then a student of it is judged by their exact ruler, beside its teacher.
+"""Does it distil? A small stock Wan learns the moving shapes, and a student of it is judged beside it by their ruler.
 
-    python -m wan_scale.shapes --out runs/wan-shapes      # about a quarter of an hour on one core; goes on where it was stopped
-    python -m wan_scale.shapes --quick                    # the same path in seconds, to see that it works (its clips are noise)
+    python -m wan_scale.shapes --out runs/wan-shapes      # about a quarter of an hour on one core; goes on after a stop
+    python -m wan_scale.shapes --quick                    # the same path in seconds: it works (its clips are noise)
 
-Folder, shards, teacher, stage 1 and stage 2 are those of the full ladder; only text encoder and VAE have nothing to do here: a word of
-the prompt is a row of a fixed code, and a clip's pixels, normalised, are its latent. Numbers land in OUT/scores.json.
+Folder, shards, teacher, stage 1 and stage 2 are those of the full ladder. Only text encoder and VAE have nothing to do
+here: a word of the prompt is a row of a fixed code, and a clip's pixels, normalised, are its latent. Numbers land in
+OUT/scores.json.
 """
 
 from __future__ import annotations
@@ -37,17 +38,20 @@ MEAN, STD = -0.87, 0.35  # of a pixel of this world
 CODE = torch.randint(2, (len(WORDS), 32), generator=torch.Generator().manual_seed(0)).mul(2).sub(1).to(torch.bfloat16)
 
 TRANSFORMER = dict(
-    in_channels=1, out_channels=1, patch_size=(2, 4, 4), num_layers=6, num_attention_heads=4, attention_head_dim=16, ffn_dim=256,
-    text_dim=CODE.shape[1],
+    in_channels=1, out_channels=1, patch_size=(2, 4, 4), num_layers=6, num_attention_heads=4, attention_head_dim=16,
+    ffn_dim=256, text_dim=CODE.shape[1],
 )  # fmt: skip
-# Rates, guidance and shifts are those of toy_video.py (but Wan's for s), for the same reasons. Effective NFE is 1 (1 + 3 * 2 / 6) = 2.
+# Rates, guidance and shifts are those of toy_video.py (but Wan's for s), for the same reasons.
+# Effective NFE is 1 (1 + 3 * 2 / 6) = 2.
 SETTINGS = dict(
-    device="cpu", precision="fp32", clips=4096, shard_size=512, M=1, N=4, H=2, inner_shift=1.0, flow_shift=1.0, dmd_shift=1.0,
-    data_guidance=2.0, stage1_guidance=2.0, stage2_guidance=2.0, teacher_updates=4000, teacher_lr=3e-3, stage1_updates=200,
-    stage1_lr=1e-4, stage2_iterations=500, stage2_lr=1e-3, global_batch=32, micro_batch=32, taps="2,4", disc_width=8, preview_every=0,
-    save_every=500,
+    device="cpu", precision="fp32", clips=4096, shard_size=512, M=1, N=4, H=2, inner_shift=1.0, flow_shift=1.0,
+    dmd_shift=1.0, data_guidance=2.0, stage1_guidance=2.0, stage2_guidance=2.0, teacher_updates=4000, teacher_lr=3e-3,
+    stage1_updates=200, stage1_lr=1e-4, stage2_iterations=500, stage2_lr=1e-3, global_batch=32, micro_batch=32,
+    taps="2,4", disc_width=8, preview_every=0, save_every=500,
 )  # fmt: skip
-QUICK = dict(clips=96, shard_size=64, teacher_updates=2, stage1_updates=2, stage2_iterations=5, global_batch=4, micro_batch=4)
+QUICK = dict(
+    clips=96, shard_size=64, teacher_updates=2, stage1_updates=2, stage2_iterations=5, global_batch=4, micro_batch=4
+)
 
 
 def to_latents(clips: torch.Tensor) -> torch.Tensor:
@@ -71,13 +75,16 @@ def make_shapes_folder(folder: str | Path, seed: int = 0) -> Path:
 
 
 def write_shards(out: str | Path, clips: int, seed: int = 0, shard_size: int = 512) -> int:
-    """Rendered clips and their text in the layout of data/shards.py, resumable; a clip depends on its prompt and seed alone. Returns those made now."""
+    """Rendered clips and their text in the layout of data/shards.py; returns how many were made now.
+
+    A clip depends on its prompt and seed alone. A stopped run goes on.
+    """
     out = Path(out)
     records = [{"prompt": PROMPTS[i % len(PROMPTS)], "seed": seed * clips + i} for i in range(clips)]
     manifest = {
-        "kind": "shapes", "model": "moving shapes", "negative_prompt": EMPTY_PROMPT, "text_length": 3, "text_dim": CODE.shape[1],
-        "latent_shape": [1, WORLD.frames, WORLD.size, WORLD.size], "normalisation": "vae", "vae_mean": [MEAN], "vae_std": [STD],
-        "kd": False, "shard_size": shard_size, "prompts": clips, "seed": seed,
+        "kind": "shapes", "model": "moving shapes", "negative_prompt": EMPTY_PROMPT, "text_length": 3,
+        "text_dim": CODE.shape[1], "latent_shape": [1, WORLD.frames, WORLD.size, WORLD.size], "normalisation": "vae",
+        "vae_mean": [MEAN], "vae_std": [STD], "kd": False, "shard_size": shard_size, "prompts": clips, "seed": seed,
     }  # fmt: skip
     open_out(out, manifest)
     texts = {out / "negative.safetensors": {"negative": embed(EMPTY_PROMPT)}}
@@ -98,7 +105,10 @@ def write_shards(out: str | Path, clips: int, seed: int = 0, shard_size: int = 5
 
 
 def score(samples: torch.Tensor, prompts: list[str]) -> dict:
-    """The ruler's means for latents (n, 1, 8, 12, 12) of `prompts`; "error" is the standard error of the total, without diversity's."""
+    """The ruler's means for latents (n, 1, 8, 12, 12) of `prompts`.
+
+    "error" is the standard error of the total, without diversity's.
+    """
     found = Ruler(WORLD).score(to_clips(samples), torch.stack([encode(prompt) for prompt in prompts]))
     each = (found["clips"]["quality"] + found["clips"]["semantic"] + found["clips"]["motion"]) / 4
     keys = ("total", "quality", "semantic", "motion", "diversity")
@@ -111,7 +121,10 @@ def settings(out: str | Path, **changes) -> Wan:
 
 
 def run(cfg: Wan, samples: int = 192) -> dict:
-    """The whole ladder, each finished part done once; returns what OUT/scores.json holds: a row a model, all on the same noise."""
+    """The whole ladder; what is finished is not done again. Returns what OUT/scores.json holds.
+
+    That is a row for each model, all on the same noise.
+    """
     start = time.perf_counter()
     make_shapes_folder(cfg.model, cfg.seed)
     write_shards(cfg.shards, cfg.clips, cfg.seed, cfg.shard_size)
@@ -120,14 +133,17 @@ def run(cfg: Wan, samples: int = 192) -> dict:
     facts = train.stage2(cfg)
 
     prompts = [PROMPTS[i // 4 % len(PROMPTS)] for i in range(samples)]  # the ruler needs four clips of a prompt
-    noise = torch.randn(samples, 1, WORLD.frames, WORLD.size, WORLD.size, generator=torch.Generator().manual_seed(cfg.seed + 10_000))
+    g = torch.Generator().manual_seed(cfg.seed + 10_000)
+    noise = torch.randn(samples, 1, WORLD.frames, WORLD.size, WORLD.size, generator=g)
     c, c_neg = torch.stack([embed(prompt) for prompt in prompts]).float(), embed(EMPTY_PROMPT).float()
     teacher, how, rows = weights.fill(train.network(cfg), "cpu").eval(), cfg.how(), {}
 
     def keep(name, nfe, latents):
         rows[name] = {"effective_nfe": nfe, **score(latents, prompts)}
         print(
-            f"{name:<18} NFE {nfe:<5.3g} " + "   ".join(f"{key} {v:.3f}" for key, v in rows[name].items() if key[:3] != "eff"), flush=True
+            f"{name:<18} NFE {nfe:<5.3g} "
+            + "   ".join(f"{key} {v:.3f}" for key, v in rows[name].items() if key[:3] != "eff"),
+            flush=True,
         )
 
     for steps in (50, 1):
@@ -143,12 +159,14 @@ def run(cfg: Wan, samples: int = 192) -> dict:
 
 def main(argv=None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", help="everything is written below this folder (default: runs/wan-shapes, with --quick runs/wan-shapes-quick)")
+    where = "everything is written below this folder (default: runs/wan-shapes, with --quick runs/wan-shapes-quick)"
+    p.add_argument("--out", help=where)
     p.add_argument("--seed", type=int, default=0, help="seed of weights, clips and draws (default: 0)")
     p.add_argument("--quick", action="store_true", help="a few updates of everything")
     args = p.parse_args(argv)
     torch.set_num_threads(1)  # so small that a second thread only waits
-    cfg = settings(args.out or f"runs/wan-shapes{'-quick' * args.quick}", seed=args.seed, **(QUICK if args.quick else {}))
+    out = args.out or f"runs/wan-shapes{'-quick' * args.quick}"
+    cfg = settings(out, seed=args.seed, **(QUICK if args.quick else {}))
     return command("wan_scale.shapes", lambda: run(cfg, 12 if args.quick else 192))
 
 

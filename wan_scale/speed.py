@@ -1,9 +1,10 @@
-"""What makes Wan fast and changes no result but by rounding: attention backend, recomputation, compiled blocks, what a prompt decides
-computed once, and a CUDA graph of the flow head.
+"""What makes Wan fast and changes no result but by rounding.
 
-    speed.prepare(net, attn="cudnn", compiled=True, checkpointing="selective")      # after copies are made, before sharding
+    speed.prepare(net, attn="cudnn", compiled=True, checkpointing="selective")   # after copies, before sharding
 
-Everything is done to the stock blocks from outside: their processors and their `forward` are replaced, no line of them is copied.
+Attention backends, activation checkpointing, compiled blocks, keys and values of a prompt computed once, and a CUDA
+graph of the flow head. It is all done to the stock blocks from outside: their processors and their `forward` are
+replaced, no line of them is copied.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from wan_scale.cost.sizes import tokens
 from wan_scale.training import dist
 
-BACKENDS = {"native": "native", "cudnn": "_native_cudnn", "flash": "_native_flash", "flex": "flex"}  # --attn: diffusers' name
+# --attn: diffusers' name
+BACKENDS = {"native": "native", "cudnn": "_native_cudnn", "flash": "_native_flash", "flex": "flex"}
 
 
 # ---- Attention -------------------------------------------------------------------------------------------------------
 
 
 class Attention:
-    """The stock processor on a backend; float32 calls go to `native`, for cuDNN and flash take half precision alone.
+    """The stock processor on a backend. A context that is a pair is keys and values made before.
 
-    (The finite difference of stage 1 is such a call.) A context that is a pair is keys and values made before.
+    float32 calls, such as the finite difference of stage 1, go to `native`: cuDNN and flash take only half precision.
     """
 
     def __init__(self, backend: str):
@@ -46,11 +48,12 @@ class Attention:
         else:
             attn = Seen(attn)
         half = hidden_states.dtype != torch.float32 or torch.is_autocast_enabled(hidden_states.device.type)
-        return (self.half if half else self.exact)(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        call = self.half if half else self.exact
+        return call(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
 
 
 class Seen:
-    """An attention layer as the stock processor sees it; a class, for the compiler cannot look into a SimpleNamespace."""
+    """An attention layer as the stock processor sees it. The compiler cannot look into a SimpleNamespace: a class."""
 
     add_k_proj, fused_projections = None, False
 
@@ -67,7 +70,8 @@ class Seen:
         return self.attn.to_v(x)
 
     def norm_q(self, q):
-        return self.attn.norm_q(q).to(q.dtype)  # autocast's norms are float32 on a GPU, which flex does not take beside a bf16 v
+        # autocast's norms are float32 on a GPU, which flex does not take beside a bf16 v
+        return self.attn.norm_q(q).to(q.dtype)
 
     def norm_k(self, k):
         return self.attn.norm_k(k).to(k.dtype)
@@ -96,9 +100,13 @@ def keys_and_values(attn, text):
     return attn.norm_k(attn.to_k(text)), attn.to_v(text)
 
 
-def attention_times(heads: int, head_dim: int, tokens: int, device, dtype=torch.bfloat16, backward=True, compiled=True) -> dict:
+def attention_times(
+    heads: int, head_dim: int, tokens: int, device, dtype=torch.bfloat16, backward=True, compiled=True
+) -> dict:
     """Seconds of self-attention over `tokens` by backend, or, where it does not run, the reason in words."""
-    q, k, v = (torch.randn(1, tokens, heads, head_dim, device=device, dtype=dtype, requires_grad=backward) for _ in range(3))
+    q, k, v = (
+        torch.randn(1, tokens, heads, head_dim, device=device, dtype=dtype, requires_grad=backward) for _ in range(3)
+    )
     found, gradient = {}, torch.randn_like(q) if backward else None
     for name, backend in BACKENDS.items():
         attend = partial(dispatch_attention_fn, backend=AttentionBackendName(backend))
@@ -109,7 +117,7 @@ def attention_times(heads: int, head_dim: int, tokens: int, device, dtype=torch.
             attend = torch.compile(attend, dynamic=False)
         try:
             found[name] = median_seconds(lambda attend=attend: attended(attend, q, k, v, gradient), device)[0]
-        except Exception as e:  # whatever a backend raises on a card that it does not know, the others are there
+        except Exception as e:  # whatever a backend raises on a GPU that it does not know, the others are there
             found[name] = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:100]}"
     return found
 
@@ -138,7 +146,10 @@ def between(start, end) -> float:
 
 
 def median_seconds(work, device, repeats: int = 3, warm: int = 2, within: float = math.inf) -> tuple[float, int]:
-    """Median of `repeats` after `warm` untimed ones, and of how many it is: at least three, more while they take less than `within` s."""
+    """Median seconds of work() after `warm` untimed calls, and of how many calls it is.
+
+    At most `repeats`, at least three, and more than three only while all take less than `within` seconds.
+    """
     for _ in range(warm):
         work()
     seconds, begun = [], moment(device)
@@ -153,22 +164,24 @@ def fastest(times: dict) -> str:
     """The backend with the least seconds; RuntimeError if none ran."""
     ran = {name: seconds for name, seconds in times.items() if not isinstance(seconds, str)}
     if not ran:
-        raise RuntimeError(f"no attention backend runs here ({'; '.join(f'{name}: {why}' for name, why in times.items())}).")
+        reasons = "; ".join(f"{name}: {why}" for name, why in times.items())
+        raise RuntimeError(f"no attention backend runs here ({reasons}).")
     return min(ran, key=ran.get)
 
 
-# ---- What the backward pass computes again ---------------------------------------------------------------------------
+# ---- Activation checkpointing ----------------------------------------------------------------------------------------
 
 
 def keep_attention(ctx, op, *args, **kw):
-    """Policy of "selective": what attention put out is kept, everything else of a block is computed again."""
+    """Policy of "selective": attention's output is kept, everything else of a block is computed again."""
     return CheckpointPolicy.MUST_SAVE if "attention" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def recomputed(call, mode: str, *args):
-    """call(*args), whose inner activations are kept ("none"), or computed again in the backward pass but for attention, or all.
+def checkpointed(call, mode: str, *args):
+    """call(*args) under activation checkpointing: "none", "selective" (attention's output is kept) or "full".
 
-    AUTOCAST'S CACHE OF CASTS MUST BE OFF (train.compute): a cast that the forward pass found there would be one too many when repeated.
+    AUTOCAST'S CACHE OF CASTS MUST BE OFF (train.compute): a cast that the forward pass found there would be one too
+    many in the backward pass.
     """
     if mode == "none" or not torch.is_grad_enabled():
         return call(*args)
@@ -181,19 +194,22 @@ def recomputed(call, mode: str, *args):
 
 def forward(stock, mode: str, block, *args):
     """stock(block, *args), the class's own forward; the block is an argument, so that one compilation serves all."""
-    return recomputed(stock, mode, block, *args)
+    return checkpointed(stock, mode, block, *args)
 
 
 def compile_blocks(blocks, mode: str) -> None:
-    """Every block's forward, with its recomputation, becomes one compiled function, which all blocks and networks share.
+    """Compile every block's forward, with its checkpointing, into one function that all blocks and networks share.
 
-    Compiled within the hooks of FSDP, and after copies are made: AdaLN, norms, RoPE and gates fuse into few passes over the hidden states.
+    It is compiled within the hooks of FSDP, and after copies are made. AdaLN, norms, RoPE and gates fuse into few
+    passes over the hidden states.
     """
-    torch._dynamo.config.recompile_limit = 64  # with and without gradient, autocast, adapters; past the limit blocks run eagerly in silence
+    # with and without gradient, autocast, adapters; past the limit blocks run eagerly in silence
+    torch._dynamo.config.recompile_limit = 64
     global compiled_forward
     compiled_forward = compiled_forward or torch.compile(forward, dynamic=False)
     for block in blocks:
-        block = getattr(block, "block", block)  # of --lora: which adapters work is set outside, and a graph remembers its own
+        # under --lora the block inside: which adapters work is set outside of it, and a graph remembers its own
+        block = getattr(block, "block", block)
         block.forward = partial(compiled_forward, type(block).forward, mode, block)
 
 
@@ -204,9 +220,13 @@ compiled_forward = None
 
 
 def prepare(net, attn: str = "native", compiled: bool = False, checkpointing: str | None = None, frozen: bool = False):
-    """Make a WanNetwork fast; returns it. frozen: its weights will not move, so what it makes of a prompt is kept (sampling)."""
+    """Make a WanNetwork fast; returns it.
+
+    frozen (sampling): its weights will not move, so a prompt's keys and values are computed once and kept.
+    """
     net.frozen, net.checkpointing = frozen, checkpointing or net.checkpointing
-    under_adapters = [block.block for block in net.blocks if hasattr(block, "block")]  # of --lora: used by the net, not owned
+    # of --lora: used by the net, not owned
+    under_adapters = [block.block for block in net.blocks if hasattr(block, "block")]
     stock(net.transformer, attn, under_adapters)
     if compiled:
         compile_blocks(net.blocks, net.checkpointing)
@@ -215,7 +235,10 @@ def prepare(net, attn: str = "native", compiled: bool = False, checkpointing: st
 
 
 def stock(transformer, attn: str = "native", more=(), compiled: bool = False):
-    """The stock transformer (and `more` modules) with an attention backend, for diffusers' own pipelines compiled; returns it."""
+    """Set the attention backend of the stock transformer (and of `more` modules); returns it.
+
+    compiled: for diffusers' own pipelines, which call its blocks without activation checkpointing.
+    """
     for module in chain(transformer.modules(), *(other.modules() for other in more)):
         if isinstance(module, WanAttention):
             if hasattr(module.processor, "stock"):  # Ulysses: around it
@@ -228,7 +251,10 @@ def stock(transformer, attn: str = "native", more=(), compiled: bool = False):
 
 
 def chosen(cfg, config: dict, device, dtype, backward: bool) -> dict:
-    """{"attn", "compiled"} as the settings say, or as this card suggests: backends are timed at the run's size. Says what it chose."""
+    """{"attn", "compiled"} as the settings say; "auto": what suits this GPU, with backends timed at the run's size.
+
+    Prints what it chose.
+    """
     compiled = cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
     attn, words = cfg.attn, ""
     if attn == "auto" and device.type == "cpu":
@@ -238,7 +264,8 @@ def chosen(cfg, config: dict, device, dtype, backward: bool) -> dict:
         heads = config["num_attention_heads"] // cfg.context_parallel
         times = attention_times(heads, config["attention_head_dim"], n, device, dtype, backward, compiled)
         attn = fastest(times)
-        words = ", of " + ", ".join(f"{k}: {v}" if isinstance(v, str) else f"{k} {1000 * v:.1f} ms" for k, v in times.items())
+        told = lambda v: f": {v}" if isinstance(v, str) else f" {1000 * v:.1f} ms"
+        words = ", of " + ", ".join(f"{name}{told(v)}" for name, v in times.items())
     dist.say(f"attention {attn}{words}; blocks {'compiled' if compiled else 'not compiled'}")
     return {"attn": attn, "compiled": compiled}
 
@@ -247,10 +274,10 @@ def chosen(cfg, config: dict, device, dtype, backward: bool) -> dict:
 
 
 class GraphedHead:
-    """A student for sampling whose head is a CUDA graph, replayed N times a transition; elsewhere than on a card, the student itself.
+    """A student for sampling whose head is a CUDA graph, replayed N times a transition. On a CPU: the student itself.
 
-    head(y_s, s, r, m) of the first call of a shape is recorded; later calls copy their inputs over those it was recorded with. THE WEIGHTS
-    MUST STAY WHERE THEY ARE.
+    The first head(y_s, s, r, m) of a shape is recorded. Later calls copy their inputs over those of the recording.
+    THE WEIGHTS MUST STAY WHERE THEY ARE.
     """
 
     def __init__(self, student):
@@ -282,7 +309,10 @@ class GraphedHead:
         return y_s.is_cuda
 
     def record(self, inputs, shape):
-        """(graph, the tensors it reads, the one it writes). NO CACHE OF CASTS: a cast of the warm-up would not be part of the graph."""
+        """(graph, the tensors it reads, the one it writes).
+
+        NO CACHE OF CASTS: a cast of the warm-up would not be part of the graph.
+        """
         fixed = [v.clone() if isinstance(v, torch.Tensor) else v for v in inputs]
         work = lambda: self.student.head(*torch.utils._pytree.tree_unflatten(fixed, shape))
         cached, side, graph = torch.is_autocast_cache_enabled(), torch.cuda.Stream(), torch.cuda.CUDAGraph()

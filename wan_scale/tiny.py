@@ -11,7 +11,10 @@ from pathlib import Path
 
 import torch
 
-WORDS = "a the red green blue small big ball cube cat dog runs jumps sits left right up down on in of sea sand snow still slow fast".split()
+WORDS = (
+    "a the red green blue small big ball cube cat dog runs jumps sits left right up down on in of sea sand snow "
+    "still slow fast"
+).split()
 TRANSFORMER = dict(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=4, text_dim=32, freq_dim=32)
 
 
@@ -24,11 +27,16 @@ def tokenizer():
     tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.Whitespace()
     tok.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
 
 
 def make_tiny(folder: str | Path, seed: int = 0, **transformer) -> Path:
-    """Write the folder (once: a finished one is left alone); `transformer` overrides fields of its config. Returns its path."""
+    """Write the folder (once: a finished one is left alone); `transformer` overrides fields of its config.
+
+    Returns its path.
+    """
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -39,8 +47,9 @@ def make_tiny(folder: str | Path, seed: int = 0, **transformer) -> Path:
     torch.manual_seed(seed)
     config = {**TRANSFORMER, **transformer}
     text = UMT5Config(
-        vocab_size=3 + len(WORDS), d_model=config["text_dim"], d_kv=8, d_ff=64, num_layers=2, num_heads=4, pad_token_id=0, eos_token_id=1
-    )
+        vocab_size=3 + len(WORDS), d_model=config["text_dim"], d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
     pipe = WanPipeline(
         tokenizer=tokenizer(),
         text_encoder=UMT5EncoderModel(text).eval(),

@@ -1,8 +1,9 @@
-"""From the JSON files of `bench` to BENCHMARKS.md: the bars, every measured number beside the plan's, what a flow head really costs.
+"""From the JSON files of `bench` to BENCHMARKS.md: the bars, each number beside the plan's, the cost of a flow head.
 
     print(markdown([json.load(open("wan_scale/bench_results/1.3b-nvidia-h200-2026-11-23.json"))]))
 
-The plan predicts from the record's own micro-benchmarks (measured_rates), so its error is that of its arithmetic, not of a data sheet.
+The plan predicts from the record's own micro-benchmarks (measured_rates), so its error is that of its arithmetic, not
+of a data sheet.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from wan_scale.cost.work import UNITS, flops, measured_rates, step_work
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench_results"
 TIME, MEMORY = 0.15, 0.10  # errors of the plan that are within the bars
-WAITS = """Not measured yet: no card was at hand. `make bench-gpu` measures both sizes in nine minutes and writes this file. What waits:
+WAITS = """Not measured yet: no GPU was at hand. `make bench-gpu` measures both sizes in nine minutes and writes this
+file. What waits:
 
 - attention backends side by side, blocks compiled and not, a stock diffusers call
 - a stage 1 step with and without the finite difference; stage 2's student and critics, beside the naive baseline
 - sampling at five (M, N), the head as it is and as a CUDA graph: what an effective NFE costs on the clock; the VAE
-- 14B on one card: forward, sampling and, with adapters, stage 2
+- 14B on one GPU: forward, sampling and, with adapters, stage 2
 - the errors of `plan`, in time and memory, for every row it predicts
 """
 
@@ -41,7 +43,7 @@ def update(case: dict) -> float:
 
 
 def rate_share(record: dict) -> float:
-    """Share of the card's own bf16 matmul rate that the fastest forward reaches."""
+    """Share of the GPU's own bf16 matmul rate that the fastest forward reaches."""
     rates = record["cases"]["rates"]
     work = flops(record["config"], record["tokens"], H=record["H"])["whole"]["total"]
     fastest = min(case["seconds"] for case in ran(record, "forward").values())
@@ -49,7 +51,10 @@ def rate_share(record: dict) -> float:
 
 
 def against_naive(record: dict) -> tuple[float, str]:
-    """The naive baseline's seconds an iteration over those of the fastest variant within its memory (or, said so, of any); both peaks."""
+    """How many times faster an iteration is than the naive baseline's, and both peaks of memory.
+
+    By the fastest variant within the baseline's memory. If there is none, by the fastest of all, and the text says so.
+    """
     found = ran(record, "stage 2")
     naive = found.pop("stage 2, naive")
     peak, room = (lambda case: max(case["peak_gb"].values())), max(naive["peak_gb"].values())
@@ -59,35 +64,36 @@ def against_naive(record: dict) -> tuple[float, str]:
 
 
 def rollout(record: dict) -> float:
-    """Cost of the inner steps 2 to 4 over (N-1) H / L forwards, less 1, signed; the forward is the sample at M = N = 1."""
-    all_three = [s for case in ran(record, "sampling").values() if {"M1N1", "M1N2", "M1N4"} <= {*(s := case["seconds"])}]
-    steps = min(all_three, key=lambda s: s["M1N2"])
+    """Cost of the inner steps 2 to 4 over (N-1) H / L forwards, less 1, signed. A forward: the sample at M = N = 1."""
+    found, all_three = [case["seconds"] for case in ran(record, "sampling").values()], {"M1N1", "M1N2", "M1N4"}
+    steps = min((s for s in found if all_three <= {*s}), key=lambda s: s["M1N2"])
     return (steps["M1N4"] / steps["M1N1"] - 1) / (3 * record["H"] / record["config"]["num_layers"]) - 1
 
 
 def difference(record: dict) -> tuple[float, str]:
-    """What the finite difference adds to a stage 1 step on the average, for a quarter of the clips need it; and to a step that does."""
+    """What the finite difference adds to a stage 1 step: in the mean (a quarter of clips need it), and if needed."""
     with_, without = (record["cases"][name]["seconds"][""] for name in ("stage 1", "stage 1, no finite difference"))
     every = with_ / without - 1
     return (1 - 0.75 ** record["micro_batch"]) * every, f" (to a step that needs it {percent(every)})"
 
 
 percent, ratio, gb, sec = "{:.0%}".format, "{:.2f}x".format, "{:.1f} GB".format, "{:.3f} s".format
-quickest = lambda record: min(s["M1N2"] for case in ran(record, "sampling").values() if "M1N2" in (s := case["seconds"]))
+of_M1N2 = lambda record: [case["seconds"].get("M1N2") for case in ran(record, "sampling").values()]
+quickest = lambda record: min(s for s in of_M1N2(record) if s is not None)
 stage2_peak = lambda record: max(record["cases"]["stage 2"]["peak_gb"].values())
 BARS = (  # size, what, bound, whether it is the least (else the most), the number of a record, how it is written
-    ("1.3b", "forward, share of the card's bf16 matmul rate", 0.65, True, rate_share, percent),
+    ("1.3b", "forward, share of the GPU's bf16 matmul rate", 0.65, True, rate_share, percent),
     ("1.3b", "stage 2 iteration against the naive baseline, at equal memory", 1.3, True, against_naive, ratio),
     ("1.3b", "stage 2 at batch 1, peak memory", 75.0, False, stage2_peak, gb),
     ("1.3b", "sample at M = 1, N = 2, transformer", 0.60, False, quickest, sec),
     ("14b", "sample at M = 1, N = 2, transformer", 3.4, False, quickest, sec),
     ("1.3b", "inner steps over (N-1) H / L, above it", 0.05, False, rollout, percent),
-    ("1.3b", "finite difference, added to a stage 1 step, average of one card", 0.35, False, difference, percent),
+    ("1.3b", "finite difference, added to a stage 1 step, mean of one GPU", 0.35, False, difference, percent),
 )
 
 
 def bars(records: list[dict]) -> list[str]:
-    """A row a bar and record of its size at the preset's settings: bound, measured, whether it is met or by how much it is missed."""
+    """A row for each bar and record at the preset's settings: bound, measured, met or by how much missed."""
     rows = ["| size | bar | bound | measured | |", "|---|---|---|---|---|"]
     for size, what, bound, least, number, words in BARS:
         limit = f"{'at least' if least else 'at most'} {words(bound)}"
@@ -98,8 +104,10 @@ def bars(records: list[dict]) -> list[str]:
                 rows.append(f"| {size} | {what} | {limit} | not measured yet | |")
                 continue
             met = value >= bound if least else value <= bound
-            verdict = "met" + " in time alone" * ("NOT" in note) if met else f"missed by {abs(value / bound - 1):.0%} of the bound"
-            rows.append(f"| {size} | {what} | {limit} | {words(value)}{note}, {record['card']}, {record['date']} | {verdict} |")
+            missed = f"missed by {abs(value / bound - 1):.0%} of the bound"
+            verdict = "met" + " in time alone" * ("NOT" in note) if met else missed
+            found = f"{words(value)}{note}, {record['card']}, {record['date']}"
+            rows.append(f"| {size} | {what} | {limit} | {found} | {verdict} |")
     return rows
 
 
@@ -107,16 +115,19 @@ def bars(records: list[dict]) -> list[str]:
 
 
 def predicted(record: dict, name: str, part: str = "") -> tuple[dict, float] | None:
-    """(seconds by unit of UNITS, bytes at the peak) of a case's part by the record's own rates, or None where the plan has none."""
+    """The plan's (seconds by unit of UNITS, bytes at the peak) of a case's part, by the record's own rates.
+
+    None where the plan has no such case.
+    """
     case, config, n = record["cases"][name], record["config"], record["tokens"]
     kinds = {"forward": "teacher", "sampling": "sample", "stage 1": "stage1", "stage 2": part}
     kind = next((kind for start, kind in kinds.items() if name.startswith(start)), None)
     if not kind or "failed" in case:
         return None
     training = name.startswith("stage")
-    how = {"H": record["H"], "compiled": case["compiled"]}
     M, N = (1, record["N"]) if kind != "sample" else (int(v) for v in part[1:].split("N"))
-    how |= {"N": N, "last_tap": record["last_tap"], "checkpointing": case.get("checkpointing", "full"), "lora": case.get("lora", 0)}
+    how = dict(N=N, H=record["H"], last_tap=record["last_tap"], lora=case.get("lora", 0), compiled=case["compiled"],
+               checkpointing=case.get("checkpointing", "full"))  # fmt: skip
     shown = {"disc_flops": record["discriminator"]["flops"], "flow_map_share": float(case.get("difference", True))}
     work = step_work(config, n, kind, M=M, **how, **shown)
     tf32, clips = case.get("tf32", record["tf32"]), record["micro_batch"] if training else 1
@@ -125,7 +136,8 @@ def predicted(record: dict, name: str, part: str = "") -> tuple[dict, float] | N
     for units in work.values():
         for unit, amount in units.items():
             spent[unit] += clips * amount / rate[unit]
-    disc = {"disc": record["discriminator"]["parameters"], "disc_bytes": record["discriminator"]["live"]} if part else {}
+    d = record["discriminator"]
+    disc = {"disc": d["parameters"], "disc_bytes": d["live"]} if part else {}
     peak = memory(config, n, kind, micro_batch=clips, accumulated=False, **how, **disc)
     return spent, sum(peak.values())
 
@@ -138,8 +150,9 @@ def measured(case: dict) -> list[tuple[str, float, float | None]]:
 
 
 def cases(record: dict) -> list[str]:
-    """A row a number: measured, the plan's, its error, and where the time goes by the plan; then how many rows are within the bars."""
-    rows = ["| case | seconds | plan | error | peak GB | plan | error | where the time goes, by the plan |", "|---" * 8 + "|"]
+    """A row for each number: measured, planned, error, where the time goes; then how many rows are within the bars."""
+    heads = "| case | seconds | plan | error | peak GB | plan | error | where the time goes, by the plan |"
+    rows = [heads, "|---" * 8 + "|"]
     hit = {"time": [0, 0], "memory": [0, 0]}
 
     def error(what, found, guess, bound):
@@ -161,16 +174,20 @@ def cases(record: dict) -> list[str]:
                 time = error("time", s, total, TIME)
                 if peak and "graphed" not in name:  # a graph holds its own memory
                     space = error("memory", peak, guess[1] / GB, MEMORY)
-                where = ", ".join(f"{unit} {t / total:.0%}" for unit, t in sorted(spent.items(), key=lambda u: -u[1]) if t > 0.02 * total)
-            rows.append(f"| {name} {part} | {s:.4g} | {time} | {f'{peak:.1f}' if peak else ''} | {space} | {where} |".replace("  |", " |"))
+                most = sorted((unit for unit in spent if spent[unit] > 0.02 * total), key=lambda unit: -spent[unit])
+                where = ", ".join(f"{unit} {spent[unit] / total:.0%}" for unit in most)
+            held = f"{peak:.1f}" if peak else ""
+            rows.append(f"| {name} {part} | {s:.4g} | {time} | {held} | {space} | {where} |".replace("  |", " |"))
         if name != "attention":
             rows += [f"| {name} {part} | {why} | | | | | | |" for part, why in case.get("reasons", {}).items()]
-    counts = [f"within {bound:.0%} for {what}: {k} of {n} rows" for (what, (k, n)), bound in zip(hit.items(), (TIME, MEMORY)) if n]
-    return [*rows, "", f"The plan's errors are {', '.join(counts)}." if counts else "The plan predicts none of these rows."]
+    told = zip(hit.items(), (TIME, MEMORY))
+    counts = [f"within {bound:.0%} for {what}: {k} of {n} rows" for (what, (k, n)), bound in told if n]
+    none = "The plan predicts none of these rows."
+    return [*rows, "", f"The plan's errors are {', '.join(counts)}." if counts else none]
 
 
 def evaluations(record: dict) -> list[str]:
-    """Effective NFE against the clock: seconds of a sample in seconds of the fastest forward, and as many whole stock calls as M N."""
+    """Effective NFE against the clock: a sample in seconds and in fastest forwards, beside M N whole stock calls."""
     samples, forwards = ran(record, "sampling"), [case["seconds"] for case in ran(record, "forward").values()]
     if not samples or not forwards:
         return []
@@ -195,7 +212,8 @@ def kernels(record: dict) -> list[str]:
         found += ["| attention backend, one block | |", "|---|---|", *rows, "", taken, ""]
     if rates := ran(record, "rates").get("rates"):
         each = {unit: rates["work"][unit] / s / 1e12 for unit, s in rates["seconds"].items()}
-        found += ["| rate | TFLOP/s, TB/s |", "|---|---|", *(f"| {unit} | {value:,.4g} |" for unit, value in each.items()), ""]
+        rows = [f"| {unit} | {value:,.4g} |" for unit, value in each.items()]
+        found += ["| rate | TFLOP/s, TB/s |", "|---|---|", *rows, ""]
     return found
 
 
@@ -207,7 +225,8 @@ def markdown(records: list[dict]) -> str:
         text += [
             f"## {r['size']} on {r['card']}",
             "",
-            f"{r['date']}, torch {r['torch']}, {r['precision']}; {frames} frames of {height}x{width}, {r['tokens']:,} tokens.",
+            f"{r['date']}, torch {r['torch']}, {r['precision']}; "
+            f"{frames} frames of {height}x{width}, {r['tokens']:,} tokens.",
             f"`{r['command']}`",
             "",
             *cases(r),

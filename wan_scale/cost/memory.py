@@ -5,21 +5,24 @@ from __future__ import annotations
 from wan_scale.cost.sizes import known, lora_parameters, parameters, student_parameters
 from wan_scale.cost.work import CHECKPOINTING, known_mode
 
-RESERVE = 0.08  # of a card: CUDA's context, NCCL's buffers, what the allocator wastes
+RESERVE = 0.08  # of a GPU's memory: CUDA's context, NCCL's buffers, what the allocator wastes
 
 
-def memory(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2, H: int = 5, last_tap: int | None = None,
-           disc: float = 0.0, disc_bytes: float = 0.0, shard_teacher: bool = True, micro_batch: int = 1, lora: int = 0,
-           context_parallel: int = 1, checkpointing: str = "full", compiled: bool = False, shard_over: int = 0,
-           offload_teacher: bool = False, accumulated: bool = True) -> dict[str, float]:  # fmt: skip
-    """Bytes on each card at the peak of a step of `kind` ("stage1", "student", "critic", or "teacher" and "sample", all in bf16), by term.
+def memory(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2, H: int = 5,
+           last_tap: int | None = None, disc: float = 0.0, disc_bytes: float = 0.0, shard_teacher: bool = True,
+           micro_batch: int = 1, lora: int = 0, context_parallel: int = 1, checkpointing: str = "full",
+           compiled: bool = False, shard_over: int = 0, offload_teacher: bool = False,
+           accumulated: bool = True) -> dict[str, float]:  # fmt: skip
+    """Bytes on each GPU at the peak of a step, by term.
 
-    Trained nets: fp32 weights, gradients and AdamW's moments, sharded over `gpus` (FSDP2), or over `shard_over` of them, the others
-    repeating it; the discriminator is whole on every card, so is the teacher (bf16) unless `shard_teacher`; with `offload_teacher` the host
-    has it. Gradients exist only of the net being updated; where they are not `accumulated` over micro-batches, they come as the graph goes.
-    disc: its parameters; disc_bytes: what one of its forwards keeps of a clip.
-    Cards that share a clip hold 1 / context_parallel of its hidden states, and its features whole.
-    With lora, the adapters' rank, every card holds the base and all that is trained, the host the average.
+    kind: "stage1", "student", "critic", or, all in bf16, "teacher" and "sample".
+    Trained nets have fp32 weights, gradients and AdamW's moments, sharded over `gpus` (FSDP2). With `shard_over` they
+    are sharded over so many GPUs, and the other GPUs hold further copies. The discriminator is whole on every GPU. So
+    is the teacher (bf16) unless `shard_teacher`; with `offload_teacher` the host has it.
+    Only the net being updated has gradients. Where they are not `accumulated` over micro-batches, they come as the
+    graph goes. disc: the discriminator's parameters; disc_bytes: what one of its forwards keeps of a clip.
+    GPUs that share a clip hold 1 / context_parallel of its hidden states, and its features whole. With lora (the
+    adapters' rank) every GPU holds the base and all that is trained, and the host holds the EMA.
     ACTIVATIONS ARE AN ESTIMATE: what PyTorch saves on CPU, in bf16 autocast without its cache of casts.
     """
     if gpus < 1:
@@ -40,27 +43,29 @@ def memory(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2,
     if lora:
         thin, gpus = lora_parameters(config, H, lora), 1
         student, fake = thin["own"] + thin["student"], thin["fake"]
-    bf16, fp32 = 2, 4
+    bf16, fp32, held = 2, 4, stage2 and not lora and not offload_teacher
     found = {
         "shared base, bf16": bool(lora) * bf16 * teacher["total"],
         "student, weights": fp32 * student / gpus,
         "student, AdamW": 2 * fp32 * student / gpus,
-        "student, average": (not lora) * fp32 * student / gpus,
+        "student, EMA": (not lora) * fp32 * student / gpus,
         "fake score, weights": stage2 * fp32 * fake / gpus,
         "fake score, AdamW": stage2 * 2 * fp32 * fake / gpus,
         "discriminator, weights and AdamW": stage2 * 3 * fp32 * disc,
-        "teacher, bf16": (stage2 and not lora and not offload_teacher) * bf16 * teacher["total"] / (gpus if shard_teacher else 1),
+        "teacher, bf16": held * bf16 * teacher["total"] / (gpus if shard_teacher else 1),
         "gradients": fp32 * (fake / gpus + disc if kind == "critic" else student / gpus),
     }
-    # Of the net that runs two blocks and, if trained, their gradients are whole (the next is fetched early); of the student all the while
-    # its head and what is outside blocks.
+    # FSDP gathers two blocks of the net that runs (the next one early) and, if it is trained, their gradients. Of the
+    # student, its head and what is outside blocks stay gathered all the while.
     kept = (gpus > 1) * fp32 * (H * teacher["block"] + (1 + stage2) * (student - teacher["blocks"]))
     trained = (gpus > 1) * min(4, L) * fp32 * teacher["block"]
-    frozen = (offload_teacher or (shard_teacher and gpus > 1)) * (min(2, L) * teacher["block"] + teacher["total"] - teacher["blocks"])
+    frozen = min(2, L) * teacher["block"] + teacher["total"] - teacher["blocks"]
+    frozen *= offload_teacher or (shard_teacher and gpus > 1)
     found["gathered for use"] = kept + max(trained, stage2 * bf16 * frozen) + bf16 * teacher["block"]
-    # (The last is autocast's copy of a block.) A checkpointed block keeps its input, and of attention the output and a number a head.
-    # Fusion and output layer are not checkpointed: about 28 and 10 bytes a number. The block that runs backwards is whole: 4.3 GB at 1.3B,
-    # 12.4 at 14B; compiled less, for AdaLN, norms and RoPE then keep little.
+    # (The last is autocast's copy of a block.) With full checkpointing a block keeps its input; with selective also
+    # attention's output and a number a head. Fusion and output layer are not checkpointed: about 28 and 10 bytes a
+    # number. The block that runs backwards is whole: 4.3 GB at 1.3B, 12.4 at 14B. Compiled it is less, because AdaLN,
+    # norms and RoPE then keep little.
     live = n * ((36.3 if compiled else 68.5) * k["D"] + 4 * k["ffn_dim"])
     if lora:  # what is between A and B is kept, and for A the input of a layer becomes fp32 for a moment
         live += n * (16 * lora + 4 * k["ffn_dim"])
@@ -72,16 +77,23 @@ def memory(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2,
     found |= {"whole blocks": blocks * live} if checkpointing == "none" else {"block inputs": blocks * bf16 * wide}
     found["attention outputs"] = blocks * attended * (checkpointing == "selective")
     found["outside blocks"] = (10 if kind == "critic" or not H else rolled * 38) * wide
-    # The critics' losses both have their graphs when the first is run backwards; in the student's step the discriminator's is over before.
-    found["block and discriminator at work"] = {"critic": work + 2 * disc_bytes, "student": max(work, disc_bytes)}.get(kind, work)
+    # Both critics' losses have their graphs when the first is run backwards. In the student's step the discriminator's
+    # is over before.
+    at_work = {"critic": work + 2 * disc_bytes, "student": max(work, disc_bytes)}
+    found["block and discriminator at work"] = at_work.get(kind, work)
     found["block in passing"] = passing
     if not accumulated:
-        graph = sum(found[term] for term in ("whole blocks", "block inputs", "attention outputs", "outside blocks") if term in found)
+        graph = sum(
+            found.get(term, 0) for term in ("whole blocks", "block inputs", "attention outputs", "outside blocks")
+        )
         found["gradients"] = max(found["gradients"] - graph, 0.0)
     return {name: float(value) for name, value in found.items() if value}
 
 
-def choose_checkpointing(config: dict, n_tokens: int, budget: float, kinds=("stage1", "student", "critic"), **held) -> str:
-    """The first (the fastest) of CHECKPOINTING with which every step of `kinds` fits `budget` bytes, or "full"; `held` goes to memory."""
+def choose_checkpointing(config: dict, n_tokens: int, budget: float, kinds=("stage1", "student", "critic"), **held):
+    """The fastest of CHECKPOINTING with which every step of `kinds` fits `budget` bytes, else "full".
+
+    `held` goes to memory().
+    """
     need = lambda mode: max(sum(memory(config, n_tokens, kind, checkpointing=mode, **held).values()) for kind in kinds)
     return next((mode for mode in CHECKPOINTING[:-1] if need(mode) <= budget), CHECKPOINTING[-1])

@@ -1,6 +1,6 @@
 """A plan as text.
 
-    print(report("1.3b", gpus=8, card_gb=80))
+print(report("1.3b", gpus=8, card_gb=80))
 """
 
 from __future__ import annotations
@@ -23,29 +23,37 @@ def report(model: str | dict = "1.3b", **settings) -> str:
     row = lambda label, cell: f"  {label:<42}" + "".join(f"{cell(kind):>18}" for kind in columns)
     names = lambda found, order: dict.fromkeys(term for kind in order for term in found[kind])
     table = lambda found, order, cell: [
-        row(term, lambda kind, term=term: cell(found[kind][term]) if term in found[kind] else "") for term in names(found, order)
+        row(term, lambda kind, term=term: cell(found[kind][term]) if term in found[kind] else "")
+        for term in names(found, order)
     ]
     added = p["student"]["total"] - p["student"]["teacher"]
-    clip, cards = f"{s['frames']} frames of {s['height']}x{s['width']}", f"{gpus} GPU{'s' * (gpus > 1)} of {s['card_gb']:g} GB"
+    clip = f"{s['frames']} frames of {s['height']}x{s['width']}"
+    machine = f"{gpus} GPU{'s' * (gpus > 1)} of {s['card_gb']:g} GB"
     trained = {"student": p["lora"]["own"] + p["lora"]["student"], "fake score": p["lora"]["fake"]}
-    thin = [f"  LoRA of rank {s['lora']} on a shared base; trained: " + ", ".join(f"{who} {million(n)}" for who, n in trained.items())]
-    thin = thin if s["lora"] else []
+    counts = ", ".join(f"{who} {million(n)}" for who, n in trained.items())
+    thin = [f"  LoRA of rank {s['lora']} on a shared base; trained: {counts}"] if s["lora"] else []
     K = s["context_parallel"]
     cut = f" {K} that share a clip" if K > 1 else ""
     source = f"Estimates from FLOP counts at {s['tflops']:g} TFLOP/s (bf16) a GPU, not measured."
     if rate := settings.get("rates"):
         speeds = ", ".join(f"{unit} {rate[unit] / 1e12:,.3g}" for unit in UNITS)
         source = f"Times from rates measured on {rate['on']}, in T/s:\n{speeds}."
-    again = {"none": "nothing", "selective": "all but attention", "full": "all"}[p["checkpointing"]]
+    mode = p["checkpointing"]
+    kept = {"none": "keeps everything", "selective": "keeps attention's output", "full": "keeps its input alone"}[mode]
+    chosen = " (chosen: the fastest that fits)" if p["chosen"] and p["fits"] else ""
+    parts = p["flops"]
+    split = f"; backbone {tera(parts['backbone']['total'])}, flow head {tera(parts['head']['total'])}" if H else ""
     verdict = lambda kind: "fits" if p["peak"][kind] <= p["limit"] else "TOO MUCH"
 
     lines = [
-        f"Plan for {p['name']}: {'TMD' if H else 'DMD2-v'} with M = {M}, N = {N}, H = {H} of {L} blocks; clips of {clip}",
-        f"({p['tokens']:,} tokens), a global batch of {s['batch']} on {cards}, {s['micro_batch']} at a time on each{cut}.",
+        f"Plan for {p['name']}: {'TMD' if H else 'DMD2-v'} with M = {M}, N = {N}, H = {H} of {L} blocks,",
+        f"clips of {clip} ({p['tokens']:,} tokens).",
+        f"A global batch of {s['batch']} on {machine}, {s['micro_batch']} at a time on each{cut}.",
         source,
-        "Communication, optimizer steps, reading, VAE and text encoder are left out of the times, activations estimated. A GB: 2^30 bytes.",
-        f"Checkpointing: {p['checkpointing']}{' (chosen: the fastest that fits)' * (p['chosen'] and p['fits'])}; the backward pass computes"
-        f" {again} of a block again.",
+        "Times leave out communication, optimizer steps, reading, VAE and text encoder.",
+        "Memory of activations is estimated. A GB is 2^30 bytes.",
+        f"Activation checkpointing: {mode}{chosen}.",
+        f"A block {kept} for the backward pass.",
         "",
         "Parameters",
         f"  teacher        {million(p['parameters']['total']):>12}   {L} blocks of {million(p['parameters']['block'])}",
@@ -53,13 +61,13 @@ def report(model: str | dict = "1.3b", **settings) -> str:
         f"  discriminator  {million(p['discriminator']['parameters']):>12}",
         *thin,
         "",
-        f"One forward: {tera(whole['total'])} TFLOP ({tera(whole['linear'])} linear, {tera(whole['attention'])} attention)"
-        + (f"; backbone {tera(p['flops']['backbone']['total'])}, flow head {tera(p['flops']['head']['total'])}." if H else "."),
+        f"One forward: {tera(whole['total'])} TFLOP "
+        f"({tera(whole['linear'])} linear, {tera(whole['attention'])} attention){split}.",
         "",
         row("Memory on each GPU, GB", titles.get),
         *table(p["memory"], reversed(columns), lambda size: f"{size / GB:,.1f}"),
         row("total", lambda kind: f"{p['peak'][kind] / GB:,.1f}"),
-        row(f"of {p['limit'] / GB:,.1f} (the card less {100 * RESERVE:g} %)", verdict),
+        row(f"of {p['limit'] / GB:,.1f} (the GPU less {100 * RESERVE:g} %)", verdict),
         "",
         "It fits." if p["fits"] else f"IT DOES NOT FIT. {advice(model, **settings)}",
         "",
@@ -70,10 +78,10 @@ def report(model: str | dict = "1.3b", **settings) -> str:
         "",
         "Training",
     ]
-    each_kind = {"stage1": "updates", "kd": "updates", "stage2": f"iterations, one in {s['student_every']} the student's,"}
     for kind, hours in p["hours"].items():
-        count, each = p["iterations"][kind], p["seconds"][kind]
-        lines += [f"  {kind}: {count:,} {each_kind[kind]} of {each:,.3g} s = {duration(3600 * hours)}, {hours * gpus:,.0f} GPU-hours"]
+        count, each = p["iterations"][kind], f"{p['seconds'][kind]:,.3g} s = {duration(3600 * hours)}"
+        what = f"iterations, one in {s['student_every']} the student's," if kind == "stage2" else "updates"
+        lines += [f"  {kind}: {count:,} {what} of {each}, {hours * gpus:,.0f} GPU-hours"]
     total = sum(p["hours"].values())
     lines += [
         f"  in all {duration(3600 * total)}, {total * gpus:,.0f} GPU-hours",
@@ -86,7 +94,8 @@ def report(model: str | dict = "1.3b", **settings) -> str:
     lines += [
         f"  teacher, 50 x 2: {duration(p['teacher sampling'])}",
         "",
-        f"Data: {p['clips']:,} clips take {p['clip bytes'] / GB:,.4g} GB (latents in fp16, text embeddings in bf16 at full length);",
-        f"generating them with this teacher takes {p['clip hours']:,.1f} GPU-hours more.",
+        f"Data: {p['clips']:,} clips take {p['clip bytes'] / GB:,.4g} GB "
+        "(latents in fp16, text embeddings in bf16 at full length).",
+        f"Generating them with this teacher takes {p['clip hours']:,.1f} GPU-hours more.",
     ]
     return "\n".join(lines) + "\n"

@@ -1,6 +1,6 @@
-"""How large things are: a clip in tokens; teacher, student, adapters and discriminator in parameters. From a config alone.
+"""Sizes from a config alone: tokens of a clip; parameters of teacher, student, adapters and discriminator.
 
-A GB is 2^30 bytes. Nothing here or in work.py and memory.py needs torch.
+A GB is 2^30 bytes. Nothing in this folder needs weights, and only report.py and benchmarks.py need torch.
 """
 
 from __future__ import annotations
@@ -8,21 +8,23 @@ from __future__ import annotations
 import math
 
 WAN = {
-    "1.3b": dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30, in_channels=16, out_channels=16,
-                 text_dim=4096, freq_dim=256, patch_size=(1, 2, 2), cross_attn_norm=True),
-    "14b": dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40, in_channels=16, out_channels=16,
-                text_dim=4096, freq_dim=256, patch_size=(1, 2, 2), cross_attn_norm=True),
+    "1.3b": dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30, in_channels=16,
+                 out_channels=16, text_dim=4096, freq_dim=256, patch_size=(1, 2, 2), cross_attn_norm=True),
+    "14b": dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40, in_channels=16,
+                out_channels=16, text_dim=4096, freq_dim=256, patch_size=(1, 2, 2), cross_attn_norm=True),
 }  # fmt: skip
 SCALES = (1, 2, 4, 8, 16)  # the discriminator's, as in model.py
 GB = 2**30
 
 
 def known(config: dict) -> dict:
-    """The fields that this file needs, from a config.json or a preset; RAISES ValueError where one is missing or cannot be."""
+    """The fields needed here, of a transformer's config. RAISES ValueError where one is missing or cannot be."""
     if missing := sorted(key for key in WAN["1.3b"] if key not in config and key != "cross_attn_norm"):
-        raise ValueError(f"the transformer config has no {', '.join(missing)}; give transformer/config.json of a Wan2.1 folder.")
+        absent = ", ".join(missing)
+        raise ValueError(f"the transformer config has no {absent}; give transformer/config.json of a Wan2.1 folder.")
     if config.get("image_dim") is not None or config.get("added_kv_proj_dim") is not None:
-        raise ValueError("this is the config of an image-to-video checkpoint; give a text-to-video one (Wan2.1-T2V-1.3B or -14B).")
+        other = "this is the config of an image-to-video checkpoint"
+        raise ValueError(f"{other}; give a text-to-video one (Wan2.1-T2V-1.3B or -14B).")
     found = {"cross_attn_norm": True} | {key: config[key] for key in WAN["1.3b"] if key in config}
     found |= {"patch_size": tuple(found["patch_size"]), "out_channels": found["out_channels"] or found["in_channels"]}
     return found | {"D": found["num_attention_heads"] * found["attention_head_dim"]}  # the width
@@ -40,9 +42,11 @@ def tokens(config: dict, frames: int = 81, height: int = 480, width: int = 832) 
     grid, patch = latent(frames, height, width), known(config)["patch_size"]
     for name, size, p in (("height", height, patch[1]), ("width", width, patch[2])):
         if size < 1 or size % (8 * p):
-            raise ValueError(f"{name} is {size}; it must be a multiple of {8 * p} (the VAE's 8 times the patch of {p}).")
+            times = f"{8 * p} (the VAE's 8 times the patch of {p})"
+            raise ValueError(f"{name} is {size}; it must be a multiple of {times}.")
     if grid[0] % patch[0]:
-        raise ValueError(f"{frames} frames are {grid[0]} latent ones, which patches of {patch[0]} do not divide; choose another number.")
+        uneven = f"{grid[0]} latent ones, which patches of {patch[0]} do not divide"
+        raise ValueError(f"{frames} frames are {uneven}; choose another number.")
     return math.prod(n // p for n, p in zip(grid, patch))
 
 
@@ -60,10 +64,14 @@ def parameters(config: dict) -> dict[str, int]:
 
 
 def student_parameters(config: dict, H: int = 5) -> dict[str, int]:
-    """Parameters of tmd.TMDStudent: the teacher's, a second time embedding for s - r, the fusion MLP and its gate. H = 0: PlainStudent."""
+    """Parameters of tmd.TMDStudent: the teacher's, a second time embedding for s - r, the fusion MLP and its gate.
+
+    H = 0: PlainStudent.
+    """
     k, teacher = known(config), parameters(config)["total"]
     if not 0 <= H < k["num_layers"]:
-        raise ValueError(f"the flow head has H = {H} of {k['num_layers']} blocks; choose 1 to {k['num_layers'] - 1}, or 0 for DMD2-v.")
+        L = k["num_layers"]
+        raise ValueError(f"the flow head has H = {H} of {L} blocks; choose 1 to {L - 1}, or 0 for DMD2-v.")
     D = k["D"]
     span, fusion = (k["freq_dim"] + 1) * D + (D + 1) * D, 4 * D * D + 6 * D
     added = {"span": span, "fusion": fusion, "gate": D} if H else {"span": 0, "fusion": 0, "gate": 0}
@@ -71,7 +79,10 @@ def student_parameters(config: dict, H: int = 5) -> dict[str, int]:
 
 
 def lora_parameters(config: dict, H: int = 5, rank: int = 64) -> dict[str, int]:
-    """What --lora trains: {"own" (the student's but for the blocks of its backbone), "student", "fake" (the two adapters)}."""
+    """Parameters that --lora trains: {"own", "student", "fake"}.
+
+    "own" is the student without the blocks of its backbone; the other two are the adapters of student and fake score.
+    """
     k, block = known(config), parameters(config)["block"]
     D, L = k["D"], k["num_layers"]
     sides = 8 * 2 * D + 2 * (D + k["ffn_dim"])  # inputs and outputs of a block's ten linear layers
@@ -79,17 +90,20 @@ def lora_parameters(config: dict, H: int = 5, rank: int = 64) -> dict[str, int]:
     return {"own": own, "student": (L - H) * rank * sides, "fake": L * rank * sides}
 
 
-def discriminator(config: dict, size: tuple[int, int, int], conv_width: int, taps: int = 3, hidden: int = 1024) -> dict[str, float]:
+def discriminator(config: dict, size: tuple[int, int, int], conv_width: int, taps: int = 3, hidden: int = 1024) -> dict:
     """WanDiscriminator on `taps` features of a latent of `size` (frames, height, width).
 
-    -> {"parameters", "flops" (one forward), "kept" and "live": bytes held for the backward pass, without and with recomputed branches}.
-    "kept" is an estimate: a branch saves its input in bf16, and each norm's input and output and what the pool sees in fp32.
+    -> {"parameters", "flops" (one forward), "kept" and "live" (bytes for the backward pass, without activation
+    checkpointing of the branches and with it)}. "kept" is an estimate: a branch saves its input in bf16, and in fp32
+    each norm's input and output and what the pool sees.
     """
     k = known(config)
     channels = k["D"] // math.prod(k["patch_size"])
     full, pooled = math.prod(size), [math.prod(n // min(s, n) for n in size) for s in SCALES]
     branch = (channels + 1) * conv_width + (27 * conv_width + 1) * conv_width + 4 * conv_width
     logit = (len(SCALES) * conv_width + 1) * hidden + hidden + 1
-    flops = sum(2 * conv_width * (full * channels + 27 * conv_width * p) for p in pooled) + 2 * hidden * (len(SCALES) * conv_width + 1)
+    flops = sum(2 * conv_width * (full * channels + 27 * conv_width * p) for p in pooled)
+    flops += 2 * hidden * (len(SCALES) * conv_width + 1)
     saved = [full * (2 * channels + 12 * conv_width) + 10 * p * conv_width for p in pooled]
-    return {"parameters": taps * (len(SCALES) * branch + logit), "flops": taps * flops, "kept": taps * sum(saved), "live": max(saved)}
+    total = taps * (len(SCALES) * branch + logit)
+    return {"parameters": total, "flops": taps * flops, "kept": taps * sum(saved), "live": max(saved)}

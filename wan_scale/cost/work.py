@@ -1,7 +1,7 @@
-"""What a step computes, as (linear, attention) FLOPs and by unit, and how many seconds a GPU takes for it.
+"""The work of a step, and the seconds that a GPU takes for it.
 
-FLOPs count 2 a multiply-add. What a step calls is what tmd_minimal's losses call. Work is counted by unit (UNITS), because a GPU
-does each at a rate of its own: one rate for all where none was measured, else those that `bench` measured (measured_rates).
+FLOPs count 2 a multiply-add. A step calls what tmd_minimal's losses call. Work is counted by unit (UNITS), because a
+GPU does each at its own rate. `bench` measures the rates (measured_rates); else one stands for all (rates_of).
 """
 
 from __future__ import annotations
@@ -10,30 +10,34 @@ import math
 
 from wan_scale.cost.sizes import known, student_parameters
 
-CHECKPOINTING = ("none", "selective", "full")  # what of a block is computed again: nothing, all but attention, all; the fastest first
-# What a card does at rates of its own: FLOPs of linear layers (forward and gradients of inputs), of gradients of their weights, of
-# attention and of its gradient, of the discriminator, of float32 passes; bytes that elementwise work reads and writes.
-UNITS = ("linear", "weight gradients", "attention", "attention backward", "convolution", "fp32 linear", "fp32 attention", "bytes")
-# Bytes that elementwise work moves, counted on the stock block under bf16 autocast, in the forward and the backward pass: for a number of
-# the hidden state in a block, uncompiled and compiled, and in the head's fusion and output layer; for a number of the feed-forward layer.
-MOVED = {False: (354, 737), True: (42, 117)}
-MOVED_OUTSIDE, MOVED_WIDE = (116, 215), (4, 8)
+# Activation checkpointing of a block, the fastest first: a block keeps everything, attention's output, its input.
+CHECKPOINTING = ("none", "selective", "full")
+# What a GPU does at its own rates: FLOPs of linear layers (forward, gradients of inputs), gradients of their weights,
+# of attention and its gradient, of the discriminator, of float32 passes; bytes that elementwise work reads and writes.
+UNITS = ("linear", "weight gradients", "attention", "attention backward", "convolution", "fp32 linear",
+         "fp32 attention", "bytes")  # fmt: skip
+# Bytes that elementwise work moves in the (forward, backward) pass, counted on the stock block under bf16 autocast:
+MOVED = {False: (354, 737), True: (42, 117)}  # for a number of a block's hidden state; compiled or not
+MOVED_OUTSIDE, MOVED_WIDE = (116, 215), (4, 8)  # for one in the head's fusion and output layer; in the feed-forward
 
 
 def flops(config: dict, n_tokens: int, text: int = 512, H: int = 5) -> dict[str, dict[str, float]]:
     """FLOPs of one forward of one clip: part -> {"linear", "attention", "total"}.
 
-    Parts: "block" (one), "embeddings", "output", "whole" (the teacher); "backbone" (first L-H blocks), "head" (last H, with the fusion) of
-    the student, and "backbone rest", "head rest": what of them is outside the blocks. With H = 0 the whole is the backbone.
+    Parts of the teacher: "block" (one), "embeddings", "output", "whole". Parts of the student: "backbone" (first L-H
+    blocks), "head" (last H, with the fusion), and "backbone rest", "head rest" (of these, what is outside the blocks).
+    With H = 0 the backbone is the whole.
     """
     k, n = known(config), n_tokens
     D, L, patch = k["D"], k["num_layers"], math.prod(k["patch_size"])
     student_parameters(config, H)  # checks H
     block = 2 * D * D * (6 * n + 2 * text) + 4 * n * D * k["ffn_dim"], 4 * n * D * (n + text)
     time, modulation = 2 * D * (k["freq_dim"] + D), 12 * D * D
-    patches, words, output = 2 * n * k["in_channels"] * patch * D, 2 * text * D * (k["text_dim"] + D), 2 * n * D * k["out_channels"] * patch
+    patches, words = 2 * n * k["in_channels"] * patch * D, 2 * text * D * (k["text_dim"] + D)
+    output = 2 * n * D * k["out_channels"] * patch
     embeddings = patches + words + time + modulation
-    head_rest = patches + 2 * time + 2 * modulation + 8 * n * D * D + output if H else 0  # s and s - r; modulated for fusion and for blocks
+    # s and s - r; modulated for fusion and for blocks
+    head_rest = patches + 2 * time + 2 * modulation + 8 * n * D * D + output if H else 0
     backbone_rest = embeddings if H else embeddings + output
     parts = {
         "block": (block[0], block[1]),
@@ -48,17 +52,20 @@ def flops(config: dict, n_tokens: int, text: int = 512, H: int = 5) -> dict[str,
     return {name: {"linear": a, "attention": b, "total": a + b} for name, (a, b) in parts.items()}
 
 
-def step_work(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5, M: int = 1, last_tap: int | None = None,
-              guidance: bool = True, gan: bool = True, disc_flops: float = 0.0, flow_map_share: float = 0.25, together: int = 1,
-              attention_backward: float = 2.5, text: int = 512, lora: int = 0, checkpointing: str = "full",
-              compiled: bool = False) -> dict[str, dict[str, float]]:  # fmt: skip
+def step_work(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5, M: int = 1,
+              last_tap: int | None = None, guidance: bool = True, gan: bool = True, disc_flops: float = 0.0,
+              flow_map_share: float = 0.25, together: int = 1, attention_backward: float = 2.5, text: int = 512,
+              lora: int = 0, checkpointing: str = "full", compiled: bool = False
+              ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Work of one micro-batch of one clip, by what is evaluated and by unit: {term: {unit: FLOPs, or bytes}}.
 
-    kind: "stage1" | "student" and "critic" (stage 2) | "kd" | "sample" (tmd.sample, M transitions) | "teacher" (one forward). H = 0, N = 1
-    is DMD2-v. together: clips of all cards at once; if one of them needs stage 1's derivative (r < s), all wait for it.
-    checkpointing: what of a block its backward pass computes again (CHECKPOINTING). attention_backward: how many forwards of it
-    its gradient costs; fused kernels recompute the scores (2.5), plain ones do not (2). Under adapters (lora) the weights of a block
-    take no gradient; the adapters' own products, about 2 % of a block's linear ones at rank 64, are left out.
+    kind: "stage1", "student" and "critic" (stage 2), "kd", "sample" (tmd.sample, M transitions), "teacher" (one
+    forward). H = 0, N = 1 is DMD2-v.
+    together: clips of all GPUs at once. If one of them needs stage 1's finite difference (r < s), all GPUs wait for it.
+    attention_backward: forwards of attention that its gradient costs. Fused kernels compute the scores twice (2.5),
+    plain ones do not (2).
+    lora: the weights of a block take no gradient. The adapters' own products are left out: about 2 % of a block's
+    linear ones at rank 64.
     """
     known_mode(checkpointing)
     k, part = known(config), flops(config, n_tokens, text, H)
@@ -67,17 +74,19 @@ def step_work(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5,
     if not 0 <= last_tap < L:
         raise ValueError(f"the last feature block is {last_tap}; give one of blocks 0 to {L - 1}.")
     linear, attention = part["block"]["linear"], part["block"]["attention"]
-    moved, moved_back = n * (forward * k["D"] + wide * k["ffn_dim"]), n * (backward * k["D"] + wide_backward * k["ffn_dim"])
+    moved = n * (forward * k["D"] + wide * k["ffn_dim"])
+    moved_back = n * (backward * k["D"] + wide_backward * k["ffn_dim"])
 
     def cost(blocks: int, rest: float, gradient: str = "none", outside: int = 0, times: float = 1) -> dict[str, float]:
-        """Forward, and for a gradient the recomputed forward of the blocks, the gradient of inputs and, for "all", of weights."""
+        """Forward; for a gradient, also checkpointed blocks once more, gradients of inputs, for "all" of weights."""
         inputs, weights = {"none": (0, 0), "inputs": (1, 0), "all": (1, 1)}[gradient]
         again, attend = inputs * (checkpointing != "none"), inputs * (checkpointing == "full")
         found = {
             "linear": blocks * (1 + again + inputs) * linear + (1 + inputs) * rest,
             "weight gradients": weights * (blocks * linear + rest),
             "attention": blocks * (1 + attend) * attention,
-            "attention backward": inputs * blocks * attention_backward * attention,  # it has no weights: "inputs" saves nothing
+            # attention has no weights: "inputs" saves nothing
+            "attention backward": inputs * blocks * attention_backward * attention,
             "bytes": blocks * ((1 + again) * moved + inputs * moved_back) + outside * n * k["D"],
         }
         return {unit: times * amount for unit, amount in found.items()}
@@ -125,11 +134,12 @@ def step_work(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5,
         }
     else:
         raise ValueError(f"kind is {kind!r}; choose one of 'stage1', 'student', 'critic', 'kd', 'sample', 'teacher'.")
-    return {term: {unit: float(v) for unit, v in work.items() if v} for term, work in found.items() if any(work.values())}
+    some = lambda work: {unit: float(v) for unit, v in work.items() if v}
+    return {term: some(work) for term, work in found.items() if any(work.values())}
 
 
 def step_flops(config: dict, n_tokens: int, kind: str, *, fp32_slowdown: float = 2.0, **how) -> dict[str, float]:
-    """FLOPs of step_work by term, fp32 ones counted `fp32_slowdown` times, so that all can be divided by one bf16 rate."""
+    """FLOPs of step_work by term. fp32 ones count `fp32_slowdown` times: one bf16 rate then divides them all."""
     one = rates_of(1e-12, fp32_slowdown)
     return {term: time_of(work, one) for term, work in step_work(config, n_tokens, kind, **how).items()}
 
@@ -143,31 +153,32 @@ def known_mode(checkpointing: str) -> None:
 
 
 def rates_of(tflops: float, fp32_slowdown: float) -> dict[str, float]:
-    """One bf16 rate for everything, elementwise work for nothing: units of work a second, where no card was measured."""
+    """Units of work a second where no GPU was measured: one bf16 rate for everything, elementwise work for nothing."""
     rate = {unit: tflops * 1e12 for unit in UNITS} | {"bytes": math.inf}
     return rate | {unit: tflops * 1e12 / fp32_slowdown for unit in ("fp32 linear", "fp32 attention")}
 
 
 def measured_rates(record: dict, tf32: bool = False, attn: str | None = None) -> dict:
-    """Units of work a second as `bench` measured them, attention on backend `attn` or the one it took; and {"on": where}.
+    """Units of work a second as `bench` measured them, and {"on": where}.
 
-    RAISES ValueError where the record lacks one.
+    attn: the attention backend; without it the one that `bench` took. RAISES ValueError where the record lacks a rate.
     """
     cases, attn = record.get("cases", {}), attn or record.get("attn")
     seconds, work = ({**cases.get(case, {}).get(key, {})} for case, key in (("rates", "seconds"), ("rates", "work")))
     attention = cases.get("attention", {}).get("seconds", {})
     if attn in attention and f"{attn}, with backward" in attention:
-        flops = 4 * record["tokens"] ** 2 * known(record["config"])["D"]
-        seconds |= {"attention": attention[attn], "attention backward": attention[f"{attn}, with backward"] - attention[attn]}
-        seconds["attention backward"] = max(seconds["attention backward"], attention[attn])  # it computes more: less would be noise
-        work |= {"attention": flops, "attention backward": 2.5 * flops}
+        products, forward = 4 * record["tokens"] ** 2 * known(record["config"])["D"], attention[attn]
+        backward = max(attention[f"{attn}, with backward"] - forward, forward)  # it computes more: less would be noise
+        seconds |= {"attention": forward, "attention backward": backward}
+        work |= {"attention": products, "attention backward": 2.5 * products}
     if missing := [unit for unit in UNITS if unit not in seconds]:
-        raise ValueError(f"this file has no measured rate of {', '.join(missing)}; give a JSON that `bench` wrote, or --tflops.")
+        absent = ", ".join(missing)
+        raise ValueError(f"this file has no measured rate of {absent}; give a JSON that `bench` wrote, or --tflops.")
     name = lambda unit: f"{unit}, TF32" if tf32 and unit.startswith("fp32") else unit
     found = {unit: work[name(unit)] / seconds[name(unit)] for unit in UNITS}
     return found | {"on": f"{record['card']} with the shapes of {record['size']}, {record['date']}"}
 
 
 def time_of(work: dict[str, float], rate: dict) -> float:
-    """Seconds that a card of these rates takes for work {unit: amount}, one unit after the other."""
+    """Seconds that a GPU of these rates takes for work {unit: amount}, one unit after the other."""
     return sum(amount / rate[unit] for unit, amount in work.items())

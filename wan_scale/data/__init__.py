@@ -1,1 +1,1 @@
-"""Training data: model folders, prompts, the teacher's clips, videos, and the shards that training reads. Knows nothing of training."""
+"""Training data: prompts, the teacher's clips or videos, and the shards that training reads."""

@@ -1,4 +1,4 @@
-"""Files of a data folder: they appear whole or not at all, are hashed while they are written, and are read with one clear sentence on error."""
+"""Files of a data folder: they appear whole or not at all, and each error in reading one is a sentence."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ class HashedFile:
 
 
 def write_safetensors(file, entries: list, load) -> None:
-    """Write tensors one after another, holding one at a time; entries are (name, dtype name, dtype, shape), load(name) -> tensor."""
+    """Write a safetensors file, holding one tensor at a time.
+
+    entries: (name, dtype's name, dtype, shape) in the order of the file; load(name) -> tensor.
+    """
     header, end = {}, 0
     for name, code, dtype, shape in entries:
         start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
@@ -76,7 +79,6 @@ def write_safetensors(file, entries: list, load) -> None:
     for name, _, dtype, shape in entries:
         tensor = load(name)
         if tensor.dtype != dtype or tensor.shape != torch.Size(shape):
-            raise RuntimeError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {tuple(shape)}; delete out/parts and run again."
-            )
+            found = f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {tuple(shape)}"
+            raise RuntimeError(f"{found}; delete out/parts and run again.")
         file.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())

@@ -21,22 +21,27 @@ PARTS = {  # part of a Wan2.1 folder: (its config, its weights)
 
 
 def check_folder(folder: str | Path, parts=tuple(PARTS)) -> Path:
-    """The folder's path, if it is a diffusers Wan2.1 folder and `parts` of it are whole; else ValueError naming the first bad file."""
+    """The folder's path, if it is a diffusers Wan2.1 folder and `parts` of it are whole.
+
+    Else ValueError naming the first bad file.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give a Wan2.1 checkpoint folder in diffusers' layout.")
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder} lacks model_index.json; give a folder in diffusers' layout (Wan2.1-T2V-...-Diffusers).")
+        raise ValueError(
+            f"{folder} lacks model_index.json; give a folder in diffusers' layout (Wan2.1-T2V-...-Diffusers)."
+        )
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") != "WanPipeline" or (index.get("transformer_2") or [None])[0]:
-        raise ValueError(
-            f"{folder} holds a {index.get('_class_name')} that is not Wan2.1 text-to-video; give a WanPipeline of one transformer."
-        )
+        other = f"{folder} holds a {index.get('_class_name')} that is not Wan2.1 text-to-video"
+        raise ValueError(f"{other}; give a WanPipeline of one transformer.")
     for part in parts:
         config, weights = PARTS[part]
         if not (folder / part / config).is_file():
             raise ValueError(f"{folder} lacks {part}/{config}; copy the missing file.")
-        if part == "tokenizer" and not any((folder / part / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        words = [folder / part / name for name in ("tokenizer.json", "spiece.model")]
+        if part == "tokenizer" and not any(path.is_file() for path in words):
             raise ValueError(f"{folder} lacks {part}/tokenizer.json or spiece.model; copy the missing file.")
         for path in weight_files(folder, part) if weights else ():
             if not path.is_file():
@@ -44,7 +49,8 @@ def check_folder(folder: str | Path, parts=tuple(PARTS)) -> Path:
             try:
                 safe_open(path, "pt")  # reads the header and compares it with the size
             except (SafetensorError, OSError) as e:
-                raise ValueError(f"{folder / part / path.name} is truncated or not safetensors ({type(e).__name__}); copy it again.") from e
+                broken = f"{folder / part / path.name} is truncated or not safetensors ({type(e).__name__})"
+                raise ValueError(f"{broken}; copy it again.") from e
     return folder
 
 
@@ -57,7 +63,10 @@ def weight_files(folder: Path, part: str) -> list[Path]:
 
 
 def fingerprint(folder: Path, part: str) -> str:
-    """sha256 of a part's config and the end of each weight file: tells two fine-tunings apart without reading the weights."""
+    """sha256 of a part's config and of the end of each weight file.
+
+    It tells two fine-tunings apart without reading all weights.
+    """
     digest = hashlib.sha256((folder / part / PARTS[part][0]).read_bytes())
     for path in weight_files(folder, part):
         with open(path, "rb") as file:

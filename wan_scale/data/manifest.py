@@ -12,7 +12,7 @@ from wan_scale.data.files import read_json, write_json
 from wan_scale.data.folders import fingerprint
 from wan_scale.data.prompts import NEGATIVE
 
-LABELS = {"model", "versions"}  # of the manifest: for people; a renamed model folder or a newer library is no other data
+LABELS = {"model", "versions"}  # for people: a renamed model folder or a newer library is no other data
 
 
 def make_manifest(folder: Path, kind: str, frames: int, height: int, width: int, **rest) -> dict:
@@ -21,7 +21,8 @@ def make_manifest(folder: Path, kind: str, frames: int, height: int, width: int,
     import transformers
 
     transformer, vae = (read_json(folder / part / "config.json") for part in ("transformer", "vae"))
-    time, space, patch = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8), transformer["patch_size"]
+    time, space = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
+    patch = transformer["patch_size"]
     if frames < 1 or frames % time != 1:
         raise ValueError(f"frames is {frames}; the VAE takes {time}k + 1 (81, say).")
     for name, value, step in (("height", height, space * patch[1]), ("width", width, space * patch[2])):

@@ -6,17 +6,19 @@ import json
 import unicodedata
 from pathlib import Path
 
-# Wan2.1's own default, which its authors' samples use: `sample_neg_prompt` of wan/configs/shared_config.py in their repository.
+# Wan2.1's own default: `sample_neg_prompt` of wan/configs/shared_config.py in its authors' repository.
 NEGATIVE = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
-    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
+    "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 
 
 def read_prompts(path: str | Path) -> list[dict]:
-    """The prompts of a file as [{"prompt": str, "seed": int}]; a prompt without a seed takes its index here, blank lines not counted.
+    """The prompts of a file as [{"prompt": str, "seed": int}].
 
-    Raises ValueError in one sentence with the numbers of the bad lines.
+    A prompt without a seed takes its index here, blank lines not counted. Raises ValueError in one sentence with the
+    numbers of the bad lines.
     """
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
@@ -24,7 +26,7 @@ def read_prompts(path: str | Path) -> list[dict]:
     if not path.is_file():
         raise ValueError(f"{path} is missing; give an existing prompt file.")
     prompts, bad = [], []
-    # split at newlines only: str.splitlines would also cut at the separators inside a prompt, and shift the numbers of the lines
+    # split at newlines only: str.splitlines would also split at separators inside a prompt, and miscount the lines
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not line.strip():
             continue
@@ -34,7 +36,9 @@ def read_prompts(path: str | Path) -> list[dict]:
             bad.append(f"line {number}: {e}")
     if bad:
         shown = "; ".join(bad[:5]) + ("; ..." if len(bad) > 5 else "")
-        raise ValueError(f"{path.name} has {len(bad)} bad line{'s' * (len(bad) > 1)} ({shown}); correct or remove them.")
+        raise ValueError(
+            f"{path.name} has {len(bad)} bad line{'s' * (len(bad) > 1)} ({shown}); correct or remove them."
+        )
     if not prompts:
         raise ValueError(f"{path.name} holds no prompt; write one a line.")
     return prompts

@@ -1,4 +1,4 @@
-"""Training batches from the shards that shards.py writes, read by position so that any resume and any number of ranks see the same data."""
+"""Training batches from shards, read by position: any resume and any number of ranks see the same data."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ AGAIN = "delete it and its .json and run `data` again"
 class Reader:
     """Clips of a folder in an endless order that depends on (seed, epoch) alone; len() is the clips of one epoch.
 
-    A position counts the samples since training began. Rank r of W with micro-batches of n reads batch(step * W * n + r * n, n):
-    the global batch is the same for every W, and resuming needs nothing but the step.
+    A position counts the samples since training began. Rank r of W with micro-batches of n reads
+    batch(step * W * n + r * n, n): the global batch is the same for every W, and a resume needs nothing but the step.
 
-    At the start sizes, manifest and channel statistics are checked; with `verify`, a shard's sha256 at its first use (about a second a GB).
-    Raises ValueError in one sentence. `identity` names the exact data: keep it in checkpoints.
+    At the start sizes, manifest and channel statistics are checked. With `verify`, so is a shard's sha256 at its first
+    use (about a second a GB). Raises ValueError in one sentence. `identity` names the exact data: keep it in
+    checkpoints.
     """
 
-    def __init__(self, folder: str | Path, *, seed: int = 0, device="cpu", text_length: int | None = None, verify: bool = True):
+    def __init__(self, folder: str | Path, *, seed: int = 0, device="cpu", text_length: int | None = None,
+                 verify: bool = True):  # fmt: skip
         self.folder, self.seed, self.device, self.verify = Path(folder), seed, device, verify
         paths = sorted(self.folder.glob("shard-*.json"))
         if not paths:
@@ -40,30 +42,34 @@ class Reader:
         self.text_length = text_length or self.manifest["text_length"]
         digest, self.latent_shape = manifest_digest(self.manifest), tuple(self.manifest["latent_shape"])
         self.shards, self.clips = [], []  # sidecars less their clips; (shard, clip id) of every clip
-        cards = []
+        sidecars = []
         for path in paths:
-            card = read_json(path)
-            missing = {"file", "bytes", "sha256", "manifest", "latent_shape", "clips", "mean", "std"} - card.keys()
+            sidecar = read_json(path)
+            missing = {"file", "bytes", "sha256", "manifest", "latent_shape", "clips", "mean", "std"} - sidecar.keys()
             if missing:
-                raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; delete it and its shard and run `data` again.")
-            if tuple(card["latent_shape"]) != self.latent_shape:
-                shapes = f"{tuple(card['latent_shape'])}, the manifest says {self.latent_shape}"
+                raise ValueError(
+                    f"{path} lacks {', '.join(sorted(missing))}; delete it and its shard and run `data` again."
+                )
+            if tuple(sidecar["latent_shape"]) != self.latent_shape:
+                shapes = f"{tuple(sidecar['latent_shape'])}, the manifest says {self.latent_shape}"
                 raise ValueError(f"{path.name} holds latents of another shape ({shapes}); keep one shape a folder.")
-            if card["manifest"] != digest:
-                raise ValueError(f"{path.name} was made under another manifest than {self.folder / 'manifest.json'}; keep one a folder.")
-            shard = self.folder / card["file"]
+            if sidecar["manifest"] != digest:
+                other = f"{path.name} was made under another manifest than {self.folder / 'manifest.json'}"
+                raise ValueError(f"{other}; keep one a folder.")
+            shard = self.folder / sidecar["file"]
             size = shard.stat().st_size if shard.exists() else 0
-            if size != card["bytes"]:
-                raise ValueError(f"{shard} is truncated or missing ({size} of {card['bytes']} bytes); {AGAIN}.")
-            self.clips += [(len(self.shards), clip["id"]) for clip in card["clips"]]
-            self.shards.append({key: card[key] for key in ("file", "sha256")})
-            cards.append({key: card[key] for key in ("mean", "std")} | {"clips": range(len(card["clips"]))})
+            if size != sidecar["bytes"]:
+                raise ValueError(f"{shard} is truncated or missing ({size} of {sidecar['bytes']} bytes); {AGAIN}.")
+            self.clips += [(len(self.shards), clip["id"]) for clip in sidecar["clips"]]
+            self.shards.append({key: sidecar[key] for key in ("file", "sha256")})
+            sidecars.append({key: sidecar[key] for key in ("mean", "std")} | {"clips": range(len(sidecar["clips"]))})
         if not self.clips:
             raise ValueError(f"{self.folder} holds no clip that passed the filter; look at its summary.")
-        self.mean, self.std = pooled_statistics(cards)
+        self.mean, self.std = pooled_statistics(sidecars)
         check_normalised(self.mean, self.std, self.manifest["vae_mean"], self.manifest["vae_std"])
-        self.identity = hashlib.sha256("".join([digest, *(shard["sha256"] for shard in self.shards)]).encode()).hexdigest()
-        self.handle = lru_cache(maxsize=8)(self.open)  # open shards; a handle maps its file and reads only what is asked
+        digests = "".join([digest, *(shard["sha256"] for shard in self.shards)])
+        self.identity = hashlib.sha256(digests.encode()).hexdigest()
+        self.handle = lru_cache(maxsize=8)(self.open)  # open shards; a handle maps its file, reads only what is asked
         self.verified: set[int] = set()
         self.order = lru_cache(maxsize=2)(self.permutation)  # a batch may straddle two epochs
 
@@ -89,7 +95,9 @@ class Reader:
     def at(self, position: int, n: int) -> list[tuple[int, int]]:
         """(shard, clip id) of the samples `position` to `position + n` since training began."""
         if position < 0 or n < 1:
-            raise ValueError(f"position {position} and n {n} name no batch; give a position from 0 and at least one sample.")
+            raise ValueError(
+                f"position {position} and n {n} name no batch; give a position from 0 and at least one sample."
+            )
         places = [divmod(p, len(self)) for p in range(position, position + n)]
         return [self.clips[int(self.order(epoch)[i])] for epoch, i in places]
 
@@ -108,7 +116,7 @@ class Reader:
         return self.read("latent", where), self.read("text", where)
 
     def pairs(self, position: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(noise, x, c) for distillation from the teacher's own trajectories: x is where the teacher's ODE takes the noise."""
+        """(noise, x, c) of the teacher's own trajectories: x is where the teacher's ODE takes the noise."""
         if not self.manifest["kd"]:
             raise ValueError(f"{self.folder} holds no noise; run `data` with kd into another folder.")
         where = self.at(position, n)
@@ -122,7 +130,9 @@ class Reader:
             with safe_open(path, "pt") as file:
                 text = file.get_tensor("negative")
         except (SafetensorError, OSError) as e:
-            raise ValueError(f"{path} is missing or corrupted ({type(e).__name__}); delete it and run `data` again.") from e
+            raise ValueError(
+                f"{path} is missing or corrupted ({type(e).__name__}); delete it and run `data` again."
+            ) from e
         return pad_text(text.float(), self.text_length).to(self.device)
 
 
@@ -130,13 +140,15 @@ FASTGEN = {"latent": "latent.pth", "text": "txt_emb.pth", "noise": "noise.pth"} 
 
 
 class FastGenShards(Reader):
-    """FastGen's WebDataset shards through the same batches: *.tar with <key>.latent.pth, <key>.txt_emb.pth and, for pairs, <key>.noise.pth.
+    """FastGen's WebDataset shards through the same batches.
 
-    `negative` is a file with the negative prompt's embedding (.pth or .npy); `vae_mean` and `vae_std` (C,) of the VAE that made the
-    latents let their statistics be checked, on the first 64 clips. There are no checksums to verify.
+    They are *.tar with <key>.latent.pth, <key>.txt_emb.pth and, for pairs, <key>.noise.pth. `negative` is a file with
+    the negative prompt's embedding (.pth or .npy). `vae_mean` and `vae_std` (C,) are those of the VAE that made the
+    latents: the statistics of the first 64 clips are checked by them. There are no checksums to verify.
     """
 
-    def __init__(self, folder: str | Path, negative: str | Path, *, vae_mean, vae_std, seed: int = 0, device="cpu", text_length: int = 512):
+    def __init__(self, folder: str | Path, negative: str | Path, *, vae_mean, vae_std, seed: int = 0, device="cpu",
+                 text_length: int = 512):  # fmt: skip
         self.folder, self.seed, self.device, self.text_length = Path(folder), seed, device, text_length
         self.paths, self.clips, self.members, digest = sorted(self.folder.glob("*.tar")), [], {}, hashlib.sha256()
         for shard, path in enumerate(self.paths):
@@ -145,20 +157,26 @@ class FastGenShards(Reader):
                     members = {member.name: (member.offset_data, member.size) for member in tar if member.isfile()}
             except (tarfile.TarError, OSError) as e:
                 raise ValueError(f"{path} is truncated or no tar ({type(e).__name__}); copy it again.") from e
-            keys = [name.removesuffix("." + FASTGEN["latent"]) for name in members if name.endswith("." + FASTGEN["latent"])]
+            end = "." + FASTGEN["latent"]
+            keys = [name.removesuffix(end) for name in members if name.endswith(end)]
             for key in keys:
                 if f"{key}.{FASTGEN['text']}" not in members:
-                    raise ValueError(f"{path} holds {key}.{FASTGEN['latent']} without its {FASTGEN['text']}; copy it again.")
+                    raise ValueError(
+                        f"{path} holds {key}.{FASTGEN['latent']} without its {FASTGEN['text']}; copy it again."
+                    )
                 self.clips.append((shard, key))
             self.members |= {(shard, name): place for name, place in members.items()}
             digest.update(json.dumps([path.name, members]).encode())
         if not self.clips:
-            raise ValueError(f"{self.folder} holds no tar with {FASTGEN['latent']}; give a folder of FastGen's video latents.")
+            raise ValueError(
+                f"{self.folder} holds no tar with {FASTGEN['latent']}; give a folder of FastGen's video latents."
+            )
         self.manifest = {"kd": all((shard, f"{key}.{FASTGEN['noise']}") in self.members for shard, key in self.clips)}
         self.identity, self.order = digest.hexdigest(), lru_cache(maxsize=2)(self.permutation)
         self.empty = self.decode(Path(negative).read_bytes(), str(negative))
-        first = torch.stack([self.tensor("latent", *clip) for clip in self.clips[:64]]).double().transpose(0, 1).flatten(1)
-        self.latent_shape, self.mean, self.std = tuple(self.tensor("latent", *self.clips[0]).shape), first.mean(1), first.std(1)
+        first = torch.stack([self.tensor("latent", *clip) for clip in self.clips[:64]])
+        channels = first.double().transpose(0, 1).flatten(1)
+        self.latent_shape, self.mean, self.std = tuple(first[0].shape), channels.mean(1), channels.std(1)
         check_normalised(self.mean, self.std, vae_mean, vae_std)
 
     def decode(self, data: bytes, name: str) -> torch.Tensor:

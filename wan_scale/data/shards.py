@@ -2,13 +2,15 @@
 
     out/manifest.json              what every clip in the folder was made with; another one is refused
     out/negative.safetensors       `negative` (n, text_dim): embedding of the negative prompt
-    out/shard-00000.safetensors    latent.<id> (C, T, H, W) fp16, text.<id> (n, text_dim) bf16 without padding, noise.<id> fp32 with kd
-    out/shard-00000.json           sidecar: sha256, size, clips (id, prompt, seed), dropped ones with reason, mean and std by channel
-    out/parts/00000/               what is done of a shard that is not finished: text.safetensors, clip-<id>.safetensors
+    out/shard-00000.safetensors    latent.<id> (C, T, H, W) fp16, text.<id> (n, text_dim) bf16 without padding,
+                                   with kd noise.<id> fp32
+    out/shard-00000.json           sidecar: sha256, size, clips (id, prompt, seed), dropped clips with reason,
+                                   mean and std by channel
+    out/parts/00000/               the finished parts of an unfinished shard: text.safetensors, clip-<id>.safetensors
 
-A clip's id is its index in the prompt file; shard k holds the ids from k * shard_size on and belongs to rank k % world. Every file appears
-whole or not at all, a sidecar after its shard, and parts go last: a kill at any moment costs the clip in flight, and the same command
-(also on another number of ranks) goes on from there.
+A clip's id is its index in the prompt file. Shard k holds the ids from k * shard_size on and belongs to rank k % world.
+Every file appears whole or not at all, a sidecar after its shard, and parts go last. So a kill at any moment costs the
+clip in flight, and the same command goes on from there, also on another number of ranks.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ def finished(out: Path, k: int) -> bool:
 
 
 def check_disk(out: Path, manifest: dict, records: list[dict], world: int) -> None:
-    """RuntimeError unless the disk has room for all clips still to be made, by all ranks, and the parts of the shards in work."""
+    """RuntimeError unless the disk has room for all clips that all ranks still make, and the parts of their shards."""
     size, latent = manifest["shard_size"], torch.Size(manifest["latent_shape"]).numel()
 
     def clip_bytes(record):  # English takes about four bytes a token, so three leave some room
@@ -60,10 +62,12 @@ def check_disk(out: Path, manifest: dict, records: list[dict], world: int) -> No
         raise RuntimeError(f"{out} has too little disk: {gb}; free some, or give a folder on another disk.")
 
 
-def fill(folder: Path, out: str | Path, manifest: dict, records: list[dict], load, *, rank: int, world: int, device) -> int:
-    """Make this rank's unfinished shards; load() -> make(record, text (text_length, text_dim)) -> {"latent": x, "noise": x_1}.
+def fill(folder: Path, out: str | Path, manifest: dict, records: list[dict], load, *, rank: int, world: int,
+         device) -> int:  # fmt: skip
+    """Make this rank's unfinished shards; returns the number of clips made.
 
-    `make` may raise Dropped. `load` is called after the text encoder is gone. Returns the number of clips this call made.
+    load() -> make(record, text (text_length, text_dim)) -> {"latent": x, "noise": x_1}. `load` is called after the text
+    encoder is gone; `make` may raise Dropped.
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} is not one of {world} ranks; give 0 <= rank < world.")
@@ -72,7 +76,8 @@ def fill(folder: Path, out: str | Path, manifest: dict, records: list[dict], loa
         raise ValueError(f"shard_size is {size}; give at least 1.")
     check_disk(Path(out), manifest, records, world)
     out = open_out(out, manifest)
-    shards = {k: range(k * size, min((k + 1) * size, len(records))) for k in range(rank, -(-len(records) // size), world)}
+    ids_of = lambda k: range(k * size, min((k + 1) * size, len(records)))
+    shards = {k: ids_of(k) for k in range(rank, -(-len(records) // size), world)}
     texts = {out / "negative.safetensors": {"negative": manifest["negative_prompt"]}}
     for k in list(shards):
         folder_k = out / "parts" / f"{k:05d}"
@@ -87,7 +92,8 @@ def fill(folder: Path, out: str | Path, manifest: dict, records: list[dict], loa
     encode_text(folder, texts, device=device, max_length=manifest["text_length"], progress=rank == 0)
 
     made, make = 0, None
-    with tqdm(total=sum(map(len, shards.values())), desc="clips", disable=None if rank == 0 else True, mininterval=0.5) as bar:
+    clips, quiet = sum(map(len, shards.values())), None if rank == 0 else True
+    with tqdm(total=clips, desc="clips", disable=quiet, mininterval=0.5) as bar:
         for k, ids in shards.items():
             folder_k = out / "parts" / f"{k:05d}"
             for i in ids:
@@ -113,7 +119,10 @@ def fill(folder: Path, out: str | Path, manifest: dict, records: list[dict], loa
 
 
 def pack(out: Path, k: int, ids: range, manifest: dict, records: list[dict]) -> None:
-    """Join the parts of shard k into its file, then write its sidecar, then remove the parts. One tensor is in memory at a time."""
+    """Join the parts of shard k into its file, then write its sidecar, then remove the parts.
+
+    One tensor is in memory at a time.
+    """
     folder_k, shard = out / "parts" / f"{k:05d}", out / f"shard-{k:05d}.safetensors"
     handles = {"text": safe_open(folder_k / "text.safetensors", "pt")}
     clips, dropped, entries, statistics = [], [], [], []
@@ -125,7 +134,8 @@ def pack(out: Path, k: int, ids: range, manifest: dict, records: list[dict]) -> 
             continue
         shape = handles["text"].get_slice(str(i)).get_shape()
         clips.append({"id": i, **records[i], "tokens": shape[0]})
-        entries += [(f"{name}.{i}", *DTYPES[name], manifest["latent_shape"]) for name in names] + [(f"text.{i}", *DTYPES["text"], shape)]
+        entries += [(f"{name}.{i}", *DTYPES[name], manifest["latent_shape"]) for name in names]
+        entries += [(f"text.{i}", *DTYPES["text"], shape)]
 
     def load(name):
         name, i = name.split(".")
@@ -142,29 +152,33 @@ def pack(out: Path, k: int, ids: range, manifest: dict, records: list[dict]) -> 
         hashed = HashedFile(file)
         write_safetensors(hashed, entries, load)
     mean, std = pooled_statistics(statistics) if statistics else (torch.zeros(0), torch.zeros(0))
-    card = {"file": shard.name, "sha256": hashed.digest.hexdigest(), "bytes": hashed.size, "manifest": manifest_digest(manifest)}
-    card |= {"latent_shape": manifest["latent_shape"], "mean": mean.tolist(), "std": std.tolist(), "clips": clips, "dropped": dropped}
-    write_json(out / f"shard-{k:05d}.json", card)
+    sidecar = dict(file=shard.name, sha256=hashed.digest.hexdigest(), bytes=hashed.size,
+                   manifest=manifest_digest(manifest), latent_shape=manifest["latent_shape"], mean=mean.tolist(),
+                   std=std.tolist(), clips=clips, dropped=dropped)  # fmt: skip
+    write_json(out / f"shard-{k:05d}.json", sidecar)
     shutil.rmtree(folder_k)
 
 
 def summary(out: str | Path) -> str:
     """A folder's clips, what was dropped and why, its size and the statistics by channel, in a few lines."""
     out = Path(out)
-    manifest, cards = read_json(out / "manifest.json"), [read_json(path) for path in sorted(out.glob("shard-*.json"))]
-    clips, reasons = sum(len(card["clips"]) for card in cards), {}
-    for card in cards:
-        for clip in card["dropped"]:
+    manifest = read_json(out / "manifest.json")
+    sidecars = [read_json(path) for path in sorted(out.glob("shard-*.json"))]
+    clips, reasons = sum(len(sidecar["clips"]) for sidecar in sidecars), {}
+    for sidecar in sidecars:
+        for clip in sidecar["dropped"]:
             reasons[clip["reason"]] = reasons.get(clip["reason"], 0) + 1
-    dropped = f"{sum(reasons.values())} dropped" + (f" ({', '.join(f'{n} {why}' for why, n in sorted(reasons.items()))})" * bool(reasons))
+    why = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items()))
+    dropped = f"{sum(reasons.values())} dropped" + f" ({why})" * bool(why)
     shards = -(-manifest["prompts"] // manifest["shard_size"])
     shape = " x ".join(map(str, manifest["latent_shape"]))
     lines = [
-        f"{out.name}: {clips} clips of {manifest['prompts']} in {len(cards)} of {shards} shards, {dropped}, "
-        f"{sum(card['bytes'] for card in cards) / 1e9:.3g} GB",
+        f"{out.name}: {clips} clips of {manifest['prompts']} in {len(sidecars)} of {shards} shards, {dropped}, "
+        f"{sum(sidecar['bytes'] for sidecar in sidecars) / 1e9:.3g} GB",
         f"latents {shape} from {manifest['model']} ({manifest['kind']}), normalised by the VAE",
     ]
     if clips:
-        mean, std = pooled_statistics(cards)
-        lines += [f"{name} by channel: {' '.join(f'{v:.2f}' for v in value)}" for name, value in (("mean", mean), ("std", std))]
+        mean, std = pooled_statistics(sidecars)
+        told = lambda values: " ".join(f"{v:.2f}" for v in values)
+        lines += [f"mean by channel: {told(mean)}", f"std by channel: {told(std)}"]
     return "\n".join(lines)

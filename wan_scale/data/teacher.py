@@ -18,15 +18,15 @@ from wan_scale.data.shards import fill
 from wan_scale.data.text import pad_text
 
 
-def generate(folder, prompts_file, out, *, rank=0, world=1, steps=50, guidance=5.0, flow_shift=3.0, sampler="unipc", frames=81, height=480,
-             width=832, shard_size=64, seed_offset=0, kd=False, skip_layer=None, limit=None, device="cpu", dtype=None,
-             fast=None) -> int:  # fmt: skip
-    """Latents of the teacher for every prompt (the first `limit`), by the stock pipeline; returns the number of clips made.
+def generate(folder, prompts_file, out, *, rank=0, world=1, steps=50, guidance=5.0, flow_shift=3.0, sampler="unipc",
+             frames=81, height=480, width=832, shard_size=64, seed_offset=0, kd=False, skip_layer=None, limit=None,
+             device="cpu", dtype=None, fast=None) -> int:  # fmt: skip
+    """Latents of the teacher for every prompt, by the stock pipeline; returns the number of clips made.
 
-    A clip depends on its prompt and seed (+ seed_offset) alone, not on rank or order. `kd` keeps its noise as well. `skip_layer` leaves
-    that block out of the unguided pass (skip-layer guidance; the paper's pairs: 10). dtype: bfloat16 on a GPU, float32 on a CPU.
-    fast(transformer) may set it up for this machine (speed.stock).
-    Raises ValueError or RuntimeError in one sentence before anything is loaded.
+    A clip depends on its prompt and seed (+ seed_offset) alone, not on rank or order. limit: only the first prompts.
+    kd: keep the noise as well. skip_layer: leave that block out of the unguided pass (skip-layer guidance; the paper's
+    pairs: 10). dtype: by default bfloat16 on a GPU, float32 on a CPU. fast(transformer) may set it up for this GPU
+    (speed.stock). Raises ValueError or RuntimeError in one sentence before anything is loaded.
     """
     folder = check_folder(folder)
     records = read_prompts(prompts_file)[:limit]
@@ -36,11 +36,13 @@ def generate(folder, prompts_file, out, *, rank=0, world=1, steps=50, guidance=5
     if steps < 1 or flow_shift <= 0 or (limit is not None and limit < 1):
         raise ValueError(f"steps is {steps}, flow_shift {flow_shift}, limit {limit}; all must be positive.")
     if skip_layer is not None and not (0 <= skip_layer < layers and guidance > 1):
-        raise ValueError(f"skip_layer is {skip_layer} at guidance {guidance}; give a block from 0 to {layers - 1} and guidance above 1.")
+        blocks = f"a block from 0 to {layers - 1}"
+        raise ValueError(f"skip_layer is {skip_layer} at guidance {guidance}; give {blocks} and guidance above 1.")
     manifest = make_manifest(
-        folder, "teacher", frames, height, width, sampler=sampler, steps=steps, guidance=guidance, flow_shift=flow_shift,
-        skip_layer=skip_layer, seed_offset=seed_offset, kd=kd, dtype=str(dtype).removeprefix("torch."), shard_size=shard_size,
-        prompts=len(records), prompts_sha256=hashlib.sha256(Path(prompts_file).read_bytes()).hexdigest(),
+        folder, "teacher", frames, height, width, sampler=sampler, steps=steps, guidance=guidance,
+        flow_shift=flow_shift, skip_layer=skip_layer, seed_offset=seed_offset, kd=kd,
+        dtype=str(dtype).removeprefix("torch."), shard_size=shard_size, prompts=len(records),
+        prompts_sha256=hashlib.sha256(Path(prompts_file).read_bytes()).hexdigest(),
     )  # fmt: skip
 
     def load():
@@ -49,7 +51,7 @@ def generate(folder, prompts_file, out, *, rank=0, world=1, steps=50, guidance=5
         sample = load_teacher(folder, manifest, negative, device, dtype, fast)
 
         def make(record, text):
-            g = torch.Generator("cpu").manual_seed(record["seed"] + seed_offset)  # as WanPipeline draws it from a CPU generator
+            g = torch.Generator().manual_seed(record["seed"] + seed_offset)  # as WanPipeline draws, on the CPU
             noise = torch.randn(1, *manifest["latent_shape"], generator=g)
             x = sample(noise, text)[0].float().cpu()
             return {"latent": x, "noise": noise[0]} if kd else {"latent": x}
@@ -60,7 +62,7 @@ def generate(folder, prompts_file, out, *, rank=0, world=1, steps=50, guidance=5
 
 
 def load_teacher(folder: Path, manifest: dict, negative: torch.Tensor, device, dtype, fast=None):
-    """The stock WanPipeline without VAE and text encoder as sample(noise (1, C, T, H, W), text) -> normalised latent, of that shape."""
+    """sample(noise (1, C, T, H, W), text) -> normalised latent of that shape: the stock WanPipeline without its VAE."""
     from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
     if manifest["sampler"] == "euler":
@@ -69,7 +71,8 @@ def load_teacher(folder: Path, manifest: dict, negative: torch.Tensor, device, d
         config = UniPCMultistepScheduler.load_config(folder, subfolder="scheduler")
         flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}  # whatever scheduler the folder names
         scheduler = UniPCMultistepScheduler.from_config(config, flow_shift=manifest["flow_shift"], **flow)
-    transformer = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype, local_files_only=True)
+    own = {"subfolder": "transformer", "dtype": dtype, "local_files_only": True}
+    transformer = WanTransformer3DModel.from_pretrained(folder, **own)
     transformer = transformer.to(device).eval()
     if fast:
         fast(transformer)
@@ -78,13 +81,16 @@ def load_teacher(folder: Path, manifest: dict, negative: torch.Tensor, device, d
     pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer)
     pipe.set_progress_bar_config(disable=True)
     shape = {"num_frames": manifest["frames"], "height": manifest["height"], "width": manifest["width"]}
-    how = {"num_inference_steps": manifest["steps"], "guidance_scale": manifest["guidance"], "output_type": "latent", **shape}
-    negative = negative[None].to(device)
-    return lambda noise, text: pipe(latents=noise, prompt_embeds=text[None].to(device), negative_prompt_embeds=negative, **how).frames
+    how = {"num_inference_steps": manifest["steps"], "guidance_scale": manifest["guidance"], "output_type": "latent"}
+    how |= {"negative_prompt_embeds": negative[None].to(device), **shape}
+    return lambda noise, text: pipe(latents=noise, prompt_embeds=text[None].to(device), **how).frames
 
 
 def skip_in_unguided(transformer, layer: int) -> None:
-    """Make block `layer` pass its input on in the pipeline's unguided calls, which it names by transformer.cache_context("uncond")."""
+    """Make block `layer` pass its input on in the pipeline's unguided calls.
+
+    The pipeline names these by transformer.cache_context("uncond").
+    """
     stock, calls = transformer.cache_context, []
 
     @contextmanager
@@ -95,4 +101,5 @@ def skip_in_unguided(transformer, layer: int) -> None:
         calls.pop()
 
     transformer.cache_context = named
-    transformer.blocks[layer].register_forward_hook(lambda block, args, output: args[0] if calls[-1:] == ["uncond"] else None)
+    skip = lambda block, args, output: args[0] if calls[-1:] == ["uncond"] else None
+    transformer.blocks[layer].register_forward_hook(skip)

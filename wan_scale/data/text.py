@@ -18,10 +18,11 @@ TEXT_BATCH = 8  # prompts encoded at once
 def encode_text(
     folder: str | Path, files: dict[Path, dict[str, str]], *, device="cpu", max_length: int = 512, progress: bool = True
 ) -> None:
-    """Embed prompts with the folder's text encoder: {path: {key: prompt}} -> one safetensors file a path, key -> (n, text_dim) bf16.
+    """Embed prompts with the folder's text encoder: {path: {key: prompt}} -> a safetensors file for each path.
 
-    Cleaning, tokens and truncation are the stock pipeline's; its zero padding is left out (pad_text puts it back). A file that exists
-    is not made again. Only tokenizer and text encoder are loaded, and freed before this returns.
+    Each file holds key -> (n, text_dim) bf16. Cleaning, tokens and truncation are the stock pipeline's. Its zero
+    padding is left out; pad_text puts it back. A file that exists is not made again. Only tokenizer and text encoder
+    are loaded, and freed before this returns.
     """
     files = {path: texts for path, texts in files.items() if not path.exists()}
     if not files:
@@ -31,11 +32,14 @@ def encode_text(
 
     folder = check_folder(folder, ("tokenizer", "text_encoder"))
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    encoder = UMT5EncoderModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, local_files_only=True).to(device).eval()
+    own = {"subfolder": "text_encoder", "dtype": dtype, "local_files_only": True}
+    encoder = UMT5EncoderModel.from_pretrained(folder, **own).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
     pipe = WanPipeline(tokenizer=tokenizer, text_encoder=encoder, vae=None, scheduler=None, transformer=None)
     with (
-        tqdm(total=sum(map(len, files.values())), desc="text", disable=None if progress else True, mininterval=0.5) as bar,
+        tqdm(
+            total=sum(map(len, files.values())), desc="text", disable=None if progress else True, mininterval=0.5
+        ) as bar,
         torch.no_grad(),
     ):
         for path, texts in files.items():
@@ -43,7 +47,8 @@ def encode_text(
             for i in range(0, len(keys), TEXT_BATCH):
                 batch = keys[i : i + TEXT_BATCH]
                 prompts = [texts[key] for key in batch]
-                padded, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=max_length, device=device)
+                how = {"do_classifier_free_guidance": False, "max_sequence_length": max_length, "device": device}
+                padded, _ = pipe.encode_prompt(prompts, **how)
                 for key, rows in zip(batch, padded.to("cpu", torch.bfloat16)):
                     true = rows.ne(0).any(1).nonzero()  # padding is exactly zero
                     embedded[key] = rows[: int(true.max()) + 1 if len(true) else 1].clone()
@@ -57,5 +62,7 @@ def encode_text(
 def pad_text(text: torch.Tensor, length: int) -> torch.Tensor:
     """Zero-pad text tokens (n, text_dim) to (length, text_dim), as Wan takes them; ValueError if they are more."""
     if len(text) > length:
-        raise ValueError(f"a text of {len(text)} tokens does not fit text_length = {length}; give at least {len(text)}.")
+        raise ValueError(
+            f"a text of {len(text)} tokens does not fit text_length = {length}; give at least {len(text)}."
+        )
     return F.pad(text, (0, 0, 0, length - len(text)))

@@ -15,31 +15,37 @@ from wan_scale.data.manifest import make_manifest
 from wan_scale.data.shards import fill
 
 
-def encode_videos(folder, videos_dir, out, *, rank=0, world=1, frames=81, height=480, width=832, fps=16.0, shard_size=64, limit=None,
-                  device="cpu", dtype=torch.float32) -> int:  # fmt: skip
-    """Latents of the mp4 files of a folder, each with its caption in a .txt of the same name; returns the number of clips made.
+def encode_videos(folder, videos_dir, out, *, rank=0, world=1, frames=81, height=480, width=832, fps=16.0,
+                  shard_size=64, limit=None, device="cpu", dtype=torch.float32) -> int:  # fmt: skip
+    """Latents of the mp4 files of a folder; returns the number of clips made.
 
-    A video is resampled to `fps` from its start (Wan's own is 16), scaled to cover height x width and cropped to its centre. Dropped with
-    a reason: "no caption", "unreadable", "too short". The latent is the posterior's mean, normalised as the transformer takes it.
+    Each has its caption in a .txt of the same name. A video is resampled to `fps` from its start (Wan's own is 16),
+    scaled to cover height x width and cropped to its centre. Dropped with a reason: "no caption", "unreadable", "too
+    short". The latent is the posterior's mean, normalised as the transformer takes it.
     """
     folder, videos = check_folder(folder), sorted(Path(videos_dir).glob("*.mp4"))[:limit]
     if not videos:
-        raise ValueError(f"{videos_dir} holds no mp4; give a folder of mp4 files with captions in .txt of the same names.")
+        raise ValueError(
+            f"{videos_dir} holds no mp4; give a folder of mp4 files with captions in .txt of the same names."
+        )
     records = []
     for path in videos:
         caption = path.with_suffix(".txt")
         prompt = " ".join(caption.read_text(errors="replace").split()) if caption.is_file() else ""
         records.append({"prompt": prompt, "video": path.name, "seed": 0})
     manifest = make_manifest(
-        folder, "videos", frames, height, width, fps=fps, kd=False, dtype=str(dtype).removeprefix("torch."), shard_size=shard_size,
-        vae=fingerprint(folder, "vae"), prompts=len(records), prompts_sha256=hashlib.sha256(json.dumps(records).encode()).hexdigest(),
+        folder, "videos", frames, height, width, fps=fps, kd=False, dtype=str(dtype).removeprefix("torch."),
+        shard_size=shard_size, vae=fingerprint(folder, "vae"), prompts=len(records),
+        prompts_sha256=hashlib.sha256(json.dumps(records).encode()).hexdigest(),
     )  # fmt: skip
 
     def load():
         from diffusers import AutoencoderKLWan
 
-        vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=dtype, local_files_only=True).to(device).eval()
-        mean, std = (torch.tensor(vae.config[key], device=device)[:, None, None, None] for key in ("latents_mean", "latents_std"))
+        vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=dtype, local_files_only=True)
+        vae = vae.to(device).eval()
+        by_channel = lambda key: torch.tensor(vae.config[key], device=device)[:, None, None, None]
+        mean, std = by_channel("latents_mean"), by_channel("latents_std")
 
         @torch.no_grad()
         def make(record, text):

@@ -1,9 +1,11 @@
-"""Scores of generated clips that need no network and no download. They see collapse early; they do not judge beauty or the prompt.
-The paper met a mode collapse that VBench's scores did not show (note at Table 5), so look at these as well as at VBench.
+"""Scores of generated clips that need no network and no download.
 
-`MEANING` says what each should do. Only temporal_flickering is VBench's, computed as VBench does, (255 - mean |frame difference|) / 255 on
-8-bit frames; but VBench reads it on its 75 static prompts, after a filter that drops clips which move. On any other folder it is not that
-dimension's score. The decoder may also differ from VBench's by a grey level.
+They see collapse early; they do not judge beauty or the prompt. The paper met a mode collapse that VBench's scores did
+not show (note at Table 5), so look at these as well as at VBench. `MEANING` says what each should do.
+
+Only temporal_flickering is VBench's, computed as VBench does: (255 - mean |frame difference|) / 255 on 8-bit frames.
+But VBench reads it on its 75 static prompts, after a filter that drops clips which move. On any other folder it is not
+that dimension's score. The decoder may also differ from VBench's by a grey level.
 """
 
 from __future__ import annotations
@@ -22,11 +24,17 @@ MEANING = {
         "0 to 1",
         "near the teacher's on static prompts; 1 is no change at all, so on other prompts a high value is no merit",
     ),
-    "motion": ("0 to 1", "near the teacher's; mean |frame difference| = 1 - temporal_flickering; falls towards 0 when clips freeze"),
-    "still": ("share of frame pairs", "near the teacher's; pairs that differ by under half a grey level; towards 1 is static collapse"),
+    "motion": (
+        "0 to 1",
+        "near the teacher's; mean |frame difference| = 1 - temporal_flickering; falls towards 0 when clips freeze",
+    ),
+    "still": (
+        "share of frame pairs",
+        "near the teacher's; pairs that differ by under half a grey level; towards 1 is static collapse",
+    ),
     "clipped": (
         "share of values",
-        "near the teacher's; values at black or white; a rise is over-saturation, the usual sign of guidance gone too far",
+        "near the teacher's; values at black or white; a rise is over-saturation, the usual sign of too much guidance",
     ),
     "colourfulness": (
         "0 grey, 109 extreme",
@@ -34,7 +42,7 @@ MEANING = {
     ),
     "diversity": (
         "0 to 1",
-        "near the teacher's; root mean square distance of clips of a prompt, one seed to another; a fall is mode collapse",
+        "near the teacher's; root mean square distance between the seeds of a prompt; a fall is mode collapse",
     ),
 }
 HALF_LEVEL = 0.5 / 255
@@ -43,16 +51,24 @@ END = 2.5 / 255  # chroma subsampling and limited range move black and white by 
 
 def _check(video: torch.Tensor) -> None:
     if video.ndim != 4 or video.shape[-1] != 3 or len(video) < 2 or not video.numel() or not video.is_floating_point():
-        raise ValueError(f"a clip is floats of shape (frames >= 2, height, width, 3), not {video.dtype} of {tuple(video.shape)}.")
+        raise ValueError(
+            f"a clip is floats of shape (frames >= 2, height, width, 3), not {video.dtype} of {tuple(video.shape)}."
+        )
     low, high = video.aminmax()
     if not (low >= 0 and high <= 1):  # also true of NaN
-        raise ValueError(f"a clip's values must lie in [0, 1], these go from {low.item():.3g} to {high.item():.3g}; rescale it.")
+        raise ValueError(
+            f"a clip's values must lie in [0, 1], these go from {low.item():.3g} to {high.item():.3g}; rescale it."
+        )
 
 
 def score_clip(video: torch.Tensor) -> dict[str, float]:
-    """All scores of one clip, video (T, H, W, 3) in [0, 1]; see MEANING. Frame by frame, so that a long clip needs no second copy."""
+    """All scores of one clip, video (T, H, W, 3) in [0, 1]; see MEANING.
+
+    Frame by frame, so that a long clip needs no second copy.
+    """
     _check(video)
-    change = torch.stack([(after.float() - before.float()).abs().mean() for before, after in pairwise(video)]).double()  # (T - 1,)
+    changes = [(after.float() - before.float()).abs().mean() for before, after in pairwise(video)]
+    change = torch.stack(changes).double()  # (T - 1,)
     clipped = torch.stack([((frame < END) | (frame > 1 - END)).float().mean() for frame in video])
     return {
         "temporal_flickering": 1 - change.mean().item(),
@@ -64,7 +80,10 @@ def score_clip(video: torch.Tensor) -> dict[str, float]:
 
 
 def colourfulness(frame: torch.Tensor) -> float:
-    """Hasler and Süsstrunk's measure, frame (H, W, 3) in [0, 1]: 0 grey, 15 slightly, 45 averagely, 109 extremely colourful."""
+    """Hasler and Süsstrunk's measure of a frame (H, W, 3) in [0, 1].
+
+    0 is grey, 15 slightly, 45 averagely, 109 extremely colourful.
+    """
     r, g, b = (255 * frame.float()).unbind(-1)
     rg, yb = r - g, (r + g) / 2 - b
     spread = (rg.var(correction=0) + yb.var(correction=0)).sqrt()
@@ -72,9 +91,12 @@ def colourfulness(frame: torch.Tensor) -> float:
 
 
 def diversity(clips: Iterable[torch.Tensor]) -> float | None:
-    """Root mean square distance a value between two of the clips (T, H, W, 3) in [0, 1], over all pairs; None for fewer than two.
+    """Root mean square distance a value between two of the clips (T, H, W, 3) in [0, 1], over all pairs.
 
-    Pixels, not meaning: a mirrored copy counts as different. One pass (Welford), so the clips may come from a generator.
+    None for fewer than two clips.
+
+    Pixels, not meaning: a mirrored copy counts as different. One pass (Welford), so the clips may come from a
+    generator.
     """
     n, mean, squares = 0, None, 0.0
     for n, clip in enumerate(clips, 1):
@@ -82,7 +104,8 @@ def diversity(clips: Iterable[torch.Tensor]) -> float | None:
         if mean is None:
             mean = torch.zeros_like(clip, dtype=torch.float32)
         if clip.shape != mean.shape:
-            raise ValueError(f"clips of shapes {tuple(mean.shape)} and {tuple(clip.shape)} have no distance; sample all seeds at one size.")
+            shapes = f"{tuple(mean.shape)} and {tuple(clip.shape)}"
+            raise ValueError(f"clips of shapes {shapes} have no distance; sample all seeds at one size.")
         for frame, average in zip(clip.float(), mean):
             off = frame - average
             average += off / n  # a view: this updates `mean`
@@ -96,9 +119,12 @@ def read_video(path: str | Path) -> torch.Tensor:
 
     try:
         with imageio.get_reader(path, "ffmpeg") as reader:
-            meta, frames = reader.get_meta_data(), [frame for frame in reader]  # not list(reader): its length is infinite
+            meta = reader.get_meta_data()
+            frames = [frame for frame in reader]  # not list(reader): its length is infinite
     except (OSError, RuntimeError, ValueError, IndexError, KeyError) as error:  # the plugin raises any of them
-        raise RuntimeError(f"{path} is not a readable video ({type(error).__name__}); delete it and sample it again.") from error
+        raise RuntimeError(
+            f"{path} is not a readable video ({type(error).__name__}); delete it and sample it again."
+        ) from error
     announced = round(meta["fps"] * meta["duration"])
     if len(frames) < max(2, announced - 1):  # a cut file can decode without a word; durations are rounded to 10 ms
         raise RuntimeError(f"{path} decodes to {len(frames)} frames of {announced}; delete it and sample it again.")
@@ -108,8 +134,9 @@ def read_video(path: str | Path) -> torch.Tensor:
 def score_folder(folder: str | Path) -> dict:
     """Scores of all `{prompt}-{index}.mp4` of a folder; each is decoded once, one clip in memory at a time.
 
-    Returns {"videos": {name: scores}, "prompts": {prompt: {"samples", "diversity"}}, "mean": {score: mean}}, ready for JSON. The mean
-    diversity is over prompts with two samples or more, else None. ValueError for no clip or a wrong name, RuntimeError for a broken one.
+    Returns {"videos": {name: scores}, "prompts": {prompt: {"samples", "diversity"}}, "mean": {score: mean}}, ready for
+    JSON. The mean diversity is over prompts with two samples or more, else None. ValueError for no clip or a wrong
+    name, RuntimeError for a broken one.
     """
     folder, prompts = Path(folder), {}
     for path in sorted(folder.glob("*.mp4")):
@@ -130,7 +157,8 @@ def score_folder(folder: str | Path) -> dict:
 
     for prompt, paths in prompts.items():
         diversities[prompt] = diversity(decoded(paths))
-    mean = {score: float(np.mean([video[score] for video in videos.values()])) for score in MEANING if score != "diversity"}
+    of_clips = [score for score in MEANING if score != "diversity"]
+    mean = {score: float(np.mean([video[score] for video in videos.values()])) for score in of_clips}
     known = [d for d in diversities.values() if d is not None]
     return {
         "videos": videos,

@@ -1,4 +1,4 @@
-"""`sample`: prompts to mp4, and a grid beside the teacher; `export`: the student as a folder for one from_pretrained call."""
+"""`sample`: prompts to mp4, and a grid beside the teacher. `export`: the student as a folder for from_pretrained."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def finished_student(cfg: Wan) -> tuple[Path, dict]:
 
 
 def make_model(cfg: Wan, dtype: torch.dtype = torch.float32) -> TMDWanModel:
-    """The finished student in its exportable form; every weight must fit. In bf16, what diffusers keeps in float32 is kept."""
+    """The finished student as it is exported; every weight must fit. In bf16, diffusers' float32 weights stay so."""
     folder, facts = finished_student(cfg)
     check_folder(cfg.model)
     config = json.loads((Path(cfg.model) / "transformer" / "config.json").read_text())
@@ -89,24 +89,25 @@ def planned(cfg: Wan) -> list[vbench.Video]:
     records = read_prompts(cfg.prompts)[: cfg.sample_prompts or None]
     found, number = [], Counter()  # a prompt may come again with another seed
     for record in records:
-        name = (
-            "".join(ch if ch.isalnum() or ch in " ,.-_'" else "_" for ch in record["prompt"]).encode()[:180].decode(errors="ignore")
-        )  # file systems count bytes
+        name = "".join(ch if ch.isalnum() or ch in " ,.-_'" else "_" for ch in record["prompt"])
+        name = name.encode()[:180].decode(errors="ignore")  # file systems count bytes
         for i in range(cfg.samples_per_prompt):
             k = number[record["prompt"]]
             number[record["prompt"]] += 1
             found.append(vbench.Video(record["prompt"], k, f"{name}-{k}.mp4", record["seed"] + 10_000 * i))
     (name, times), *_ = Counter(video.name for video in found).most_common(1)
     if times > 1:
-        raise ValueError(f"two prompts would both be {name!r}; keep one of them, with samples_per_prompt for more videos of it.")
+        both = f"two prompts would both be {name!r}"
+        raise ValueError(f"{both}; keep one of them, with samples_per_prompt for more videos of it.")
     return found
 
 
 def stamp(folder: Path, cfg: Wan, teacher: bool) -> None:
-    """made.json says of whom a folder's videos are; RuntimeError if it holds another's, which would be scored as these."""
+    """made.json says what made a folder's videos; RuntimeError if another did: they would be scored as these."""
     made = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width, "seed": cfg.seed}
     if teacher:
-        made |= {"steps": cfg.data_steps, "guidance": cfg.data_guidance, "flow_shift": cfg.flow_shift, "model": Path(cfg.model).name}
+        made |= {"steps": cfg.data_steps, "guidance": cfg.data_guidance, "flow_shift": cfg.flow_shift}
+        made |= {"model": Path(cfg.model).name}
     else:
         place, facts = finished_student(cfg)
         made |= {"phase": facts["phase"], "student": file_sha256(place / "student.safetensors")}
@@ -120,7 +121,7 @@ def stamp(folder: Path, cfg: Wan, teacher: bool) -> None:
 
 
 def sample(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
-    """Every planned video that is not there yet, to OUT/samples/<student>/, and timing.json with the seconds of each part.
+    """Every planned video that is not there yet, to OUT/samples/<student>/; timing.json has the seconds of each part.
 
     A video's name and noise depend on its prompt and number alone. M, N: other than the student was trained with.
     """
@@ -138,28 +139,18 @@ def sample(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
     fast = speed.chosen(cfg, config, device, compute_dtype(cfg, device), backward=False)
     speed.stock(pipe.transformer, **fast) if teacher else pipe.fast(**fast, graphed=cfg.graph != "off")
     size = {"height": cfg.height, "width": cfg.width, "num_frames": cfg.frames}
-    more = (
-        {"num_inference_steps": cfg.data_steps, "guidance_scale": cfg.data_guidance, "negative_prompt": NEGATIVE}
-        if teacher
-        else {"M": M, "N": N}
-    )
+    guided = {"num_inference_steps": cfg.data_steps, "guidance_scale": cfg.data_guidance, "negative_prompt": NEGATIVE}
+    more = guided if teacher else {"M": M, "N": N}
     for video in tqdm(todo, desc=f"sample {cfg.student}", disable=None if dist.rank() == 0 else True):
         g = torch.Generator().manual_seed(video.seed)
         result = pipe(video.prompt, generator=g, **size, **more)
         write_video(result.frames[0], folder / video.name)
         times.append(getattr(pipe, "seconds", {}))
     if dist.rank() == 0 and not teacher:
-        how = pipe.transformer.how
+        how, layers = pipe.transformer.how, pipe.transformer.layers
         m, n = M or how.M, N or how.N
-        layers = pipe.transformer.layers
-        facts = {
-            "M": m,
-            "N": n,
-            "effective_nfe": tmd.effective_nfe(m, n, how.H, layers),
-            "videos": len(times),
-            **size,
-            "device": str(device),
-        }
+        facts = {"M": m, "N": n, "effective_nfe": tmd.effective_nfe(m, n, how.H, layers), "videos": len(times)}
+        facts |= {**size, "device": str(device)}
         median = {part: float(np.median([t[part] for t in times])) for part in times[0]}
         (folder / "timing.json").write_text(json.dumps({**facts, "median_seconds": median}, indent=1) + "\n")
     dist.barrier()
@@ -167,14 +158,19 @@ def sample(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
 
 
 def grid(cfg: Wan, folders: dict[str, Path], prompts: int = 4) -> Path:
-    """samples/grid.png and grid.mp4: every model's video of the first prompts, side by side. folders: {name: folder of mp4s}."""
-    videos = [v for v in planned(cfg) if v.index == 0 and all((f / v.name).exists() for f in folders.values())][:prompts]
+    """samples/grid.png and grid.mp4: every model's video of the first prompts, side by side.
+
+    folders: {name: folder of mp4s}.
+    """
+    have_all = lambda video: all((folder / video.name).exists() for folder in folders.values())
+    videos = [v for v in planned(cfg) if v.index == 0 and have_all(v)][:prompts]
     if not videos:
         raise RuntimeError("there is no prompt of which every model has a video; run `sample` for each of them first.")
     clips = {(v.name, who): read_video(folder / v.name).numpy() for v in videos for who, folder in folders.items()}
     first = next(iter(folders))
     path = cfg.folder("samples", "grid.png")
-    contact_sheet([(v.prompt if who == first else "", who, clips[v.name, who]) for v in videos for who in folders], path)
+    rows = [(v.prompt if who == first else "", who, clips[v.name, who]) for v in videos for who in folders]
+    contact_sheet(rows, path)
     # prompts across, models down
     moving = np.concatenate([np.concatenate([clips[v.name, who] for v in videos], 2) for who in folders], 1)
     write_video(moving, path.with_suffix(".mp4"))
@@ -188,8 +184,8 @@ pipeline_tag: text-to-video
 ---
 # {title}
 
-A Wan2.1 student of Transition Matching Distillation (arXiv:2601.09881): {M} outer transition(s) of {N} inner step(s), flow head of {H}
-blocks, effective NFE {nfe:.2f}, no guidance. Made from `{teacher}`, phase `{phase}`.
+A Wan2.1 student of Transition Matching Distillation (arXiv:2601.09881): {M} outer transition(s) of {N} inner step(s),
+flow head of {H} blocks, effective NFE {nfe:.2f}, no guidance. Made from `{teacher}`, phase `{phase}`.
 
 With the code it was made with on the Python path (the folder that holds `wan_scale/`):
 
@@ -197,7 +193,8 @@ With the code it was made with on the Python path (the folder that holds `wan_sc
 import torch
 from wan_scale.pipeline import TMDWanPipeline
 pipe = TMDWanPipeline.from_pretrained("PATH", dtype={{"vae": torch.float32, "default": torch.bfloat16}}).to("cuda")
-video = pipe("a prompt", num_frames={frames}, height={height}, width={width}, generator=torch.Generator().manual_seed(0)).frames[0]
+g = torch.Generator().manual_seed(0)
+video = pipe("a prompt", num_frames={frames}, height={height}, width={width}, generator=g).frames[0]
 ```
 
 | setting | value |
@@ -213,7 +210,8 @@ def export(cfg: Wan) -> Path:
     temporary = final.with_name(final.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     make_pipeline(cfg, torch.device("cpu"), dtype=torch.float32).save_pretrained(temporary, safe_serialization=True)
-    title = f"{Path(cfg.model).name}, TMD M{facts['M']} N{facts['N']} H{facts['H']}" if facts["H"] else f"{Path(cfg.model).name}, DMD2-v"
+    name = f"TMD M{facts['M']} N{facts['N']} H{facts['H']}" if facts["H"] else "DMD2-v"
+    title = f"{Path(cfg.model).name}, {name}"
     recipe = "\n".join(f"| {key} | {value} |" for key, value in facts["recipe"].items())
     plain = {key: facts[key] for key in ("M", "N", "H", "phase", "frames", "height", "width")}
     (temporary / "README.md").write_text(

@@ -1,15 +1,21 @@
-"""VBench 1.0 around the student: which videos to sample, under which names, and its 16 result files folded into three numbers.
+"""VBench 1.0 around the student: which videos to sample, under which names, and its 16 results as three numbers.
 
-VBench itself runs elsewhere: its networks are large. The way there and back, with `folder` holding all clips side by side:
+VBench itself runs elsewhere: its networks are large. The way there and back, where `folder` holds all clips:
 
-    vbench evaluate --videos_path folder --dimension subject_consistency      # and so on, each dimension of QUALITY and SEMANTIC but one
-    python static_filter.py --videos_path folder                              # from VBench's repository: keeps clips that stand still
+    # each dimension of QUALITY and SEMANTIC but temporal_flickering
+    vbench evaluate --videos_path folder --dimension subject_consistency
+    # from VBench's repository: keeps clips that stand still
+    python static_filter.py --videos_path folder
     vbench evaluate --videos_path filter_results/filtered_videos --dimension temporal_flickering
 
-Every run leaves a `*_eval_results.json`; `aggregate(read_results("evaluation_results"))` gives quality, semantic and total.
-Three traps. Results from `--mode=custom_input` are for other prompts and do not compare. The paper's models, like Wan2.1 itself, read
-rewritten, longer prompts (A.4: by Qwen2.5-7B-Instruct) while files keep the short names: see read_rewritten. VBench's README asks for
-VBench-Long on clips of 5.0 s and more, and Wan's 81 frames at 16 fps last 5.06 s; the paper names VBench.
+Every run leaves a `*_eval_results.json`; `aggregate(read_results("evaluation_results"))` gives quality, semantic and
+total. Three traps:
+
+- Results from `--mode=custom_input` are for other prompts and do not compare.
+- The paper's models, like Wan2.1 itself, read rewritten, longer prompts (A.4: by Qwen2.5-7B-Instruct), while files keep
+  the short names: see read_rewritten.
+- VBench's README asks for VBench-Long on clips of 5.0 s and more. Wan's 81 frames at 16 fps last 5.06 s; the paper
+  names VBench.
 """
 
 from __future__ import annotations
@@ -21,7 +27,8 @@ from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
-# dimension: (min, max, weight). A raw score in [0, 1] counts as (score - min) / (max - min), not clamped, so it may leave [0, 1].
+# dimension: (min, max, weight). A raw score in [0, 1] counts as (score - min) / (max - min), not clamped, so it may
+# leave [0, 1].
 QUALITY = {
     "subject_consistency": (0.1462, 1.0, 1.0),
     "background_consistency": (0.2615, 1.0, 1.0),
@@ -45,8 +52,8 @@ SEMANTIC = {
 DIMENSIONS = QUALITY | SEMANTIC
 QUALITY_WEIGHT, SEMANTIC_WEIGHT = 4, 1
 
-# The paper's Tables 1 and 2: method, effective NFE, total, quality, semantic. One row is misprinted there: (4 quality + semantic) / 5 of
-# DMD2-v at 4 on 1.3B is 84.80, not 84.60.
+# The paper's Tables 1 and 2: method, effective NFE, total, quality, semantic. One row is misprinted there: (4 quality +
+# semantic) / 5 of DMD2-v at 4 on 1.3B is 84.80, not 84.60.
 PAPER = {
     "1.3B": [
         ("Wan2.1, 50 steps, guided", 100, 84.26, 85.30, 80.09),
@@ -112,11 +119,15 @@ def read_prompts(full_info_json: str | Path) -> list[dict]:
     if not isinstance(records, list) or not records:
         raise ValueError(f"{path} is not a list of prompts; use VBench's VBench_full_info.json.")
     for i, record in enumerate(records):
-        prompt, dimensions = (record.get("prompt_en"), record.get("dimension")) if isinstance(record, dict) else (None, None)
+        record = record if isinstance(record, dict) else {}
+        prompt, dimensions = record.get("prompt_en"), record.get("dimension")
         if not isinstance(prompt, str) or not prompt.strip() or not isinstance(dimensions, list) or not dimensions:
-            raise ValueError(f'row {i} of {path} has no "prompt_en" text or no "dimension" list; use VBench\'s VBench_full_info.json.')
+            lacks = f'row {i} of {path} has no "prompt_en" text or no "dimension" list'
+            raise ValueError(f"{lacks}; use VBench's VBench_full_info.json.")
         if unknown := [d for d in dimensions if d not in DIMENSIONS]:
-            raise ValueError(f"row {i} of {path} names {unknown[0]!r}, which VBench 1.0 does not have; use the file of version 1.0.")
+            raise ValueError(
+                f"row {i} of {path} names {unknown[0]!r}, which VBench 1.0 does not have; use the file of version 1.0."
+            )
     return records
 
 
@@ -129,7 +140,8 @@ def read_rewritten(plain_txt: str | Path, rewritten_txt: str | Path) -> dict[str
     # split at "\n" alone: splitlines() would also cut at the rarer line separators inside a text
     plain, rewritten = (_text(p).strip("\n").split("\n") for p in (plain_txt, rewritten_txt))
     if len(plain) != len(rewritten):
-        raise ValueError(f"{plain_txt} has {len(plain)} lines and {rewritten_txt} has {len(rewritten)}; they must pair up line by line.")
+        lines = f"{plain_txt} has {len(plain)} lines and {rewritten_txt} has {len(rewritten)}"
+        raise ValueError(f"{lines}; they must pair up line by line.")
     if empty := [i for i, (a, b) in enumerate(zip(plain, rewritten), 1) if not a.strip() or not b.strip()]:
         raise ValueError(f"line {empty[0]} of {plain_txt} or {rewritten_txt} is empty; every prompt needs its text.")
     return {a.strip(): b.strip() for a, b in zip(plain, rewritten)}
@@ -140,28 +152,32 @@ def plan_videos(
 ) -> list[Video]:
     """Every clip VBench wants, in the order of the records, rows of the same prompt merged.
 
-    The name is the literal prompt, `{prompt}-{index}.mp4`: VBench finds clips by it. The seed depends on that name alone, so any rank, any
-    order and any later run draw the same noise. Prompts of temporal_flickering get more samples, for VBench's filter to find five that
-    stand still. Two of VBench's prompts differ in a capital letter alone; where file names ignore case one is left, which VBench accepts.
-    ValueError for a prompt that cannot be a file name (none of VBench's is one) or that has no rewritten text.
+    The name is the literal prompt, `{prompt}-{index}.mp4`: VBench finds clips by it. The seed depends on that name
+    alone, so any rank, any order and any later run draw the same noise. Prompts of temporal_flickering get more
+    samples, for VBench's filter to find five that stand still. Two of VBench's prompts differ in a capital letter
+    alone; where file names ignore case one is left, which VBench accepts. ValueError for a prompt that cannot be a file
+    name (none of VBench's is one) or that has no rewritten text.
     """
     if samples < 1 or flickering_samples < 1:
-        raise ValueError(f"samples is {samples} and flickering_samples is {flickering_samples}; both must be at least 1.")
+        raise ValueError(
+            f"samples is {samples} and flickering_samples is {flickering_samples}; both must be at least 1."
+        )
     wanted = {}
     for record in records:
         n = flickering_samples if "temporal_flickering" in record["dimension"] else samples
         wanted[record["prompt_en"]] = max(n, wanted.get(record["prompt_en"], 0))
     if rewritten is not None and (absent := [p for p in wanted if p.strip() not in rewritten]):
-        raise ValueError(
-            f"{len(absent)} of {len(wanted)} prompts have no rewritten text, the first is {absent[0]!r}; pair the right files."
-        )
+        none = f"{len(absent)} of {len(wanted)} prompts have no rewritten text, the first is {absent[0]!r}"
+        raise ValueError(f"{none}; pair the right files.")
     videos = []
     for prompt, n in wanted.items():
         for index in range(n):
             name = f"{prompt}-{index}.mp4"
             if "/" in name or "\0" in name or len(name.encode()) > 255:
-                raise ValueError(f"the prompt {prompt!r} cannot be a file name, and VBench finds clips by it; take it out of the list.")
-            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")  # 48 bits: exact in JSON, no two alike in practice
+                no_file = f"the prompt {prompt!r} cannot be a file name, and VBench finds clips by it"
+                raise ValueError(f"{no_file}; take it out of the list.")
+            # 48 bits: exact in JSON, no two alike in practice
+            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
             videos.append(Video(prompt if rewritten is None else rewritten[prompt.strip()], index, name, seed))
     return videos
 
@@ -177,9 +193,10 @@ def missing(folder: str | Path, planned: list[Video]) -> list[Video]:
 
 
 def read_results(folder: str | Path) -> dict[str, float]:
-    """Dimension -> raw score, from all `*_eval_results.json` of a folder: {dimension: [score, videos]}, one dimension a file or more.
+    """Dimension -> raw score, from all `*_eval_results.json` of a folder.
 
-    ValueError if there is no such file, one has another layout, or two give different scores for a dimension.
+    A file is {dimension: [score, videos]} of one dimension or more. ValueError if there is no such file, if one has
+    another layout, or if two give different scores for a dimension.
     """
     folder, found, source = Path(folder), {}, {}
     files = sorted(folder.glob("*_eval_results.json"))
@@ -194,9 +211,8 @@ def read_results(folder: str | Path) -> dict[str, float]:
                 raise ValueError(f"{name!r} in {path} is not [score, videos]; evaluate that dimension again.")
             name, score = name.replace(" ", "_"), float(value[0])
             if name in found and found[name] != score:
-                raise ValueError(
-                    f"{source[name]} says {name} = {found[name]:g} and {path} says {score:g}; remove the one that is out of date."
-                )
+                both = f"{source[name]} says {name} = {found[name]:g} and {path} says {score:g}"
+                raise ValueError(f"{both}; remove the one that is out of date.")
             found[name], source[name] = score, path
     return found
 
@@ -204,8 +220,9 @@ def read_results(folder: str | Path) -> dict[str, float]:
 def aggregate(results: dict[str, float]) -> dict:
     """VBench's three numbers, on the paper's scale of 0 to 100, from the 16 raw scores in [0, 1].
 
-    quality and semantic are weighted means of the normalised scores, total = (4 quality + semantic) / 5; names may have underscores or
-    spaces. Returns {"total", "quality", "semantic", "normalised": {dimension: value}}. ValueError names every score that is wrong.
+    quality and semantic are weighted means of the normalised scores, total = (4 quality + semantic) / 5; names may have
+    underscores or spaces. Returns {"total", "quality", "semantic", "normalised": {dimension: value}}. ValueError names
+    every score that is wrong.
     """
     scores = {name.replace(" ", "_"): value for name, value in results.items()}
     wrong = [f"{name} (missing)" for name in DIMENSIONS if name not in scores]
@@ -214,10 +231,13 @@ def aggregate(results: dict[str, float]) -> dict:
     if len(scores) < len(results):
         wrong.append("a dimension spelled in two ways")
     if wrong:
-        raise ValueError(f"VBench's total needs its 16 dimensions, each once and in [0, 1]; put right: {', '.join(wrong)}.")
+        raise ValueError(
+            f"VBench's total needs its 16 dimensions, each once and in [0, 1]; put right: {', '.join(wrong)}."
+        )
     normal = {name: 100 * (scores[name] - low) / (high - low) for name, (low, high, _) in DIMENSIONS.items()}
     quality, semantic = (
-        sum(w * normal[name] for name, (_, _, w) in group.items()) / sum(w for _, _, w in group.values()) for group in (QUALITY, SEMANTIC)
+        sum(w * normal[name] for name, (_, _, w) in group.items()) / sum(w for _, _, w in group.values())
+        for group in (QUALITY, SEMANTIC)
     )
     total = (QUALITY_WEIGHT * quality + SEMANTIC_WEIGHT * semantic) / (QUALITY_WEIGHT + SEMANTIC_WEIGHT)
     return {"total": total, "quality": quality, "semantic": semantic, "normalised": normal}
@@ -228,16 +248,18 @@ def _is_score(value) -> bool:
 
 
 def compare(scores: dict, method: str = "this run", nfe: float | None = None, size: str | None = None) -> str:
-    """Markdown tables of the paper's numbers, most evaluations first, with the row of `scores` (from aggregate) in bold at its NFE.
+    """Markdown tables of the paper's numbers, most evaluations first, with `scores` (from aggregate) in bold.
 
-    `size` "1.3B" or "14B" shows that table alone; without it both. Without `nfe` the row stands last. ValueError for another size.
+    `size` "1.3B" or "14B" shows that table alone; without it both. Without `nfe` the row stands last. ValueError for
+    another size.
     """
     if size is not None and size.upper() not in PAPER:
         raise ValueError(f"size is {size!r}; the paper has tables for {' and '.join(PAPER)}.")
     own = (method, nfe, scores["total"], scores["quality"], scores["semantic"])
     text = []
     for name in PAPER if size is None else [size.upper()]:
-        rows = sorted([*PAPER[name], own], key=lambda row: math.inf if row[1] is None else -row[1])  # stable: ours after its equals
+        # stable: ours after its equals
+        rows = sorted([*PAPER[name], own], key=lambda row: math.inf if row[1] is None else -row[1])
         text += [f"Wan2.1 {name}, VBench", "", "| method | NFE | total | quality | semantic |", "|---|---|---|---|---|"]
         for row in rows:
             cells = [row[0], "–" if row[1] is None else f"{row[1]:.4g}", *(f"{x:.2f}" for x in row[2:])]

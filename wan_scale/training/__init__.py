@@ -1,1 +1,1 @@
-"""The phases on one GPU or many: the loops of tmd_minimal with sharded networks, gradient accumulation, LoRA and a log."""
+"""The phases on one GPU or many: tmd_minimal's loops with sharding, gradient accumulation, LoRA and a log."""

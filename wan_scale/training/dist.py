@@ -25,10 +25,14 @@ DAYS = timedelta(days=7)  # of a barrier: ranks may finish making data hours apa
 
 
 def start(device: str = "auto", alone: bool = False) -> torch.device:
-    """Join the process group if torchrun started us (`alone`: else make one of this process); returns this process's device."""
+    """Join the process group if torchrun started us; returns this process's device.
+
+    alone: without torchrun make a group of this one process.
+    """
     cuda = torch.cuda.is_available() and device != "cpu"
     if device == "cuda" and not cuda:
-        raise ValueError("device is cuda, but this torch sees no card; install a CUDA build of torch, or take --device cpu.")
+        none = "device is cuda, but this torch sees no GPU"
+        raise ValueError(f"{none}; install a CUDA build of torch, or take --device cpu.")
     many = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if (many or alone) and not dist.is_initialized():
         here = {} if many else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -55,16 +59,17 @@ def say(words: str) -> None:
 
 
 @cache
-def context_group(cards: int):
-    """The `cards` neighbouring ranks that share this rank's clips; rank // cards numbers the groups. Every rank must call first."""
-    if world() % cards:
-        raise ValueError(f"context_parallel {cards} does not divide {world()} processes; start a multiple of {cards} with torchrun.")
-    return dist.new_subgroups(cards, timeout=PATIENCE)[0] if cards > 1 else None
+def context_group(K: int):
+    """The K neighbouring ranks that share this rank's clips; rank // K numbers the groups. Every rank calls first."""
+    if world() % K:
+        uneven = f"context_parallel {K} does not divide {world()} processes"
+        raise ValueError(f"{uneven}; start a multiple of {K} with torchrun.")
+    return dist.new_subgroups(K, timeout=PATIENCE)[0] if K > 1 else None
 
 
 @cache
 def waiting_room():
-    """A group of its own for barriers, whose patience is long; over gloo, which waits on no card."""
+    """A group of its own for barriers, whose patience is long; over gloo, which waits on no GPU."""
     return dist.new_group(backend="gloo", timeout=DAYS)
 
 
@@ -75,34 +80,39 @@ def barrier() -> None:
 
 @cache
 def mesh(shard_over: int):
-    """All ranks in one row that shares the weights, or rows of `shard_over` neighbours with a copy each."""
-    kind = "cuda" if dist.get_backend() == "nccl" else "cpu"  # torch's default would be the card, also for a run on the CPU
+    """All ranks in one row that the weights are sharded over, or rows of `shard_over` neighbours with a copy each."""
+    kind = "cuda" if dist.get_backend() == "nccl" else "cpu"  # torch would take the GPU, also for a run on the CPU
     if shard_over in (0, world()):
         return init_device_mesh(kind, (world(),))
     return init_device_mesh(kind, (world() // shard_over, shard_over), mesh_dim_names=("copies", "parts"))
 
 
 def shard(net: nn.Module, shard_over: int = 0, offload: bool = False, last_tap: int = -1) -> nn.Module:
-    """FSDP2: every block and then the net itself, which owns `features`, `head`, `taps`. One process: as it is, unless `offload`.
+    """Shard a net with FSDP2: every block, then the net itself, which owns `features`, `head`, `taps`.
 
-    The weights are cut over all ranks, or (HSDP) over every `shard_over` neighbours; ValueError if these do not divide the ranks.
-    offload: each rank's part waits in host memory. last_tap: the block that `taps` ends with. A STUDENT'S HEAD AND ROOT STAY GATHERED
-    after a call, for the next of its N calls and its backward pass: reshard() before anything reads or writes its weights.
+    The weights are sharded over all ranks, or (HSDP) over every `shard_over` neighbours. ValueError if these do not
+    divide the ranks. offload: each rank's part waits in host memory; without it, one process leaves the net as it is.
+    last_tap: the block that `taps` ends with.
+    A STUDENT'S HEAD AND ROOT STAY GATHERED after a call, for the next of its N calls and its backward pass. Call
+    reshard() before anything reads or writes its weights.
     """
     if shard_over and world() % shard_over:
-        raise ValueError(f"shard_over {shard_over} does not divide {world()} processes; start a multiple of {shard_over}, or give 0.")
+        uneven = f"shard_over {shard_over} does not divide {world()} processes"
+        raise ValueError(f"{uneven}; start a multiple of {shard_over}, or give 0.")
     if world() == 1 and not offload:
         return net
     of_student = hasattr(net, "net")
     blocks = list((net.net if of_student else net).blocks)
     kept = {net, *blocks[len(blocks) - net.H :]} if of_student else set()
-    how = {"mesh": mesh(shard_over), "offload_policy": CPUOffloadPolicy(dist.get_backend() == "nccl") if offload else OffloadPolicy()}
+    where = CPUOffloadPolicy(dist.get_backend() == "nccl") if offload else OffloadPolicy()
+    how = {"mesh": mesh(shard_over), "offload_policy": where}
     for part in (*blocks, net):
         fully_shard(part, reshard_after_forward=part not in kept, **how)
         part.set_reshard_after_backward(part not in kept, recurse=False)
     for i, (block, after) in enumerate(pairwise(blocks)):  # the next gather runs beside the work of this block
         after.set_modules_to_backward_prefetch([block])
-        if i != last_tap:  # else the next block would be fetched for nobody; what a student's features fetch last is for the head
+        # after the last tap the next block would be fetched for nobody; a student's features fetch it for the head
+        if i != last_tap:
             block.set_modules_to_forward_prefetch([after])
     for entry in ("features", "head", "taps"):
         if hasattr(net, entry):
@@ -111,7 +121,10 @@ def shard(net: nn.Module, shard_over: int = 0, offload: bool = False, last_tap: 
 
 
 def reshard(*nets: nn.Module) -> None:
-    """Let go of all gathered weights: from here on parameters() are this rank's parts, which optimizers, averages and files know."""
+    """Let go of all gathered weights.
+
+    From here on parameters() are this rank's parts, which optimizers, EMA and files know.
+    """
     for part in (module for net in nets for module in net.modules() if isinstance(module, FSDPModule)):
         part.reshard()
 
@@ -137,7 +150,7 @@ def whole(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def average_gradients(net: nn.Module) -> None:
-    """Mean over ranks of the gradients of a net that every rank holds whole (sharded gradients are averaged by FSDP)."""
+    """Mean over ranks of the gradients of a net that every rank holds whole (FSDP does it for sharded ones)."""
     if world() > 1:
         for p in net.parameters():
             if p.grad is not None and not isinstance(p.grad, DTensor):

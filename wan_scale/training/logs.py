@@ -1,15 +1,17 @@
-"""What is written while training runs: a line a few updates, and alarms in words. A loss that falls says nothing here; these do.
+"""What is written while training runs: a line every few updates, and alarms in words.
+
+A loss that falls says nothing here; these numbers do.
 
 | number | what it should do |
 |---|---|
 | tm_mf | stays below 1 (it is bounded); need not fall |
 | vsd | nothing: only its gradient means something |
 | fake | falls at first, then follows the student |
-| disc, accuracy | accuracy between 0.55 and 0.9; at 0.5 it has learnt nothing, at 1 the student gets no gradient from it |
+| disc, accuracy | accuracy 0.55 to 0.9; at 0.5 it has learnt nothing, at 1 the student gets no gradient from it |
 | gradient norm | no trend upward |
 | motion, contrast | near 1: the student's, as a share of the data's; far below 1 is a still or a washed-out picture |
 | peak | near 1: the largest numbers (99.9 % quantile), as a share of the data's; far above, latents run hot |
-| diversity | near 1: distance between two seeds of a prompt as a share of that between two clips of data; near 0 is mode collapse |
+| diversity | near 1: distance of two seeds of a prompt, as a share of two data clips'; near 0: mode collapse |
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ import torch
 
 
 class Log:
-    """JSON lines in `path`, and TensorBoard beside it where it is installed. At the start, lines after `step` (of a lost run) go."""
+    """JSON lines in `path`, and TensorBoard beside it where it is installed.
+
+    At the start, lines after `step` (of a lost run) go.
+    """
 
     def __init__(self, path: Path, step: int = 0):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +59,9 @@ def step_of(line: str) -> int:
 
 
 class Accuracy:
-    """Share of the discriminator's logits with the right sign in the last critic update, which calls it in turn on real and on fake."""
+    """Share of the discriminator's logits with the right sign in the last critic update, which calls it in turn on real
+    and on fake.
+    """
 
     def __init__(self, discriminator):
         self.calls, self.last = [], None
@@ -70,14 +77,22 @@ class Accuracy:
 
 
 def clip_numbers(x: torch.Tensor) -> dict:
-    """Of latents (B, C, T, H, W): mean absolute difference of neighbouring frames, standard deviation, 99.9 % quantile of |x|."""
+    """Of latents (B, C, T, H, W): mean absolute difference of neighbouring frames, standard deviation, 99.9 % quantile
+    of |x|.
+    """
     x = x.float()
     motion = (x[:, :, 1:] - x[:, :, :-1]).abs().mean().item() if x.shape[2] > 1 else 0.0
-    return {"motion": motion, "contrast": x.std().item(), "peak": x.abs().flatten().sort().values[int(0.999 * (x.numel() - 1))].item()}
+    return {
+        "motion": motion,
+        "contrast": x.std().item(),
+        "peak": x.abs().flatten().sort().values[int(0.999 * (x.numel() - 1))].item(),
+    }
 
 
 def preview_numbers(samples: torch.Tensor, data: torch.Tensor) -> dict:
-    """Of samples (P, 2, C, T, H, W), two seeds a prompt, as shares of what data (P, C, T, H, W) shows; 1 is like the data."""
+    """Of samples (P, 2, C, T, H, W), two seeds a prompt, as shares of what data (P, C, T, H, W) shows; 1 is like the
+    data.
+    """
     ours, theirs = clip_numbers(samples.flatten(0, 1)), clip_numbers(data)
     shares = {key: ours[key] / max(theirs[key], 1e-9) for key in ours}
     apart = (samples[:, 0] - samples[:, 1]).float().pow(2).mean().sqrt().item()
@@ -87,25 +102,23 @@ def preview_numbers(samples: torch.Tensor, data: torch.Tensor) -> dict:
 
 def alarms(numbers: dict) -> list[str]:
     """What a person should look at now, in words; empty when nothing stands out."""
-    rules = [
-        (
-            "motion",
-            lambda v: v < 0.3,
-            "clips hardly move ({:.0%} of the data's motion): static collapse; raise dmd_shift or lower the rate",
-        ),
-        ("contrast", lambda v: v > 1.6, "clips are over-saturated ({:.0%} of the data's contrast): lower stage2_guidance or the rate"),
-        ("contrast", lambda v: v < 0.5, "clips are washed out ({:.0%} of the data's contrast): they are means of clips, not clips"),
-        ("peak", lambda v: v > 2.0, "latents run hot ({:.0%} of the data's 99.9 % quantile): lower the rate or stage2_guidance"),
-        (
-            "diversity",
-            lambda v: v < 0.15,
-            "two seeds of a prompt give one clip (distance {:.0%} of the data's): mode collapse; raise dmd_shift",
-        ),
-        ("accuracy", lambda v: v > 0.97, "the discriminator is right in {:.0%} of cases and teaches nothing; lower its rate or gan_weight"),
-        ("skipped", lambda v: v > 0, "{} updates were skipped because a gradient was not finite"),
-    ]
+    rules = [  # number, when it is bad, what is wrong, what to do
+        ("motion", lambda v: v < 0.3, "clips hardly move ({:.0%} of the data's motion)",
+         ": static collapse; raise dmd_shift or lower the rate"),
+        ("contrast", lambda v: v > 1.6, "clips are over-saturated ({:.0%} of the data's contrast)",
+         ": lower stage2_guidance or the rate"),
+        ("contrast", lambda v: v < 0.5, "clips are washed out ({:.0%} of the data's contrast)",
+         ": they are means of clips, not clips"),
+        ("peak", lambda v: v > 2.0, "latents run hot ({:.0%} of the data's 99.9 % quantile)",
+         ": lower the rate or stage2_guidance"),
+        ("diversity", lambda v: v < 0.15, "two seeds of a prompt give one clip (distance {:.0%} of the data's)",
+         ": mode collapse; raise dmd_shift"),
+        ("accuracy", lambda v: v > 0.97, "the discriminator is right in {:.0%} of cases and teaches nothing",
+         "; lower its rate or gan_weight"),
+        ("skipped", lambda v: v > 0, "{} updates were skipped because a gradient was not finite", ""),
+    ]  # fmt: skip
     found = []
-    for key, bad, words in rules:
+    for key, bad, wrong, advice in rules:
         if numbers.get(key) is not None and bad(numbers[key]):
-            found.append(words.format(numbers[key]))
+            found.append(wrong.format(numbers[key]) + advice)
     return found

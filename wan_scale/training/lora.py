@@ -1,13 +1,14 @@
-"""--lora RANK: one frozen transformer under student, teacher and fake score, so that 14B trains on one card.
+"""--lora RANK: one frozen transformer under student, teacher and fake score, so that 14B trains on one GPU.
 
     teacher      Role(base): the base alone
     fake score   Role(base, "fake"): the base with a LoRA on every block
-    student      graft(net, base, H): the base with a LoRA on its first L-H blocks; all else (last H blocks, embeddings, output layer) is
-                 the student's own and trained in full
+    student      graft(net, base, H): the base with a LoRA on its first L-H blocks; all else (last H blocks, embeddings,
+                 output layer) is the student's own and trained in full
 
-The LoRA layers are PEFT's. Which adapter they use is a mark on each layer, and a recomputation in the backward pass comes when another role
-may have left its own mark there. So no role switches the network: each role has its own view of every block, which sets the marks of that
-block whenever it is called, first time or again. PEFT's set_adapter would also freeze the other role's weights: GRADIENTS LOST in silence.
+The LoRA layers are PEFT's. A mark on each layer says which adapter it uses. Activation checkpointing calls a block once
+more in the backward pass, and by then another role may have left its own mark there. So no role switches the network.
+Each role has its own view of every block, which sets the marks of that block at every call. PEFT's set_adapter would
+also freeze the other role's weights: GRADIENTS LOST in silence.
 """
 
 from __future__ import annotations
@@ -21,18 +22,21 @@ from wan_scale.model import WanNetwork
 
 
 def adapt(base: WanNetwork, rank: int, scale: float, depth: dict[str, int]) -> WanNetwork:
-    """Freeze the base and put a fresh LoRA, which changes nothing yet, on every linear layer of its first depth[name] blocks.
+    """Freeze the base and put a fresh LoRA on every linear layer of its first depth[name] blocks.
 
-    RAISES ValueError where that is no block.
+    It changes nothing yet. RAISES ValueError where that is no block.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    linear = [path for path, m in base.transformer.named_modules() if isinstance(m, nn.Linear) and path.startswith("blocks.")]
+    modules = base.transformer.named_modules()
+    linear = [path for path, m in modules if isinstance(m, nn.Linear) and path.startswith("blocks.")]
     for name, n in depth.items():
         if n < 1:
-            raise ValueError(f"of {len(base.blocks)} blocks none is left for the {name}'s adapter; make the flow head (--H) shorter.")
+            none = f"of {len(base.blocks)} blocks none is left for the {name}'s adapter"
+            raise ValueError(f"{none}; make the flow head (--H) shorter.")
         mine = [path for path in linear if int(path.split(".")[1]) < n]
-        # choice: adapters are in strength 10 times B A, for at the rates of full training Adam moves a product of small matrices slowly
+        # choice: adapters act with 10 times B A, because at the rates of full training Adam moves a product of small
+        # matrices slowly
         how = LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=mine)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # the second adapter is meant
@@ -41,7 +45,10 @@ def adapt(base: WanNetwork, rank: int, scale: float, depth: dict[str, int]) -> W
 
 
 class Adapted(nn.Module):
-    """A block of the base as one role sees it: with the adapter `name`, or with none. Owns that adapter's weights and nothing else."""
+    """A block of the base as one role sees it: with the adapter `name`, or with none.
+
+    Owns that adapter's weights and nothing else.
+    """
 
     def __init__(self, block, name: str | None):
         from peft.tuners.lora import LoraLayer
@@ -49,10 +56,13 @@ class Adapted(nn.Module):
         super().__init__()
         layers = {path: layer for path, layer in block.named_modules() if isinstance(layer, LoraLayer)}
         self.marks = [name] if name else []
-        vars(self).update(block=block, layers=list(layers.values()))  # used, not owned: not trained, not saved, not copied
+        # used, not owned: not trained, not saved, not copied
+        vars(self).update(block=block, layers=list(layers.values()))
         parts = lambda layer: nn.ModuleDict({"A": layer.lora_A[name], "B": layer.lora_B[name]})
-        self.adapter = nn.ModuleDict({path.replace(".", "/"): parts(layer) for path, layer in layers.items() if name in layer.lora_A})
-        self.float().requires_grad_(True)  # PEFT makes them as the base is: in bf16 a rate of 1e-5 would be rounded away
+        mine = {path.replace(".", "/"): parts(layer) for path, layer in layers.items() if name in layer.lora_A}
+        self.adapter = nn.ModuleDict(mine)
+        # PEFT makes them in the base's dtype: in bf16 a rate of 1e-5 would be rounded away
+        self.float().requires_grad_(True)
 
     def forward(self, *args):
         for layer in self.layers:
@@ -64,11 +74,15 @@ class Adapted(nn.Module):
 
 
 class Role(WanNetwork):
-    """The base in the contract of tmd.Network, with the adapter `name` or (the teacher) with none; its parameters are the adapter's."""
+    """The base in the contract of tmd.Network, with the adapter `name` or (the teacher) with none.
+
+    Its parameters are the adapter's.
+    """
 
     def __init__(self, base: WanNetwork, name: str | None = None):
         super().__init__(base.transformer)
-        vars(self).update({key: value for key, value in vars(base).items() if not key.startswith("_")})  # checkpointing and the like
+        # checkpointing and the like
+        vars(self).update({key: value for key, value in vars(base).items() if not key.startswith("_")})
         vars(self)["transformer"] = self._modules.pop("transformer")  # used, not owned
         self.adapted = nn.ModuleList(Adapted(block, name) for block in base.blocks)
 
@@ -76,7 +90,10 @@ class Role(WanNetwork):
 
 
 def graft(net: WanNetwork, base: WanNetwork, H: int) -> WanNetwork:
-    """A student's network whose blocks before the last H are the base's with the adapter "student"; the rest stays its own."""
+    """A student's network whose blocks before the last H are the base's with the adapter "student".
+
+    The rest stays the student's own.
+    """
     blocks = net.transformer.blocks
     for i in range(len(blocks) - H):
         blocks[i] = Adapted(base.blocks[i], "student")
@@ -84,7 +101,10 @@ def graft(net: WanNetwork, base: WanNetwork, H: int) -> WanNetwork:
 
 
 def merged(transformer, state: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
-    """What an ordinary student would have saved: the folder's transformer with the adapter added to its weights, and the student's own."""
+    """The weights that a student without LoRA would have saved.
+
+    That is the folder's transformer with the adapter added to its weights, and what is the student's own.
+    """
     whole = {f"net.transformer.{name}": p for name, p in transformer.state_dict().items()}
     for name, B in state.items():
         if ".adapter." not in name:

@@ -1,8 +1,9 @@
-"""tmd.Phase for many cards: gradient accumulation, sharded average, distributed checkpoints, steps that are not finite.
+"""tmd.Phase for many GPUs: gradient accumulation, sharded EMA, distributed checkpoints, steps that are not finite.
 
-The training loops stay those of tmd_minimal: train_stage1(..., make=partial(WanPhase, feed=feed, ...)). Every micro-batch has a global
-number G, which alone decides its samples and its noise. So one process that accumulates 8 micro-batches and 8 ranks with one each
-do the same update, a resumed run repeats nothing and skips nothing, and no RNG state has to be saved.
+The training loops stay those of tmd_minimal: train_stage1(..., make=partial(WanPhase, feed=feed, ...)). Every
+micro-batch has a global number G, which alone decides its samples and its noise. So one process that accumulates over 8
+micro-batches does the same update as 8 ranks with one each. A resumed run repeats nothing and skips nothing, and no RNG
+state has to be saved.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Feed:
         return self.read(self.number * n, n)
 
 
-class Average:
-    """The moving average: a copy of the net's own (sharded) parameters, in host memory where `device` says so."""
+class EMA:
+    """The EMA: a copy of the net's own (sharded) parameters, in host memory where `device` says so."""
 
     def __init__(self, net: nn.Module, device: str | None = None):
         self.named = {name: p.detach().to(device, copy=True) for name, p in net.named_parameters()}
@@ -45,41 +46,45 @@ class Average:
 
 
 class WanPhase(tmd.Phase):
-    """A Phase whose update is a mean over `accumulate` micro-batches on every rank; its nets may be sharded (FSDP2) or whole on each rank.
+    """A Phase whose update is a mean over `accumulate` micro-batches on every rank.
 
+    Its nets may be sharded (FSDP2) or whole on each rank. ema_on: the device of the EMA, if it is not the net's.
     A step whose gradient is not finite is skipped and counted; `patience` of them in a row are a FloatingPointError.
     """
 
     KEPT = (*tmd.Phase.KEPT, "skipped", "in_a_row")
 
     def __init__(self, *args, feed: Feed, accumulate: int = 1, patience: int = 5, keep: int = 2, context: int = 1,
-                 average_on: str | None = None, **kw):  # fmt: skip
-        self.average = partial(Average, device=average_on)
+                 ema_on: str | None = None, **kw):  # fmt: skip
+        self.average = partial(EMA, device=ema_on)
         super().__init__(*args, **kw)
         self.feed, self.accumulate, self.patience, self.keep = feed, accumulate, patience, keep
-        self.replica, self.replicas = dist.rank() // context, dist.world() // context  # ranks that share a clip draw alike
+        # ranks that share a clip draw alike
+        self.replica, self.replicas = dist.rank() // context, dist.world() // context
         self.seed = self.generator.initial_seed()
         self.micro, self.skipped, self.means = 0, 0, {}
         self.in_a_row = dict.fromkeys(self.nets, 0)  # by net: one of them may go on well
 
     def follow(self, net):
-        class Local:  # the same lines as on one card, on this rank's parts, where the average is
-            parameters = staticmethod(lambda: [dist.local(p).to(a.device) for p, a in zip(net.parameters(), self.ema.parameters())])
+        parts = lambda: [dist.local(p).to(e.device) for p, e in zip(net.parameters(), self.ema.parameters())]
+
+        class Local:  # the same lines as on one GPU, on this rank's parts, where the EMA is
+            parameters = staticmethod(parts)
 
         super().follow(Local)
 
     @contextmanager
-    def averaged_weights(self):
-        """Within, the net carries its average; they change places, so this needs no memory."""
+    def ema_weights(self):
+        """Within, the net carries its EMA. They change places, so this needs no memory."""
 
         def swap():
             dist.reshard(self.nets[self.averaged])
             with torch.no_grad():
-                for p, average in zip(self.nets[self.averaged].parameters(), self.ema.named.values(), strict=True):
-                    p, average = dist.local(p), dist.local(average)
+                for p, ema in zip(self.nets[self.averaged].parameters(), self.ema.named.values(), strict=True):
+                    p, ema = dist.local(p), dist.local(ema)
                     before = p.clone()
-                    p.copy_(average)
-                    average.copy_(before)
+                    p.copy_(ema)
+                    ema.copy_(before)
 
         swap()
         try:
@@ -88,7 +93,7 @@ class WanPhase(tmd.Phase):
             swap()
 
     def update(self, name, terms):
-        """Backward through the mean of the micro-batches' terms; at the last of them clip, step and move the average."""
+        """Backward through the mean of the micro-batches' terms; at the last of them clip, step and move the EMA."""
         net, optimizer = self.nets[name], self.optimizers[name]
         if self.micro == 0:
             optimizer.zero_grad(set_to_none=True)
@@ -111,10 +116,9 @@ class WanPhase(tmd.Phase):
         else:
             self.skipped, self.in_a_row[name] = self.skipped + 1, self.in_a_row[name] + 1
             if self.in_a_row[name] >= self.patience:
-                raise FloatingPointError(
-                    f"{self.name}: the gradient of {name!r} was not finite {self.in_a_row[name]} times in a row, at step {self.step}; "
-                    "lower the rate, the last checkpoint is kept."
-                )
+                times = f"{self.in_a_row[name]} times in a row, at step {self.step}"
+                bad = f"{self.name}: the gradient of {name!r} was not finite {times}"
+                raise FloatingPointError(f"{bad}; lower the rate, the last checkpoint is kept.")
         optimizer.zero_grad(set_to_none=True)
         return terms
 
@@ -126,14 +130,19 @@ class WanPhase(tmd.Phase):
                 self.feed.number = (self.step * self.accumulate + self.micro) * self.replicas + self.replica
                 self.generator.manual_seed(mixed(self.seed, self.feed.number))
                 iterate(phase)
-            return dict(zip(self.means, dist.mean([torch.as_tensor(v, device=self.generator.device) for v in self.means.values()])))
+            return dict(
+                zip(
+                    self.means,
+                    dist.mean([torch.as_tensor(v, device=self.generator.device) for v in self.means.values()]),
+                )
+            )
 
         return super().run(accumulated, steps, path, progress=kw.pop("progress", True) and dist.rank() == 0, **kw)
 
     # ---- Checkpoints: path/step-00000100/, complete or not there ----
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every weight, both moments and the step count of every weight's AdamW, and the average; sharing their memory."""
+        """Every weight, both moments and the step count of its AdamW, and the EMA; sharing their memory."""
         found = {f"ema.{name}": p for name, p in self.ema.named.items()}
         for key, net in self.nets.items():
             for name, p in net.named_parameters():
@@ -165,18 +174,24 @@ class WanPhase(tmd.Phase):
         dist.barrier()
 
     def load(self, path):
-        """The newest complete checkpoint of `path` (none: a fresh start); CheckpointError if it is of another run or cannot be read."""
+        """The newest complete checkpoint of `path` (none: a fresh start); CheckpointError if it is of another run or
+        cannot be read.
+        """
         if not (steps := complete(path)):
             return
         try:
             state = json.loads((steps[-1] / "state.json").read_text())
         except ValueError as e:
-            raise tmd.CheckpointError(f"{steps[-1]}/state.json is not readable; delete that folder to go on from the one before it.") from e
+            raise tmd.CheckpointError(
+                f"{steps[-1]}/state.json is not readable; delete that folder to go on from the one before it."
+            ) from e
         config = json.loads(json.dumps(self.config))
         if state.get("name") != self.name or state.get("config") != config:
             old = state.get("config", {})
             keys = sorted(k for k in {*old, *config} if old.get(k) != config.get(k)) or ["phase"]
-            raise tmd.CheckpointError(f"{path} was made with another {', '.join(keys)}; give the same settings or another --out.")
+            raise tmd.CheckpointError(
+                f"{path} was made with another {', '.join(keys)}; give the same settings or another --out."
+            )
         try:
             dcp.load(self.tensors(), checkpoint_id=steps[-1])
         except (CheckpointException, RuntimeError, ValueError, KeyError, OSError, EOFError) as e:
@@ -193,4 +208,6 @@ def mixed(seed: int, number: int) -> int:
 
 def complete(path) -> list[Path]:
     """Finished checkpoints of a phase, oldest first."""
-    return sorted(folder for folder in Path(path).glob("step-*") if folder.suffix != ".tmp" and (folder / "state.json").exists())
+    return sorted(
+        folder for folder in Path(path).glob("step-*") if folder.suffix != ".tmp" and (folder / "state.json").exists()
+    )

@@ -1,17 +1,14 @@
-"""Stage 1, stage 2 and the baseline on Wan: tmd_minimal's training loops, with Wan's networks, many cards and a log.
+"""Stage 1, stage 2 and the baseline on Wan: tmd_minimal's training loops, with Wan's networks, many GPUs and a log.
 
-Each function trains one phase, goes on where a checkpoint is found, and leaves OUT/<phase>/student.safetensors (the average) and
-student.json (what it is). A finished phase is not run again.
+Each function trains one phase, goes on from its newest checkpoint, and leaves what students.py says. A finished phase
+is not run again.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +26,7 @@ from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels, load
 from wan_scale.pictures import contact_sheet, decode
 from wan_scale.training import dist, logs, lora, ulysses, weights
 from wan_scale.training.phase import Feed, WanPhase, mixed
+from wan_scale.training.students import describe, describe_finished, finished, load_student, save_student
 
 
 def compute_dtype(cfg: Wan, device: torch.device) -> torch.dtype:
@@ -37,23 +35,30 @@ def compute_dtype(cfg: Wan, device: torch.device) -> torch.dtype:
 
 
 def compute(cfg: Wan, device: torch.device):
-    """Context of all network calls. No cache of casts: within one context weights move, and a cached cast would be the first step's."""
+    """Context of all network calls.
+
+    No cache of casts: within one context weights move, and a cached cast would be the first step's.
+    """
     dtype = compute_dtype(cfg, device)
     return torch.autocast(device.type, dtype, cache_enabled=False) if dtype != torch.float32 else nullcontext()
 
 
 def network(cfg: Wan, dtype=torch.float32) -> WanNetwork:
-    """The folder's transformer without its blocks' weights: weights.fill reads them once each rank's part has its place."""
+    """The folder's transformer, its blocks without weights yet.
+
+    weights.fill reads them once each rank's part has its place.
+    """
     check_folder(cfg.model, parts=("transformer",))
     net = WanNetwork(weights.skeleton(cfg.model, dtype))
     net.stored = weights.files(Path(cfg.model) / "transformer", "transformer.")
     if cfg.tap_blocks[-1] >= len(net.blocks):
-        raise ValueError(f"taps names block {cfg.tap_blocks[-1]} of a network of {len(net.blocks)}; give block numbers with --taps.")
+        beyond = f"taps names block {cfg.tap_blocks[-1]} of a network of {len(net.blocks)}"
+        raise ValueError(f"{beyond}; give block numbers with --taps.")
     return ulysses.share(net, cfg.context_parallel)
 
 
 def shared_base(cfg: Wan, how: WanStudentConfig, device: torch.device, fake: bool = False) -> WanNetwork | None:
-    """With --lora the one frozen transformer under all roles, on the device, with the student's and the fake score's adapters."""
+    """With --lora: the one frozen transformer under all roles, on the device, with the adapters; else None."""
     if not cfg.lora:
         return None
     tmd.seed_everything(cfg.seed)
@@ -63,9 +68,10 @@ def shared_base(cfg: Wan, how: WanStudentConfig, device: torch.device, fake: boo
 
 
 def make_student(cfg: Wan, how: WanStudentConfig, start: str | None = None, base: WanNetwork | None = None):
-    """TMDStudent (PlainStudent where H is 0), to be filled with the teacher's weights or those of phase `start`; alike on every rank.
+    """TMDStudent (PlainStudent where H is 0), alike on every rank.
 
-    With a shared_base its first L-H blocks are that one's.
+    weights.fill gives it the teacher's weights or those of phase `start`. With a shared `base` its first L-H blocks are
+    that one's.
     """
     tmd.seed_everything(cfg.seed)
     net = network(cfg) if base is None else lora.graft(network(cfg), base, how.H)
@@ -77,60 +83,14 @@ def make_student(cfg: Wan, how: WanStudentConfig, start: str | None = None, base
     return student
 
 
-def describe(cfg: Wan, how: WanStudentConfig, layers: int, **more) -> dict:
-    """student.json: all that sampling needs to know."""
-    nfe = tmd.effective_nfe(how.M, how.N, how.H, layers)
-    clip = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
-    return {**asdict(how), **clip, "effective_nfe": nfe, "recipe": cfg.of_the_training(more["phase"]), **more}
-
-
-def save_student(folder: Path, phase: WanPhase, facts: dict) -> None:
-    """The average as safetensors and its description; the description last, since it says that the phase is finished."""
-    whole = dist.whole(phase.ema.named)
-    dist.say(f"{facts['phase']}: done, {folder / 'student.safetensors'}")
-    if dist.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(whole, folder / "student.safetensors.tmp")
-        os.replace(folder / "student.safetensors.tmp", folder / "student.safetensors")
-        describe_finished(folder, facts)
-    dist.barrier()
-
-
-def describe_finished(folder: Path, facts: dict) -> None:
-    """student.json, whose existence says that the phase is finished."""
-    (folder / "student.json.tmp").write_text(json.dumps(facts, indent=1) + "\n")
-    os.replace(folder / "student.json.tmp", folder / "student.json")
-
-
-def finished(folder: Path, cfg: Wan, told: bool = True) -> dict | None:
-    """The description of a finished phase, told to the screen; RuntimeError if it is one of other settings."""
-    if not (folder / "student.json").exists():
-        return None
-    facts, mine = json.loads((folder / "student.json").read_text()), cfg.of_the_training(folder.name)
-    keys = [key for key, value in mine.items() if facts["recipe"].get(key) != value and key != "--micro-batch"]  # how it was cut is past
-    if keys:
-        raise RuntimeError(f"{folder} holds a student made with another {', '.join(keys)}; give the same settings or another --out.")
-    if told:
-        dist.say(f"{folder.name}: finished, nothing to do.")
-    return facts
-
-
-def load_student(folder: Path, student) -> None:
-    """What weights.fill will read, strictly: every weight and no other."""
-    if not (folder / "student.safetensors").exists():
-        raise RuntimeError(f"{folder} holds no finished student; run the phase that makes it first.")
-    stored = weights.files(folder / "student.safetensors")
-    weights.check(student, stored)
-    student.stored = stored
-
-
 def accumulation(cfg: Wan) -> int:
-    """Micro-batches that a rank goes through for one update; ValueError if the global batch or the ranks do not divide."""
+    """Micro-batches of a rank for one update; ValueError if the global batch or the ranks do not divide."""
     dist.context_group(cfg.context_parallel)
     per_step = cfg.micro_batch * dist.world() // cfg.context_parallel
     if cfg.global_batch % per_step:
-        cards = f"{dist.world()} GPUs" + f", {cfg.context_parallel} to a clip" * (cfg.context_parallel > 1)
-        raise ValueError(f"global_batch {cfg.global_batch} does not divide by micro_batch {cfg.micro_batch} x {cards}; change one.")
+        gpus = f"{dist.world()} GPUs" + f", {cfg.context_parallel} to a clip" * (cfg.context_parallel > 1)
+        by = f"micro_batch {cfg.micro_batch} x {gpus}"
+        raise ValueError(f"global_batch {cfg.global_batch} does not divide by {by}; change one.")
     return cfg.global_batch // per_step
 
 
@@ -139,10 +99,10 @@ class Training:
 
     def __init__(self, cfg: Wan, name: str, shards: Path):
         self.cfg, self.name, self.folder = cfg, name, cfg.folder(name)
-        self.device = dist.start(cfg.device, alone=cfg.offload_teacher)  # what fetches an offloaded net needs a group, be it of one
+        self.device = dist.start(cfg.device, alone=cfg.offload_teacher)  # FSDP fetches an offloaded net, in a group
         torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
         size = sum(file.stat().st_size for file in Path(shards).glob("shard-*.safetensors"))
-        verify = cfg.verify or size < 50e9  # every rank reads a shard whole to check it: hours, where data are terabytes
+        verify = cfg.verify or size < 50e9  # every rank reads a shard whole to check it: hours for terabytes
         order = mixed(cfg.seed, name in ("stage2", "dmd2v"))  # stage 2 meets the clips in another order than stage 1
         self.reader = Reader(shards, seed=order, device=self.device, verify=verify)
         self.c_neg = self.reader.negative
@@ -151,7 +111,10 @@ class Training:
         self.log, self.accuracy, self.speed = None, None, None
 
     def place(self, net):
-        """Filled and on this rank's device, sharded where there are many; with --lora whole on each, for its base could not be."""
+        """Fill a net and put it on this rank's device, sharded where there are many ranks.
+
+        With --lora it stays whole on each rank, because the base that the roles share could not be sharded.
+        """
         cfg, teacher = self.cfg, not any(p.requires_grad for p in net.parameters())
         self.fast(net.net if hasattr(net, "net") else net)
         if cfg.lora:
@@ -162,20 +125,21 @@ class Training:
         return net.to(self.device) if dist.world() == 1 and not offload else net
 
     def fast(self, net: WanNetwork) -> None:
-        """Attention backend, recomputation and compilation as the settings say, or as this card and its memory suggest; told once."""
+        """Attention backend, activation checkpointing and compilation: as the settings say, or as suits this GPU."""
         if self.speed is None:
             half = compute_dtype(self.cfg, self.device)
-            self.speed = dist.agreed(speed.chosen(self.cfg, dict(net.transformer.config), self.device, half, backward=True))
-            self.speed["checkpointing"] = self.checkpointing(dict(net.transformer.config), self.speed["compiled"])
+            config = dict(net.transformer.config)
+            self.speed = dist.agreed(speed.chosen(self.cfg, config, self.device, half, backward=True))
+            self.speed["checkpointing"] = self.checkpointing(config, self.speed["compiled"])
         speed.prepare(net, **self.speed)
 
     def checkpointing(self, config: dict, compiled: bool) -> str:
-        """As the settings say, or "auto": what `plan` proposes for these cards."""
+        """As the settings say; "auto": what `plan` proposes for these GPUs."""
         cfg = self.cfg
         if cfg.checkpointing != "auto":
             return cfg.checkpointing
-        on_card = self.device.type == "cuda"
-        size = torch.cuda.get_device_properties(self.device).total_memory / GB if on_card else cfg.card_gb
+        cuda = self.device.type == "cuda"
+        size = torch.cuda.get_device_properties(self.device).total_memory / GB if cuda else cfg.card_gb
         H = 0 if self.name in ("kd", "dmd2v") else cfg.H
         these = cfg.planned(gpus=dist.world(), card_gb=size, H=H, N=cfg.N if H else 1, compiled=compiled)
         mode = dist.agreed(plan(config, **these)["checkpointing"])
@@ -183,11 +147,11 @@ class Training:
         return mode
 
     def run(self, train, how, read=None) -> WanPhase:
-        """train(feed, ...) is a loop of tmd_minimal, run in this machine's precision; `read` is the reader's batch or pairs."""
+        """Run train(feed, ...), a loop of tmd_minimal, in this GPU's precision. read: the reader's batch or pairs."""
         feed = Feed(read or self.reader.batch)
         make = partial(WanPhase, feed=feed, accumulate=self.accumulate, context=self.cfg.context_parallel)
-        if self.cfg.lora:  # memory of the card is what it is about, and the average moves once an update
-            make = partial(make, average_on="cpu")
+        if self.cfg.lora:  # GPU memory is what it is about, and the EMA moves once an update
+            make = partial(make, ema_on="cpu")
         kept = {"path": str(self.folder / "checkpoints"), "save_every": self.cfg.save_every, "config": self.config}
         with compute(self.cfg, self.device):
             return train(feed, seed=self.cfg.seed, make=make, on_step=partial(self.on_step, how), **kept)[1]
@@ -196,7 +160,8 @@ class Training:
         accuracy = self.accuracy.value("disc" in terms) if self.accuracy else None
         if dist.rank() == 0:
             self.log = self.log or logs.Log(self.folder / "log.jsonl", phase.step - 1)
-            if phase.step % self.cfg.log_every < 2 or phase.step == 1:  # two in a row: in stage 2 the student's and a critic's
+            # two in a row: in stage 2 the student's and a critic's
+            if phase.step % self.cfg.log_every < 2 or phase.step == 1:
                 seen = {"accuracy": accuracy} if "disc" in terms else {}
                 self.log.write(phase.step, {**terms, **seen, "seconds": phase.seconds, "skipped": phase.skipped})
             if phase.step % self.cfg.save_every == 0 and not sys.stderr.isatty():  # where there is no bar to look at
@@ -206,19 +171,21 @@ class Training:
 
     @torch.no_grad()
     def preview(self, how, phase: WanPhase, accuracy: float | None) -> None:
-        """Fixed prompts, two seeds each, from the average: latents to a file, numbers to the log, alarms to the screen."""
+        """Fixed prompts, two seeds each, from the EMA: latents to a file, numbers to the log, alarms to the screen."""
         clips = min(self.cfg.preview_prompts, len(self.reader))
         data, c = self.reader.batch(0, clips)
         mine = range(phase.replica, 2 * clips, phase.replicas)  # clip i is prompt i // 2, seed i % 2
         rounds = -(-2 * clips // phase.replicas)  # every rank must call equally often
-        with phase.averaged_weights() as student:
+        with phase.ema_weights() as student:
             parts = []
             for k in range(rounds):
                 i = mine[k] if k < len(mine) else 0
-                noise = torch.randn(self.reader.latent_shape, generator=torch.Generator().manual_seed(1000 + i)).to(self.device)
-                drawn = dist.gather(draw(student, how, noise[None], c[i // 2][None], seed=i))
+                g = torch.Generator().manual_seed(1000 + i)
+                noise = torch.randn(1, *self.reader.latent_shape, generator=g).to(self.device)
+                drawn = dist.gather(draw(student, how, noise, c[i // 2][None], seed=i))
                 parts.append(drawn[:: self.cfg.context_parallel])  # ranks that share a clip have all of it
-        samples = torch.cat(parts)[: 2 * clips].unflatten(0, (clips, 2))  # round by round in the order of ranks is 0, 1, 2, ...
+        # round by round in the order of ranks is 0, 1, 2, ...
+        samples = torch.cat(parts)[: 2 * clips].unflatten(0, (clips, 2))
         if dist.rank():
             return
         numbers = logs.preview_numbers(samples, data)
@@ -232,19 +199,22 @@ class Training:
             self.log.write(phase.step, {"alarm": words})
 
     def picture(self, samples, path: Path) -> None:
-        """The first seed of each prompt as frames; the VAE is loaded for this and let go. A preview must not end a training."""
+        """The first seed of each prompt as frames; the VAE is loaded for this and let go.
+
+        A preview must not end a training.
+        """
         from diffusers import AutoencoderKLWan
         from diffusers.video_processor import VideoProcessor
 
         if not (Path(self.cfg.model) / "vae").exists():
             return
         try:
-            vae = AutoencoderKLWan.from_pretrained(self.cfg.model, subfolder="vae", dtype=compute_dtype(self.cfg, self.device)).to(
-                self.device
-            )
-            frames = decode(vae, VideoProcessor(vae_scale_factor=8), samples[:, 0])
+            dtype = compute_dtype(self.cfg, self.device)
+            vae = AutoencoderKLWan.from_pretrained(self.cfg.model, subfolder="vae", dtype=dtype)
+            frames = decode(vae.to(self.device), VideoProcessor(vae_scale_factor=8), samples[:, 0])
         except torch.OutOfMemoryError:
-            print(f"\nno room for the VAE beside the training: {path.name} is left out, its latents are kept.", flush=True)
+            left_out = f"{path.name} is left out, its latents are kept"
+            print(f"\nno room for the VAE beside the training: {left_out}.", flush=True)
             return
         contact_sheet([("", f"prompt {i}", clip) for i, clip in enumerate(frames)], path)
 
@@ -278,7 +248,8 @@ def kd(cfg: Wan) -> dict:
     student = make_student(cfg, how, base=shared_base(cfg, how, job.device))
     layers = len(student.net.blocks)
     pairs = lambda feed: lambda generator: feed(cfg.micro_batch)
-    train = lambda feed, **kw: tmd.train_kd(job.place(student), pairs(feed), how, updates=cfg.kd_updates, lr=cfg.kd_lr, **kw)
+    own = {"updates": cfg.kd_updates, "lr": cfg.kd_lr}
+    train = lambda feed, **kw: tmd.train_kd(job.place(student), pairs(feed), how, **own, **kw)
     phase = job.run(train, how=how, read=job.reader.pairs)
     facts = describe(cfg, how, layers, phase="kd", updates=phase.step, skipped=phase.skipped)
     save_student(job.folder, phase, facts)
@@ -286,7 +257,10 @@ def kd(cfg: Wan) -> dict:
 
 
 def stage2(cfg: Wan, plain: bool = False) -> dict:
-    """DMD2-v with flow-head rollout from stage 1's student (or, with no stage 1 updates, from the teacher); plain: the baseline DMD2-v."""
+    """DMD2-v with flow-head rollout, from stage 1's student or, with no stage 1 updates, from the teacher.
+
+    plain: the baseline DMD2-v.
+    """
     name = "dmd2v" if plain else "stage2"
     if facts := finished(cfg.folder(name), cfg):
         return facts
@@ -299,14 +273,14 @@ def stage2(cfg: Wan, plain: bool = False) -> dict:
     channels = feature_channels(teacher)
     teacher, fake_score = job.place(teacher), job.place(lora.Role(base, "fake") if base else network(cfg))
     tmd.seed_everything(cfg.seed)  # the same discriminator on every rank
-    discriminator = WanDiscriminator(channels, cfg.disc_width, len(cfg.tap_blocks), checkpointing=cfg.checkpointing != "none").to(
-        job.device
-    )
+    heads, again = len(cfg.tap_blocks), cfg.checkpointing != "none"
+    discriminator = WanDiscriminator(channels, cfg.disc_width, heads, checkpointing=again).to(job.device)
     job.accuracy = logs.Accuracy(discriminator)
-    nets = student, teacher, discriminator
-    train = lambda feed, **kw: tmd.train_stage2(
-        *nets, feed, how, cfg.stage2(), taps=cfg.tap_blocks, c_neg=job.c_neg, fake_score=fake_score, **kw
+    nets, own = (
+        (student, teacher, discriminator),
+        {"taps": cfg.tap_blocks, "fake_score": fake_score, "c_neg": job.c_neg},
     )
+    train = lambda feed, **kw: tmd.train_stage2(*nets, feed, how, cfg.stage2(), **own, **kw)
     phase = job.run(train, how=how)
     facts = describe(cfg, how, layers, phase=name, updates=phase.step, skipped=phase.skipped)
     save_student(job.folder, phase, facts)
@@ -314,9 +288,10 @@ def stage2(cfg: Wan, plain: bool = False) -> dict:
 
 
 def teacher(cfg: Wan) -> dict:
-    """Flow matching of the whole transformer on the shards, for folders whose weights were made by hand: MODEL/transformer is replaced."""
+    """Flow matching of the whole transformer on the shards, for folders made by hand. REPLACES MODEL/transformer."""
     if cfg.teacher_updates < 1:
-        raise ValueError("teacher replaces MODEL/transformer by what it trained; say for how long with --teacher-updates.")
+        what = "teacher replaces MODEL/transformer by what it trained"
+        raise ValueError(f"{what}; say for how long with --teacher-updates.")
     if facts := finished(cfg.folder("teacher"), cfg):
         return facts
     if cfg.lora:
@@ -332,7 +307,8 @@ def teacher(cfg: Wan) -> dict:
         plain, place = load_transformer(cfg.model), Path(cfg.model) / "transformer"
         WanNetwork(plain).load_state_dict(whole, strict=True)
         plain.save_pretrained(place.with_name("transformer.new"))
-        place.rename(place.with_name("transformer.old"))  # a kill here leaves both; the checkpoints have the weights as well
+        # a kill here leaves both; the checkpoints have the weights as well
+        place.rename(place.with_name("transformer.old"))
         place.with_name("transformer.new").rename(place)
         shutil.rmtree(place.with_name("transformer.old"))
         describe_finished(job.folder, facts)

@@ -1,7 +1,7 @@
-"""Weights go straight from their safetensors files to where they will live: no process ever holds a network that it does not keep.
+"""Weights go straight from their files to where they will live: no process ever holds a network that it does not keep.
 
 net = skeleton(folder, torch.bfloat16)      # the stock transformer; its blocks have shapes and no memory
-net = dist.shard(net)                       # so that cutting them costs nothing
+net = dist.shard(net)                       # so that sharding them costs nothing
 fill(net, device, files(folder))            # and every rank reads its own rows
 """
 
@@ -30,7 +30,7 @@ class Stored(NamedTuple):
 
 
 def files(path: str | Path, prefix: str = "") -> dict[str, Stored]:
-    """The tensors of a safetensors file, or of a diffusers folder of one or many, by their names with `prefix` before them.
+    """The tensors of a safetensors file, or of a diffusers folder of such files, by name with `prefix` before it.
 
     Reads headers only; RuntimeError where a file is missing or damaged.
     """
@@ -40,22 +40,31 @@ def files(path: str | Path, prefix: str = "") -> dict[str, Stored]:
     for file in [path / name for name in names] if path.is_dir() else [path]:
         try:
             with safe_open(file, "pt") as stored:
-                found |= {prefix + key: Stored(file, key, tuple(stored.get_slice(key).get_shape())) for key in stored.keys()}
+                where = lambda key: Stored(file, key, tuple(stored.get_slice(key).get_shape()))  # noqa: B023
+                found |= {prefix + key: where(key) for key in stored.keys()}
         except (OSError, SafetensorError) as e:
             raise RuntimeError(f"{file} is missing or damaged; fetch or make it again.") from e
     return found
 
 
 def check(module: nn.Module, stored: dict[str, Stored], ignore: tuple[str, ...] = ()) -> None:
-    """RuntimeError unless `stored` has every parameter of the module, in its shape, and no other (but with one of `ignore` in its name)."""
+    """RuntimeError unless `stored` has every parameter of the module, in its shape, and no other.
+
+    Others may be there if one of `ignore` is in their name.
+    """
     wanted = {name: tuple(p.shape) for name, p in module.named_parameters()}
     found = {name: s.shape for name, s in stored.items() if name in wanted or not any(part in name for part in ignore)}
     wrong = [f"{name} is not there" for name in wanted if name not in found]
     wrong += [f"{name} has no place" for name in found if name not in wanted]
     wrong += [f"{name} is of shape {found[name]}" for name in wanted if name in found and found[name] != wanted[name]]
     if wrong:
-        where, more = next((s.file.parent for s in stored.values()), "the file"), f", and {len(wrong) - 1} more" * (len(wrong) > 1)
-        raise RuntimeError(f"{where} does not hold the weights of this network ({wrong[0]}{more}); give the folder that belongs to it.")
+        where, more = (
+            next((s.file.parent for s in stored.values()), "the file"),
+            f", and {len(wrong) - 1} more" * (len(wrong) > 1),
+        )
+        raise RuntimeError(
+            f"{where} does not hold the weights of this network ({wrong[0]}{more}); give the folder that belongs to it."
+        )
 
 
 def cast(model, dtype: torch.dtype):
@@ -67,12 +76,16 @@ def cast(model, dtype: torch.dtype):
 
 
 def skeleton(folder: str | Path, dtype: torch.dtype = torch.float32):
-    """A Wan2.1 folder's stock transformer in from_pretrained's dtypes: its blocks without memory, embeddings and output layer read."""
+    """A Wan2.1 folder's stock transformer in from_pretrained's dtypes.
+
+    Its blocks have no memory yet; embeddings and output layer are read.
+    """
     from accelerate import init_empty_weights
     from diffusers import WanTransformer3DModel
 
     config = WanTransformer3DModel.load_config(folder, subfolder="transformer")
-    with init_empty_weights():  # from_pretrained's own way: it draws the same numbers, so a student's new layers come out the same, too
+    # from_pretrained's own way: it draws the same numbers, so a student's new layers come out the same, too
+    with init_empty_weights():
         net = cast(WanTransformer3DModel.from_config(config), dtype).eval()
     stored = files(Path(folder) / "transformer")
     check(net, stored, tuple(net._keys_to_ignore_on_load_unexpected))
@@ -81,9 +94,10 @@ def skeleton(folder: str | Path, dtype: torch.dtype = torch.float32):
 
 @torch.no_grad()
 def fill(module: nn.Module, device, stored: dict[str, Stored] | None = None):
-    """Read every parameter that is `stored` (by default as module.stored), of a sharded one this rank's rows alone; returns the module.
+    """Read every parameter that is `stored` (default: module.stored); returns the module.
 
-    A parameter without memory gets it on `device`; the others stay where they are.
+    Of a sharded parameter only this rank's rows are read. A parameter without memory gets it on `device`; the others
+    stay where they are.
     """
     stored, opened = module.stored if stored is None else stored, {}
     for path, owner in module.named_modules():
@@ -102,7 +116,10 @@ def fill(module: nn.Module, device, stored: dict[str, Stored] | None = None):
 
 
 def rows(p: torch.Tensor) -> tuple[int, int]:
-    """The first row that this rank holds of a parameter and the one after its last: FSDP2 cuts rows, over the mesh's last axis."""
+    """The first row that this rank holds of a parameter, and the one after its last.
+
+    FSDP2 shards rows, over the mesh's last axis.
+    """
     if not isinstance(p, DTensor):
         return 0, len(p)
     axis = p.device_mesh.ndim - 1

@@ -1,0 +1,64 @@
+"""What a finished phase leaves: OUT/<phase>/student.safetensors (the EMA) and student.json (what it is)."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+import tmd_minimal as tmd
+from wan_scale.config import Wan, WanStudentConfig
+from wan_scale.training import dist, weights
+from wan_scale.training.phase import WanPhase
+
+
+def describe(cfg: Wan, how: WanStudentConfig, layers: int, **more) -> dict:
+    """student.json: all that sampling needs to know."""
+    nfe = tmd.effective_nfe(how.M, how.N, how.H, layers)
+    clip = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
+    return {**asdict(how), **clip, "effective_nfe": nfe, "recipe": cfg.of_the_training(more["phase"]), **more}
+
+
+def save_student(folder: Path, phase: WanPhase, facts: dict) -> None:
+    """The EMA as safetensors, then its description, which says that the phase is finished."""
+    whole = dist.whole(phase.ema.named)
+    dist.say(f"{facts['phase']}: done, {folder / 'student.safetensors'}")
+    if dist.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(whole, folder / "student.safetensors.tmp")
+        os.replace(folder / "student.safetensors.tmp", folder / "student.safetensors")
+        describe_finished(folder, facts)
+    dist.barrier()
+
+
+def describe_finished(folder: Path, facts: dict) -> None:
+    """student.json, whose existence says that the phase is finished."""
+    (folder / "student.json.tmp").write_text(json.dumps(facts, indent=1) + "\n")
+    os.replace(folder / "student.json.tmp", folder / "student.json")
+
+
+def finished(folder: Path, cfg: Wan, told: bool = True) -> dict | None:
+    """The description of a finished phase, told to the screen; RuntimeError if it is one of other settings."""
+    if not (folder / "student.json").exists():
+        return None
+    facts, mine = json.loads((folder / "student.json").read_text()), cfg.of_the_training(folder.name)
+    keys = [key for key, value in mine.items() if facts["recipe"].get(key) != value]
+    keys = [key for key in keys if key != "--micro-batch"]  # how the batch was split is past
+    if keys:
+        other = f"{folder} holds a student made with another {', '.join(keys)}"
+        raise RuntimeError(f"{other}; give the same settings or another --out.")
+    if told:
+        dist.say(f"{folder.name}: finished, nothing to do.")
+    return facts
+
+
+def load_student(folder: Path, student) -> None:
+    """What weights.fill will read, strictly: every weight and no other."""
+    if not (folder / "student.safetensors").exists():
+        raise RuntimeError(f"{folder} holds no finished student; run the phase that makes it first.")
+    stored = weights.files(folder / "student.safetensors")
+    weights.check(student, stored)
+    student.stored = stored
