@@ -1,5 +1,4 @@
-"""What makes Wan fast changes no result: attention backends, activation checkpointing, compiled blocks, prompts kept, the
-graphed head."""
+"""What makes Wan fast changes no result: attention, activation checkpointing, compiled blocks, kept prompts, graphs."""
 
 from unittest.mock import Mock
 

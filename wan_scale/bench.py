@@ -77,8 +77,7 @@ class Bench:
             rate = measured_rates(self.record, tf32, attn)
         except (ValueError, KeyError):
             return 0.0
-        own = dict(H=self.cfg.H, N=self.cfg.N, last_tap=self.cfg.tap_blocks[-1], disc_flops=self.disc["flops"])
-        how = own | how
+        how = dict(N=self.cfg.N, last_tap=self.cfg.tap_blocks[-1], disc_flops=self.disc["flops"], H=self.cfg.H) | how
         return sum(time_of(work, rate) for work in step_work(self.config, self.tokens, kind, **how).values())
 
     def affordable(self, seconds: float = 0) -> None:
@@ -251,8 +250,8 @@ class Bench:
         seconds, peaks, last = {}, {}, [speed.moment(self.device)]
 
         def on_step(phase, terms):
-            end, part = speed.moment(self.device), "student" if "vsd" in terms else "critic"
-            part = "" if kind == "stage 1" else part
+            part, end = "student" if "vsd" in terms else "critic", speed.moment(self.device)
+            part = part if kind == "stage 2" else ""
             seconds.setdefault(part, []).append(speed.between(last[0], end))
             peaks.setdefault(part, []).append(self.peak().get("peak_gb"))
             if self.cuda:
@@ -274,9 +273,8 @@ class Bench:
             else:
                 teacher, fake = (lora.Role(base), lora.Role(base, "fake")) if self.lora else (self.frozen(), whole())
                 speed.prepare(teacher, **facts), speed.prepare(fake, **facts)
-                heads = len(cfg.tap_blocks)
-                disc = WanDiscriminator(feature_channels(teacher), cfg.disc_width, heads, checkpointing=True)
-                disc = disc.to(self.device)
+                size = feature_channels(teacher), cfg.disc_width, len(cfg.tap_blocks)
+                disc = WanDiscriminator(*size, checkpointing=True).to(self.device)
                 two = replace(cfg.stage2(), iterations=2 * rounds, student_every=2)
                 tmd.train_stage2(student, teacher, disc, data, how, two, taps=cfg.tap_blocks, fake_score=fake, **shared)
         found = {"seconds": {part: statistics.median(s[1:]) for part, s in seconds.items()}, "n": rounds - 1}
@@ -310,9 +308,8 @@ class Bench:
 
 def reason(e: Exception) -> str:
     """Why a case failed, in a line."""
-    if isinstance(e, torch.OutOfMemoryError):
-        return "out of memory"
-    return (str(e).splitlines() or [type(e).__name__])[0][:200]
+    words = (str(e).splitlines() or [type(e).__name__])[0][:200]
+    return "out of memory" if isinstance(e, torch.OutOfMemoryError) else words
 
 
 def run(cfg: Wan, config: dict, name: str, out: Path | None = None, repeats: int = 5) -> dict:

@@ -15,9 +15,8 @@ from wan_scale.data.folders import check_folder, free_memory
 TEXT_BATCH = 8  # prompts encoded at once
 
 
-def encode_text(
-    folder: str | Path, files: dict[Path, dict[str, str]], *, device="cpu", max_length: int = 512, progress: bool = True
-) -> None:
+def encode_text(folder: str | Path, files: dict[Path, dict[str, str]], *, device="cpu", max_length: int = 512,
+                progress: bool = True) -> None:  # fmt: skip
     """Embed prompts with the folder's text encoder: {path: {key: prompt}} -> a safetensors file for each path.
 
     Each file holds key -> (n, text_dim) bf16. Cleaning, tokens and truncation are the stock pipeline's. Its zero
@@ -36,19 +35,14 @@ def encode_text(
     encoder = UMT5EncoderModel.from_pretrained(folder, **own).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
     pipe = WanPipeline(tokenizer=tokenizer, text_encoder=encoder, vae=None, scheduler=None, transformer=None)
-    with (
-        tqdm(
-            total=sum(map(len, files.values())), desc="text", disable=None if progress else True, mininterval=0.5
-        ) as bar,
-        torch.no_grad(),
-    ):
+    prompts, quiet = sum(map(len, files.values())), None if progress else True
+    with torch.no_grad(), tqdm(total=prompts, desc="text", disable=quiet, mininterval=0.5) as bar:
         for path, texts in files.items():
             keys, embedded = list(texts), {}
             for i in range(0, len(keys), TEXT_BATCH):
                 batch = keys[i : i + TEXT_BATCH]
-                prompts = [texts[key] for key in batch]
                 how = {"do_classifier_free_guidance": False, "max_sequence_length": max_length, "device": device}
-                padded, _ = pipe.encode_prompt(prompts, **how)
+                padded, _ = pipe.encode_prompt([texts[key] for key in batch], **how)
                 for key, rows in zip(batch, padded.to("cpu", torch.bfloat16)):
                     true = rows.ne(0).any(1).nonzero()  # padding is exactly zero
                     embedded[key] = rows[: int(true.max()) + 1 if len(true) else 1].clone()
