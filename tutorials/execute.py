@@ -2,11 +2,11 @@
 
     python tutorials/execute.py                   # all, in the full setting, outputs stored in place
     python tutorials/execute.py 03-stage-1.ipynb  # this one
-    python tutorials/execute.py --quick           # every cell of all in a small setting, outputs thrown away (make test does it)
+    python tutorials/execute.py --quick           # all in a small setting, nothing is stored (make test does it)
     python tutorials/execute.py --check           # are the stored outputs those of these notebooks and of this code?
 
-What a stored notebook was executed with is in its metadata: digests of its own cells, of every file of the repository that it imports,
-and of the measured results that it reads.
+The metadata of a stored notebook say what it was executed with: digests of its own cells, of every file of the
+repository that it imports, and of the measured results that it reads.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ from nbclient.exceptions import CellExecutionError
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
-READS = {"claims(": {"claims.json"}, "published(": {"weights.pt", "metrics.json"}}  # calls that read results, by name of the file
+# calls in a notebook that read files of results/
+READS = {"claims(": {"claims.json"}, "published(": {"weights.pt", "metrics.json"}}
 LIMIT = 120  # seconds that a reader should have to wait at most, on two free cores
 
 
 def code(notebook) -> str:
-    return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code" and not cell.source.startswith("%"))
+    return "\n".join(
+        cell.source for cell in notebook.cells if cell.cell_type == "code" and not cell.source.startswith("%")
+    )
 
 
 def imported(text: str) -> set[Path]:
@@ -47,7 +50,7 @@ def imported(text: str) -> set[Path]:
 
 
 def digest(notebook) -> dict[str, str]:
-    """What the outputs depend on: the cells, the files that they import, directly or not, and the results that they read."""
+    """What the outputs depend on: the cells, the files they import, directly or not, the results they read."""
     text = code(notebook)
     names = set(re.findall(r"[\w-]+\.json", text)).union(*(files for call, files in READS.items() if call in text))
     results = {file for file in (ROOT / "results").rglob("*.*") if file.name in names}
@@ -63,11 +66,21 @@ def digest(notebook) -> dict[str, str]:
 
 
 def execute(path: Path, quick: bool) -> float:
-    """Run a notebook from scratch, in place unless quick; returns the seconds. RuntimeError names the cell that failed."""
+    """Run a notebook from scratch, in place unless quick; returns the seconds.
+
+    RAISES RuntimeError, which names the cell that failed.
+    """
     notebook = nbformat.read(path, 4)
-    how = {"timeout": 900, "kernel_name": "python3", "coalesce_streams": True, "resources": {"metadata": {"path": str(FOLDER)}}}
+    how = {
+        "timeout": 900,
+        "kernel_name": "python3",
+        "coalesce_streams": True,
+        "resources": {"metadata": {"path": str(FOLDER)}},
+    }
     client = NotebookClient(notebook, **how)
-    os.environ.update({"TMD_TUTORIALS": "quick" if quick else "full", "OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"})
+    os.environ.update(
+        {"TMD_TUTORIALS": "quick" if quick else "full", "OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    )
     start = time.perf_counter()
     try:
         client.execute()
@@ -89,15 +102,23 @@ def execute(path: Path, quick: bool) -> float:
 
 
 def stale(path: Path) -> list[str]:
-    """What is wrong with a stored notebook: nothing, if it was executed whole, in the full setting, with the code as it is."""
+    """What is wrong with a stored notebook: nothing if it was executed whole, in the full setting, with this code."""
     notebook = nbformat.read(path, 4)
     stored, now = notebook.metadata.get("executed", {}), digest(notebook)
-    wrong = [f"{what} changed" for what in sorted({*stored, *now} - {"setting", "seconds"}) if stored.get(what) != now.get(what)]
+    wrong = [
+        f"{what} changed"
+        for what in sorted({*stored, *now} - {"setting", "seconds"})
+        if stored.get(what) != now.get(what)
+    ]
     if stored.get("setting") != "full":
         wrong.append("it was not executed in the full setting")
     for cell in notebook.cells:
-        if cell.cell_type == "code" and (cell.execution_count is None or any(o.output_type == "error" for o in cell.outputs)):
-            wrong.append(f"a cell was not executed or failed: {cell.source.splitlines()[0] if cell.source else 'an empty one'}")
+        if cell.cell_type == "code" and (
+            cell.execution_count is None or any(o.output_type == "error" for o in cell.outputs)
+        ):
+            wrong.append(
+                f"a cell was not executed or failed: {cell.source.splitlines()[0] if cell.source else 'an empty one'}"
+            )
     return wrong
 
 

@@ -1,4 +1,7 @@
-"""What the notebooks share: the look of the pictures, the real lines of the code, animations, the measured claims, the quick setting."""
+"""What the notebooks share: the look of the pictures, real lines of the code, animations, measured claims.
+
+With TMD_TUTORIALS=quick in the environment the notebooks run in the small setting of the tests.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,9 @@ from toys import claims_video
 QUICK = os.environ.get("TMD_TUTORIALS") == "quick"  # what the tests run: every cell, a fraction of the updates
 torch.set_num_threads(1)  # networks so small that a second thread only waits
 torch.manual_seed(0)
-plt.rcParams.update({"figure.dpi": 90, "figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False})
+plt.rcParams.update(
+    {"figure.dpi": 90, "figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False}
+)
 
 
 def steps(full: int, quick: int) -> int:
@@ -34,8 +39,9 @@ def steps(full: int, quick: int) -> int:
 
 
 def source(thing, start: str = "", end: str = "") -> Markdown:
-    """The lines of a function or class as they stand in the repository; from the first with `start` to the next with `end`, if given.
+    """The lines of a function or class as they stand in the repository.
 
+    With `start` and `end`: from the first line that contains `start` to the next that contains `end`.
     RAISES ValueError where those words are not there, so that a lesson cannot talk about lines that are gone.
     """
     thing = inspect.unwrap(thing)  # what is beneath torch.no_grad
@@ -49,11 +55,13 @@ def source(thing, start: str = "", end: str = "") -> Markdown:
     if end:
         lines = lines[: next(i for i, line in enumerate(lines) if end in line) + 1]
     file = Path(inspect.getsourcefile(thing)).resolve().relative_to(ROOT)
-    return Markdown(f"[`{file}`](../{file}), from line {first}:\n```python\n{textwrap.dedent(''.join(lines)).rstrip()}\n```")
+    return Markdown(
+        f"[`{file}`](../{file}), from line {first}:\n```python\n{textwrap.dedent(''.join(lines)).rstrip()}\n```"
+    )
 
 
 def animate(draw, frames: int, fps: int = 8, **subplots) -> Image:
-    """draw(axes, i) paints frame i on the cleared axes of plt.subplots(**subplots): a picture that moves wherever the notebook is read."""
+    """A picture that moves wherever the notebook is read: draw(axes, i) paints frame i on cleared axes."""
     from PIL import Image as Picture
 
     pictures = []
@@ -68,23 +76,28 @@ def animate(draw, frames: int, fps: int = 8, **subplots) -> Image:
     plt.close(fig)
     with io.BytesIO() as file:
         pictures[0].save(file, "gif", save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
-        return Image(file.getvalue(), format="png")  # a GIF under the name of a PNG: code hosts drop image/gif, browsers look at the bytes
+        return Image(
+            file.getvalue(), format="png"
+        )  # a GIF under the name of a PNG: code hosts drop image/gif, browsers look at the bytes
 
 
 def claims(*names: str, rung: str = "toy_2d") -> Markdown:
-    """The measured rows of the claims `names` ("C1", "trap 2"), of the plane (toy_2d) or of moving shapes (toy_video), three seeds each."""
+    """The measured rows of claims ("C1", "trap 2"), three seeds each; rung: "toy_2d" (the plane) or "toy_video"."""
     how = {"toy_2d": claims_2d.RUNG, "toy_video": claims_video.rung("tiny")}[rung]
     result = json.loads((ROOT / f"results/{rung}/claims.json").read_text())
     rows = [row for row in result["rows"] if row["claim"] in names]
     if missing := set(names) - {row["claim"] for row in rows}:
         raise ValueError(f"results/{rung}/claims.json has no rows of {', '.join(sorted(missing))}.")
-    scores = ", ".join(f"{how.labels[k]} ({'higher' if sign > 0 else 'lower'} is better)" for k, sign in how.scores.items())
+    scores = ", ".join(
+        f"{how.labels[k]} ({'higher' if sign > 0 else 'lower'} is better)" for k, sign in how.scores.items()
+    )
     cfg, usual = how.ladder.settings(**how.size), how.ladder.settings()
     updates = [f"{run.stage1_updates + run.iterations:,}" for run in (cfg, usual)]
-    where = {"toy_2d": "On points of two spirals, where a row says no other", "toy_video": "On clips of moving shapes"}[rung]
+    plane, video = "On points of two spirals, where a row says no other", "On clips of moving shapes"
     rule = (
-        f"*{where}; {updates[0]} updates a student, where a default run makes {updates[1]}. A and B: {scores}; mean ± standard deviation "
-        "over three seeds. **Holds**: A is better by more than twice the standard error of the difference on one score, and B on none. "
-        "**Does not hold**: the other way round. **Inconclusive**: all else.*"
+        f"*{video if rung == 'toy_video' else plane}; {updates[0]} updates per student, where a default run makes {updates[1]}. A and B: {scores}; "
+        "mean ± standard deviation over three seeds. **Holds**: on one score A is better by more than twice the "
+        "standard error of the difference, and B is on none. **Does not hold**: the other way round. "
+        "**Inconclusive**: all else.*"
     )
     return Markdown(engine.claims_table(how, {"rows": rows}) + "\n" + rule)
