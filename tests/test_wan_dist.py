@@ -3,8 +3,6 @@ once, an offloaded teacher says the same."""
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ import tmd_minimal as tmd
 
 pytest.importorskip("diffusers")
 import wan_ranks
+import worlds
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from test_wan_train import assert_same_run
@@ -40,25 +39,10 @@ def world(tmp_path_factory):
     return root
 
 
-def launch(root, case: str, ranks: int) -> None:
-    """What the ranks of `case` find out, to files in root."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(ranks),
-        wan_ranks.__file__,
-    ]
-    done = subprocess.run([*command, str(root), case], capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[:4000]
-
-
 @pytest.fixture(scope="module")
 def pair(world):
     """What each of two ranks found."""
-    launch(world, "pair", 2)
+    worlds.launch(2, wan_ranks.pair, world)
     return [torch.load(world / f"pair-{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -223,7 +207,7 @@ def test_two_copies_equal_one_process(world, tmp_path):
     2 x 2 goes on as one row of four and in one process, to the same end."""
     for name in ("tiny", "data"):
         (tmp_path / name).symlink_to(world / name)
-    launch(tmp_path, "copies", 4)
+    worlds.launch(4, wan_ranks.copies, tmp_path)
     copies = torch.load(tmp_path / "copies.pt", weights_only=True)
     for phase in ("stage1", "stage2"):
         one = wan_ranks.run(phase, tmp_path, tmp_path / "one", **FOUR)

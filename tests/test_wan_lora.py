@@ -3,9 +3,6 @@ export is plain again.
 """
 
 import copy
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +14,7 @@ pytest.importorskip("peft")
 import diffusers
 import test_wan_plan
 import wan_ranks
+import worlds
 
 from wan_scale.config import Wan, preset
 from wan_scale.cost.memory import memory
@@ -300,44 +298,13 @@ def test_baseline_shares_the_base_too(world, tmp_path):
     assert sample.make_model(cfg).student.net.blocks[3].ffn.net[2].weight.shape == (48, 96)
 
 
-RANKS = """
-import sys
-from pathlib import Path
-import torch
-sys.path[:0] = [sys.argv[3], sys.argv[4]]
-import wan_ranks
-from wan_scale.training import dist
-wan_ranks.SETTINGS |= {"lora": 4, "stage1_updates": 0, "stage2_iterations": 5}
-torch.set_num_threads(1)
-dist.start("cpu")
-for name, K in (("two", 1), ("cut", 2)):
-    wan_ranks.SETTINGS["context_parallel"] = K
-    found = wan_ranks.run("stage2", Path(sys.argv[1]), Path(sys.argv[2]) / name)
-    if dist.rank() == 0:
-        torch.save(found, Path(sys.argv[2]) / name / "found.pt")
-dist.stop()
-"""
-
-
 def test_two_ranks_equal_one(world, tmp_path, monkeypatch):
     """Two gloo ranks, each with the whole base, make the updates of one process: with a clip each, and with every clip
     cut over both.
     """
     for key, value in {"lora": RANK, "stage1_updates": 0, "stage2_iterations": 5}.items():
         monkeypatch.setitem(wan_ranks.SETTINGS, key, value)
-    (tmp_path / "ranks.py").write_text(RANKS)
-    tests = Path(__file__).resolve().parent
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        tmp_path / "ranks.py",
-    ]
-    done = subprocess.run([*launch, world, tmp_path, tests.parent, tests], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    worlds.launch(2, wan_ranks.adapters, world, tmp_path, RANK)
     one = wan_ranks.run("stage2", world, tmp_path / "one")
     for two in (torch.load(tmp_path / name / "found.pt", weights_only=True) for name in ("two", "cut")):
         assert (one["world"], two["world"]) == (1, 2) and one["tensors"].keys() == two["tensors"].keys()

@@ -1,18 +1,12 @@
 """Context parallelism: one clip over 2 or 4 gloo ranks, and two clips over 2 x 2, give one process's numbers and one
 process's gradients.
 
-The ranks are forked from a server that has imported everything once; each has torchrun's environment and calls what
-torchrun would.
+The ranks are those of worlds.py.
 """
 
-import multiprocessing
-import os
 import re
-import socket
-import sys
 from dataclasses import replace
 from functools import partial
-from multiprocessing import forkserver
 
 import pytest
 import torch
@@ -20,6 +14,7 @@ import torch
 import tmd_minimal as tmd
 
 pytest.importorskip("diffusers")
+import worlds
 from counting import Counting
 from safetensors.torch import load_file
 
@@ -186,15 +181,10 @@ CASES = {"outputs": lambda root, K: outputs(root / "tiny", K), "losses": lambda 
          "trainings": trainings, "refusals": refusals, "compiled": compiled}  # fmt: skip
 
 
-def rank(number: int, world: int, port: int, root, work) -> None:
-    """One process of `world`: every (case, K) of `work`, its tensors to a file."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(number), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.start("cpu")
-    for case, K in work:
-        torch.save(CASES[case](root, K), root / f"{case}-{world}-{K}-{number}.pt")
-    dist.barrier()
-    dist.stop()
+def cases(root, work) -> None:
+    """On a rank: every (case, GPUs) of `work`, its tensors to a file."""
+    for case, cards in work:
+        torch.save(CASES[case](root, cards), root / f"{case}-{dist.world()}-{cards}-{dist.rank()}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -204,23 +194,10 @@ def root(tmp_path_factory):
     make_tiny(root / "tiny", num_attention_heads=4, attention_head_dim=12)
     (root / "prompts.txt").write_text("a red ball\na blue cube\na green cat runs\na small dog\n")
     generate(root / "tiny", root / "prompts.txt", root / "data", frames=9, height=64, width=64, steps=2, shard_size=4)
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([__name__])
-    with pytest.MonkeyPatch.context() as patch:
-        # else Python 3.11 does not find the module, and each rank imports all
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        forkserver.ensure_running()
     two = ("outputs", 2), ("losses", 2), ("refusals", 2), ("compiled", 2)
     four = ("outputs", 4), ("losses", 4), ("outputs", 2), ("losses", 2), ("trainings", 2)
     for world, work in ((2, two), (4, four)):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        ranks = [server.Process(target=rank, args=(i, world, port, root, work)) for i in range(world)]
-        [p.start() for p in ranks]
-        [p.join(120) for p in ranks]
-        [p.kill() for p in ranks]
-        assert [p.exitcode for p in ranks] == [0] * world
+        worlds.launch(world, cases, root, work)
     return root
 
 

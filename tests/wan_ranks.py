@@ -1,10 +1,8 @@
-"""One phase of training with its whole state in hand; under torchrun, what test_wan_train.py and test_wan_dist.py
-compare with one process.
+"""One phase of training with its whole state in hand, for tests that compare ranks with one process.
 
-torchrun --nproc-per-node 2 tests/wan_ranks.py ROOT [two]        # ROOT holds tiny/ and data/; writes ROOT/two/*.pt
-torchrun --nproc-per-node 4 tests/wan_ranks.py ROOT copies       # two copies of the weights, cut over two ranks each
-torchrun --nproc-per-node 2 tests/wan_ranks.py ROOT pair         # gathers counted, host memory, the teacher in host
-memory
+test_wan_train.py starts it under torchrun: torchrun --nproc-per-node 2 tests/wan_ranks.py ROOT, where ROOT holds tiny/
+and data/; it writes ROOT/two/*.pt. Elsewhere worlds.launch calls `copies` (two copies of the weights, each sharded over
+two ranks), `pair` (all-gathers, host memory, the teacher in host memory) and `adapters` (LoRA).
 """
 
 import shutil
@@ -216,9 +214,18 @@ def partial_calls(root: Path) -> dict:
     return {"gathers": dict(count), "pending": pending, "gradient": x.grad}
 
 
+def adapters(root: Path, out: Path, rank: int) -> None:
+    """Stage 2 with adapters: a clip on each rank, then every clip on both."""
+    more = {"lora": rank, "stage1_updates": 0, "stage2_iterations": 5}
+    for name, gpus in (("two", 1), ("cut", 2)):
+        found = run("stage2", root, out / name, **more, context_parallel=gpus)
+        if dist.rank() == 0:
+            torch.save(found, out / name / "found.pt")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.start("cpu")
-    {"two": two, "copies": copies, "pair": pair}[sys.argv[2] if len(sys.argv) > 2 else "two"](Path(sys.argv[1]))
+    two(Path(sys.argv[1]))
     dist.barrier()
     dist.stop()
