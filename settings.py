@@ -1,11 +1,13 @@
-"""One settings class and one command line for every rung: a dataclass whose fields carry their help, their limits and their group.
+"""One settings class and one command line for every rung.
 
-@dataclass
-class Toy(Settings):
-    data: str = option("spirals", "data set", group="data", choices=("spirals", "moons"))   # a new setting
-    gan_weight: float = 0.3                         # another default; help, limits and group are those of Settings
+Settings are a dataclass. Each field carries its help, its limits and its group:
 
-parser(Toy, __doc__, quick="a small run").parse_args()   # one option a field, in groups, defaults shown
+    @dataclass
+    class Toy(Settings):
+        data: str = option("spirals", "data set", "data", choices=("spirals", "moons"))   # a new setting
+        gan_weight: float = 0.3         # another default; help, limits and group stay those of Settings
+
+    parser(Toy, __doc__, quick="a small run").parse_args()      # one option a field, in groups, defaults shown
 """
 
 from __future__ import annotations
@@ -23,13 +25,15 @@ import tmd_minimal as tmd
 
 
 def option(default, text: str, group: str = "", least=None, above=None, choices: tuple = ()):
-    """A dataclass field with its help text. `least` (inclusive), `above` (exclusive) and `choices` are checked when it is set."""
+    """A dataclass field with its help text. `least` (inclusive), `above` (exclusive) and `choices` are checked."""
     return field(default=default, metadata=dict(help=text, group=group, least=least, above=above, choices=choices))
 
 
 @dataclass
 class Settings:
-    """What every rung has: a folder, a seed, the student, both stages. A rung adds its own fields and restates other defaults.
+    """What every rung has: a folder, a seed, the student, both stages.
+
+    A rung adds its own fields and restates defaults that differ.
 
     RAISES ValueError, in one sentence, for a value outside its limits.
     """
@@ -61,9 +65,8 @@ class Settings:
             if about["least"] is not None and not value >= about["least"]:
                 raise ValueError(f"{f.name} is {value}; it must be at least {about['least']}.")
             if about["above"] is not None and not value > about["above"]:
-                raise ValueError(
-                    f"{f.name} is {value}; it must be {'positive' if not about['above'] else 'above ' + str(about['above'])}."
-                )
+                bound = f"above {about['above']}" if about["above"] else "positive"
+                raise ValueError(f"{f.name} is {value}; it must be {bound}.")
 
     def without(self, *names: str) -> dict:
         """The settings as a dict, less the output folder (a machine's own) and `names`."""
@@ -71,7 +74,7 @@ class Settings:
 
 
 def explained(settings: type, name: str) -> dict:
-    """Help, group and limits of a field: its own, or where it only restates a default, those of the class that introduced it."""
+    """Help, group and limits of a field; where a rung only restates a default, those of Settings."""
     own = (cls.__dict__.get("__dataclass_fields__", {}).get(name) for cls in settings.__mro__)
     return next(f.metadata for f in own if f and f.metadata)
 
