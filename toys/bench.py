@@ -1,10 +1,11 @@
-"""What a run costs: python toy_2d.py --bench, python toy_video.py --bench (or make bench, both).
+"""What a run costs: python toy_2d.py --bench, python toy_video.py --bench (make bench runs both).
 
-For every stage: milliseconds per update (median), and the floor: the update's matrix products alone (attention
-counted as its two; convolutions are left out), recorded from one real update and replayed on ready-made tensors. The
-gap between the two is what everything else costs (elementwise work, launch overhead, AdamW). On one and on two CPU
-threads, each in a process of its own, one after the other; peak memory of the process beside it. The student update
-with N = 1 stands beside the one with N steps: claim C12, rollout costs (N-1) H / L of a forward and backward.
+- For every stage: median milliseconds per update, and the floor, its matrix products alone. They are recorded from
+  one real update and replayed on ready-made tensors; attention counts as its two, convolutions are left out. The gap
+  between the two is what everything else costs: elementwise work, launch overhead, AdamW.
+- On one and on two CPU threads, each in a process of its own, one after the other, with its peak memory.
+- The student update with N = 1 stands beside the one with N steps. Claim C12: rollout costs (N-1) H / L of a forward
+  and backward.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Recorder(TorchDispatchMode):
 
 
 def wait(device: str) -> None:
+    """Wait until the GPU has done what it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -67,17 +69,16 @@ def median_ms(f, repeats: int, device: str = "cpu") -> float:
 
 
 def stages(bench: Ladder, sampled: list[tuple[int, int]], n: int) -> dict:
-    """One callable per stage that makes one update, on untrained networks of the run's size: the cost does not depend
-    on the weights.
+    """One callable for each stage, which makes one update. `sampled` lists the (M, N) at which n samples are drawn.
 
-    `sampled` lists the (M, N) at which n samples are drawn.
+    The networks have the run's size and are not trained: the cost does not depend on the weights.
     """
     cfg = bench.cfg
     teacher, how, plain = bench.network(), cfg.student_config(), cfg.student_config(H=0, N=1)
     updates = {}
 
     def one_step(train, *args, step=0, **kw):
-        """The iteration that a training is about to repeat, so that an update is timed exactly as training makes it."""
+        """The iteration that a training is about to repeat: an update is timed exactly as training makes it."""
         caught = {}
 
         def catch(phase, iterate, *_, **__):
@@ -126,7 +127,7 @@ def stages(bench: Ladder, sampled: list[tuple[int, int]], n: int) -> dict:
 
 
 def measure(ladder: type[Ladder], cfg, sampled, n: int, threads: int, repeats: int) -> list[dict]:
-    """One row per stage: milliseconds, matmul floor, matmul GFLOP."""
+    """One row for each stage: milliseconds, milliseconds of its matrix products, their GFLOP, and the setting."""
     torch.set_num_threads(threads)
     bench = ladder(cfg)
     device = bench.device
@@ -137,17 +138,12 @@ def measure(ladder: type[Ladder], cfg, sampled, n: int, threads: int, repeats: i
             update()
         times[name] = median_ms(update, repeat(name), device)
     # before the replay, which needs tensors of its own
-    peak = (
-        torch.cuda.max_memory_allocated() / 2**20
-        if device == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak
     rows = []
     for name, recorder in recorders.items():
-        pairs = [
-            (torch.randn(a, device=device, dtype=t), torch.randn(b, device=device, dtype=t))
-            for a, b, t in recorder.products
-        ]
+        make = lambda shape, dtype: torch.randn(shape, device=device, dtype=dtype)
+        pairs = [(make(a, dtype), make(b, dtype)) for a, b, dtype in recorder.products]
         flop = sum(2 * a.numel() * b.shape[-1] for a, b in pairs)
         floor = median_ms(lambda pairs=pairs: [torch.matmul(a, b) for a, b in pairs], max(3, repeats // 10), device)
         rows.append({"stage": name, "ms": times[name], "floor_ms": floor, "gflop": flop / 1e9})
@@ -178,10 +174,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def run(ladder: type[Ladder], cfg, out: str, sampled: list[tuple[int, int]], n: int, repeats: int) -> list[dict]:
-    """Measure on one and on two threads, each in a process of its own.
-
-    Print the table and write bench.json into `out`.
-    """
+    """Measure on one and on two threads, print the table and write bench.json into `out`."""
     rows = []
     for threads in (1, 2):
         with workers(1) as pool:

@@ -1,14 +1,13 @@
 """The paper's claims, measured: every student of a rung's list on several seeds, one rule, one table.
 
-Every job trains one student from one seed's teacher and writes a JSON file, so a killed run goes on with the jobs
-that are missing; jobs run two at a time, one thread each. The table compares jobs by a rule stated here, before any
-run:
+A job trains one student from one seed's teacher and writes a JSON file, so a killed run goes on with the jobs that
+are missing. Jobs run two at a time, one thread each. The table compares jobs by a rule stated here, before any run:
 
     A beats B on a score if it is better by more than 2 sqrt(se_A^2 + se_B^2) over seeds. A claim "A beats B" HOLDS if
     A beats B on one of the scores that the rung names and B beats A on none, DOES NOT HOLD the other way round, and
     is INCONCLUSIVE otherwise.
 
-Every student gets the same number of updates: what TMD spends on stage 1, DMD2-v spends on KD warm-up (M = 1) or on
+Every student gets the same number of updates. What TMD spends on stage 1, DMD2-v spends on KD warm-up (M = 1) or on
 more iterations. The rungs list their jobs and claims in claims_2d.py and claims_video.py.
 """
 
@@ -33,7 +32,7 @@ SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Rung:
-    """What a rung measures and how it tells it."""
+    """What a rung measures, and how it tells it."""
 
     ladder: type[Ladder]
     # {name: (settings, the student's or "plain ...", those of stage 1 or None, those of stage 2 with "kind")}
@@ -53,12 +52,12 @@ class Rung:
     draw: Callable | None = None  # (root, result) -> writes a picture
 
     def toy_of(self, name: str, seed: int, quick: bool):
-        return self.ladder.settings(
-            **{**self.size, **(self.quick if quick else {}), **self.jobs[name][0], "seed": seed}
-        )
+        """The settings of a job."""
+        size = self.size | (self.quick if quick else {})
+        return self.ladder.settings(**{**size, **self.jobs[name][0], "seed": seed})
 
     def plan(self, name: str, seed: int, quick: bool):
-        """A job, resolved: settings, student, stage 1 or None, stage 2, KD updates, the discriminator's kind."""
+        """A job, resolved: (settings, student, stage 1 or None, stage 2, KD updates, {} or {"kind": discriminator})."""
         cfg = self.toy_of(name, seed, quick)
         _, student, stage1, stage2 = self.jobs[name]
         plain = isinstance(student, str)
@@ -75,19 +74,13 @@ class Rung:
 
 
 def settings_of(cfg, how, one, two, kd, kind) -> dict:
-    """What a finished job is compared by before it is taken as it stands."""
-    stages = {
-        "student": asdict(how),
-        "stage1": asdict(one) if one else None,
-        "stage2": asdict(two),
-        "kd_updates": kd,
-        **kind,
-    }
-    return {"toy": asdict(cfg) | {"out": None}, **stages, "torch": torch.__version__}
+    """The whole of a job as plain values: a finished one is taken as it stands only if all of them are the same."""
+    stages = {"student": asdict(how), "stage1": asdict(one) if one else None, "stage2": asdict(two), "kd_updates": kd}
+    return {"toy": asdict(cfg) | {"out": None}, **stages, **kind, "torch": torch.__version__}
 
 
 def run_teacher(args) -> None:
-    """Train the teacher of a job's data and seed and write its own scores; a finished one is not trained again."""
+    """Train the teacher of a job's data and seed, and write its own scores. A finished one is not trained again."""
     rung, root, name, seed, quick = args
     torch.set_num_threads(1)
     cfg = rung.toy_of(name, seed, quick)
@@ -102,7 +95,10 @@ def run_teacher(args) -> None:
 
 
 def run_job(args) -> None:
-    """Train one student and write its scores after stage 1, after stage 2, and of the latter with one inner step."""
+    """Train one student and write its scores: after stage 1, after stage 2, and after stage 2 with one inner step.
+
+    RuntimeError if the job was run before with other settings.
+    """
     rung, root, name, seed, quick = args
     file = root / "jobs" / f"{name.replace(' ', '-')}-seed{seed}.json"
     torch.set_num_threads(1)
@@ -114,18 +110,12 @@ def run_job(args) -> None:
         return
     bench = rung.ladder(cfg)
     teacher, _ = bench.fit_teacher(root / rung.teacher_name(cfg), progress=False)
-    student_updates = kd + (one.updates if one else 0) + two.iterations // two.student_every
-    record = {
-        "name": name,
-        "seed": seed,
-        "effective_nfe": tmd.effective_nfe(how.M, how.N, how.H, cfg.depth),
-        "settings": settings,
-    }
-    record["student_updates"] = student_updates
+    nfe = tmd.effective_nfe(how.M, how.N, how.H, cfg.depth)
+    record = {"name": name, "seed": seed, "effective_nfe": nfe, "settings": settings}
+    record["student_updates"] = kd + (one.updates if one else 0) + two.iterations // two.student_every
     try:
-        fit = bench.fit_student(
-            teacher, name.replace(" ", "-"), how, one, two, None, kd_updates=kd, kind=kind, progress=False
-        )
+        more = {"kd_updates": kd, "kind": kind, "progress": False}
+        fit = bench.fit_student(teacher, name.replace(" ", "-"), how, one, two, None, **more)
     except FloatingPointError as e:  # a diverged student is a result, not a crash of the table
         write_json(file, {**record, "diverged": str(e)})
         return
@@ -151,7 +141,10 @@ def beats(a: dict, b: dict, sign: int) -> bool:
 
 
 def verdict(a: dict, b: dict, scores: dict) -> str:
-    """a, b: {score: summary}; scores {score: sign}, those that the rule looks at; the claim is that a beats b."""
+    """What the rule says of the claim that a beats b: "holds", "does not hold" or "inconclusive".
+
+    a, b {score: summary}; scores {score: sign}: those that the rule looks at.
+    """
     wins = any(beats(a[k], b[k], sign) for k, sign in scores.items() if k in a)
     losses = any(beats(b[k], a[k], sign) for k, sign in scores.items() if k in a)
     return "holds" if wins and not losses else "does not hold" if losses and not wins else "inconclusive"
@@ -169,27 +162,24 @@ def tabulate(rung: Rung, root: Path) -> dict:
         return {k: summary([r[k] for r in rows]) for k in rung.labels} if len(rows) > 1 else None
 
     def judge(claim, setting, names, a, b):
-        """One row; a diverged seed on either side leaves the claim undecided and is said."""
+        """One row. A diverged seed on either side leaves the claim undecided, and the row says so."""
         diverged = sum("diverged" in r for name in names for r in jobs.get(name, []))
-        what = (
-            f"inconclusive ({diverged} diverged)" if diverged else verdict(a, b, rung.scores) if a and b else "not run"
-        )
+        what = verdict(a, b, rung.scores) if a and b else "not run"
+        what = f"inconclusive ({diverged} diverged)" if diverged else what
         return {"claim": claim, "setting": setting, "A": a, "B": b, "verdict": what}
 
     models, rows = {}, []
     for claim, setting, name_a, name_b, phase in rung.claims:
         phase_a, _, phase_b = phase.partition("/")
-        rows.append(
-            judge(claim, setting, {name_a, name_b}, numbers(name_a, phase_a), numbers(name_b, phase_b or phase_a))
-        )
+        a, b = numbers(name_a, phase_a), numbers(name_b, phase_b or phase_a)
+        rows.append(judge(claim, setting, {name_a, name_b}, a, b))
     for name, records in jobs.items():
         done = [r for r in records if "end" in r]
         if len(done) > 1:
+            facts = {"seeds": len(done), "seconds": summary([r["seconds"] for r in done]),
+                     "diverged": len(records) - len(done)}  # fmt: skip
             models[name] = {"effective_nfe": done[0]["effective_nfe"], "updates": done[0]["updates"],
-                            **numbers(name, "end"),
-                            "student_updates": done[0]["student_updates"], "seeds": len(done),
-                            "seconds": summary([r["seconds"] for r in done]),
-                            "diverged": len(records) - len(done)}  # fmt: skip
+                            **numbers(name, "end"), "student_updates": done[0]["student_updates"], **facts}  # fmt: skip
     result = {"rule": "2 sqrt(se_A^2 + se_B^2), see claims.py", "rows": rows, "models": models}
     if rung.table:
         rung.table(jobs, numbers, judge, result)
@@ -199,6 +189,7 @@ def tabulate(rung: Rung, root: Path) -> dict:
 
 
 def show(s: dict, percent=False) -> str:
+    """A summary as "mean ± standard deviation"."""
     scale, digits = (100, 1) if percent else (1, 3)
     return f"{scale * s['mean']:.{digits}f} ± {scale * s['std']:.{digits}f}"
 
@@ -212,9 +203,8 @@ def claims_table(rung: Rung, result: dict) -> str:
         return " / ".join(show(x[k], k in rung.percent) + " %" * (k in rung.percent) for k in rung.scores if k in x)
 
     lines = ["| claim | setting (A against B) | A | B | A beats B |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {r['claim']} | {r['setting']} | {cell(r['A'])} | {cell(r['B'])} | {r['verdict']} |" for r in result["rows"]
-    ]
+    for r in result["rows"]:
+        lines.append(f"| {r['claim']} | {r['setting']} | {cell(r['A'])} | {cell(r['B'])} | {r['verdict']} |")
     return "\n".join(lines) + "\n"
 
 
@@ -232,17 +222,15 @@ def students_table(rung: Rung, result: dict) -> str:
 
 def markdown(rung: Rung, result: dict) -> str:
     """All tables of a rung."""
-    return "\n".join(
-        [
-            claims_table(rung, result),
-            students_table(rung, result),
-            *(rung.more_tables(result) if rung.more_tables else []),
-        ]
-    )
+    more = rung.more_tables(result) if rung.more_tables else []
+    return "\n".join([claims_table(rung, result), students_table(rung, result), *more])
 
 
 def run(rung: Rung, out: str, quick: bool = False, processes: int = 2, seeds=SEEDS, only: tuple = ()) -> dict:
-    """Run every missing job (or those named in `only`), then write claims.json, claims.md and the rung's picture."""
+    """Run every missing job (or those named in `only`), then write claims.json, claims.md and the rung's picture.
+
+    RuntimeError if the folder `out` holds jobs of another size.
+    """
     root, first = Path(out), next(iter(rung.jobs))
     (root / "jobs").mkdir(parents=True, exist_ok=True)
     stamp = {**asdict(rung.toy_of(first, 0, quick)), "out": None}
@@ -254,9 +242,8 @@ def run(rung: Rung, out: str, quick: bool = False, processes: int = 2, seeds=SEE
     teachers = {rung.teacher_name(rung.toy_of(n, s, quick)): (rung, root, n, s, quick) for _, _, n, s, _ in jobs}
     with workers(processes) as pool:
         for todo, work, what in ((list(teachers.values()), run_teacher, "teachers"), (jobs, run_job, "students")):
-            for done in tqdm(
-                as_completed([pool.submit(work, job) for job in todo]), total=len(todo), desc=what, disable=None
-            ):
+            running = as_completed([pool.submit(work, job) for job in todo])
+            for done in tqdm(running, total=len(todo), desc=what, disable=None):
                 done.result()
     result = tabulate(rung, root)
     if rung.draw and not quick:

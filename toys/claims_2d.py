@@ -1,7 +1,4 @@
-"""What the paper claims, measured on points in the plane: python toy_2d.py --claims.
-
-The rule and the engine are in claims.py.
-"""
+"""What the paper claims, measured on points in the plane: python toy_2d.py --claims. The rule is in claims.py."""
 
 from __future__ import annotations
 
@@ -19,14 +16,8 @@ from toys.planar import _CENTRES, sliced_wasserstein
 from toys.plane import QUICK, PlanarLadder, Toy
 
 SCORES = {"swd": -1, "off_support": -1}
-SIZE = {
-    "stage1_updates": 800,
-    "iterations": 1600,
-    "M": 1,
-    "N": 4,
-    "H": 2,
-    "outer": "deterministic",
-}  # one job takes about a minute
+# one job takes about a minute
+SIZE = {"stage1_updates": 800, "iterations": 1600, "M": 1, "N": 4, "H": 2, "outer": "deterministic"}
 M2 = {"M": 2, "outer_shift": 10.0}
 EVEN = {"M": 2, "outer_shift": 1.0}
 
@@ -119,6 +110,7 @@ CLAIMS = [
 
 
 def teacher_name(cfg: Toy) -> str:
+    """The folder of the teacher that a job's student starts from."""
     return f"teacher-{cfg.data}-{'cond' if cfg.conditional else 'free'}-L{cfg.depth}-seed{cfg.seed}"
 
 
@@ -128,9 +120,8 @@ def extra(bench: PlanarLadder, teacher, fit: dict, how) -> dict:
     if fit["stage1"]:
         few = tmd.sample_teacher(teacher, bench.x_1, bench.c, bench.c_neg, grid=how.outer_grid)
         found["teacher"] = bench.score(few, bench.c)
-    if (
-        how.M > 1
-    ):  # found here: the fake score sees the mixture over t_i, so each x_hat(t_i) may drift while the mixture fits
+    # found here: the fake score sees the mixture over t_i, so each x_hat(t_i) may drift while the mixture fits
+    if how.M > 1:
         found["per_t"] = x_hat_per_time(bench, fit["student"], how)
     return found
 
@@ -142,16 +133,13 @@ def x_hat_per_time(bench: PlanarLadder, student, how) -> dict:
     for t in how.outer_grid[1:]:
         t, x_1 = t.expand(n), tmd.randn_like(bench.x, g)
         x_t = tmd.interpolate(bench.x, x_1, t)
-        y_hat = tmd.inner_flow(
-            tmd.transition(student, x_t, t, bench.c, how.target), tmd.randn_like(x_t, g), how.inner_grid, how.field
-        )
+        predict = tmd.transition(student, x_t, t, bench.c, how.target)
+        y_hat = tmd.inner_flow(predict, tmd.randn_like(x_t, g), how.inner_grid, how.field)
         found.append(tmd.clean_estimate(y_hat, x_t, t, how.target, how.clean, x_1))
     pick = torch.randint(len(found), (n,), generator=g)
     mixed = torch.stack(found)[pick, torch.arange(n)]
-    return {
-        "each": [sliced_wasserstein(x_hat, bench.x) for x_hat in found],
-        "mixture": sliced_wasserstein(mixed, bench.x),
-    }
+    each = [sliced_wasserstein(x_hat, bench.x) for x_hat in found]
+    return {"each": each, "mixture": sliced_wasserstein(mixed, bench.x)}
 
 
 def exact_c0(seeds=SEEDS, n: int = 5000) -> list[dict]:
@@ -160,15 +148,12 @@ def exact_c0(seeds=SEEDS, n: int = 5000) -> list[dict]:
     for sigma in (0.02, 0.15, 0.5):
         data = GaussianMixture(_CENTRES, torch.full((8,), sigma))
         for M in (1, 2, 4):
-            grid, found = tmd.make_grid(M, 1.0).double(), {"flow": [], "tm": [], "floor": []}
+            grid, inner = tmd.make_grid(M, 1.0).double(), tmd.make_grid(1, 1.0).double()
+            found = {"flow": [], "tm": [], "floor": []}
             for seed in seeds:
                 g = torch.Generator().manual_seed(seed)
-                x, other, x_1 = (
-                    data.sample(n, g),
-                    data.sample(n, g),
-                    torch.randn(n, 2, generator=g, dtype=torch.float64),
-                )
-                inner = tmd.make_grid(1, 1.0).double()
+                x, other = data.sample(n, g), data.sample(n, g)
+                x_1 = torch.randn(n, 2, generator=g, dtype=torch.float64)
                 exact = tmd.sample(ExactStudent(data, g), x_1, outer_grid=grid, inner_grid=inner, generator=g)
                 flow = tmd.sample_teacher(data, x_1, grid=grid)
                 for key, points in (("flow", flow), ("tm", exact), ("floor", other)):
@@ -182,33 +167,25 @@ def table(jobs: dict, numbers, judge, result: dict) -> None:
     rows = []
     for row in exact_c0():
         a, b = ({"swd": row[k]} for k in ("tm", "flow"))
-        setting = (
-            f"exact oracle, eight Gaussians of width {row['sigma']}, M = {row['M']}: transition against flow matching"
-        )
+        where = f"exact oracle, eight Gaussians of width {row['sigma']}, M = {row['M']}"
+        setting = f"{where}: transition against flow matching"
         rows.append({"claim": "C0", "setting": setting, "A": a, "B": b, "verdict": verdict(a, b, SCORES)})
-    for name, steps in (
-        ("tmd", "one step"),
-        ("tmd M2", "two steps, grid 0.999, 0.909"),
-        ("tmd M2 even", "two steps, grid 0.999, 0.5"),
-    ):
+    grids = {"tmd": "one step", "tmd M2": "two steps, grid 0.999, 0.909", "tmd M2 even": "two steps, grid 0.999, 0.5"}
+    for name, steps in grids.items():
         setting = f"after stage 1 (N = 4) against the teacher's mean velocity, {steps}"
         rows.append(judge("C0", setting, [name], numbers(name, "stage1"), numbers(name, "teacher")))
     result["rows"] = rows + result["rows"]
-    result["x_hat_per_time"] = {
-        n: [r["per_t"] for r in rs if "per_t" in r] for n, rs in jobs.items() if any("per_t" in r for r in rs)
-    }
+    drift = {name: [r["per_t"] for r in records if "per_t" in r] for name, records in jobs.items()}
+    result["x_hat_per_time"] = {name: found for name, found in drift.items() if found}
 
 
 def drift_table(result: dict) -> list[str]:
-    lines = [
-        "| student, M = 2 | x_hat from t_1 | x_hat from t_2 | mixture (what the fake score sees) |",
-        "|---|---|---|---|",
-    ]
+    """Distance of x_hat to the data by outer time, for the students with M = 2."""
+    head = "| student, M = 2 | x_hat from t_1 | x_hat from t_2 | mixture (what the fake score sees) |"
+    lines = [head, "|---|---|---|---|"]
     for name, rs in sorted(result["x_hat_per_time"].items()):
-        cells = [show(summary([r["each"][i] for r in rs])) for i in (0, 1)] + [
-            show(summary([r["mixture"] for r in rs]))
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        columns = [*([r["each"][i] for r in rs] for i in (0, 1)), [r["mixture"] for r in rs]]
+        lines.append(f"| {name} | " + " | ".join(show(summary(column)) for column in columns) + " |")
     return ["\n".join(lines) + "\n"]
 
 
@@ -217,48 +194,18 @@ def draw(root: Path, result: dict) -> None:
     plt = pyplot()
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     teachers = [json.loads(f.read_text()) for f in sorted(root.glob("teacher-spirals-free-L6-seed*/teacher.json"))]
-    names = {
-        "dmd2v": "DMD2-v M1",
-        "dmd2v M2": "DMD2-v M2",
-        "tmd N1": "N1 H2",
-        "tmd N2": "N2 H2",
-        "tmd H1": "N4 H1",
-        "tmd": "N4 H2",
-        "tmd M2": "M2 N4 H2",
-    }
+    mean = lambda steps, key: sum(t[steps][key] for t in teachers) / len(teachers)
+    names = {"dmd2v": "DMD2-v M1", "dmd2v M2": "DMD2-v M2", "tmd N1": "N1 H2", "tmd N2": "N2 H2", "tmd H1": "N4 H1",
+             "tmd": "N4 H2", "tmd M2": "M2 N4 H2"}  # fmt: skip
     for ax, key, label in zip(axes, ("swd", "off_support"), ("sliced Wasserstein", "share off the support")):
-        for name, text in names.items():
-            if name in result["models"]:
-                m = result["models"][name]
-                color = INK if "DMD2" in text else ORANGE
-                ax.errorbar(
-                    m["effective_nfe"],
-                    m[key]["mean"],
-                    m[key]["std"],
-                    fmt="s" if "DMD2" in text else "o",
-                    color=color,
-                    capsize=3,
-                    ms=5,
-                )
-                ax.annotate(
-                    text,
-                    (m["effective_nfe"], m[key]["mean"]),
-                    xytext=(5, 4),
-                    textcoords="offset points",
-                    fontsize=7,
-                    color=color,
-                )
+        for name, text in ((name, text) for name, text in names.items() if name in result["models"]):
+            m = result["models"][name]
+            at, (color, mark) = (m["effective_nfe"], m[key]["mean"]), (INK, "s") if "DMD2" in text else (ORANGE, "o")
+            ax.errorbar(*at, m[key]["std"], fmt=mark, color=color, capsize=3, ms=5)
+            ax.annotate(text, at, xytext=(5, 4), textcoords="offset points", fontsize=7, color=color)
         for steps, style in (("50", "--"), ("4", ":")):
-            ax.axhline(
-                sum(t[steps][key] for t in teachers) / len(teachers),
-                color=BLUE,
-                lw=1,
-                ls=style,
-                label=f"teacher, {steps} steps",
-            )
-        ax.axhline(
-            sum(t["floor"][key] for t in teachers) / len(teachers), color=GREY, lw=1, label="two draws of the data"
-        )
+            ax.axhline(mean(steps, key), color=BLUE, lw=1, ls=style, label=f"teacher, {steps} steps")
+        ax.axhline(mean("floor", key), color=GREY, lw=1, label="two draws of the data")
         ax.set(xlabel="effective NFE", ylabel=label, yscale="log", xlim=(0.8, 4.6))
         ax.grid(alpha=0.2, which="both")
     axes[0].legend(fontsize=7)

@@ -1,11 +1,8 @@
-"""What the paper claims, measured on moving shapes: python toy_video.py --claims.
+"""What the paper claims, measured on moving shapes: python toy_video.py --claims. The rule is in claims.py.
 
-The rule and the engine are in claims.py.
-
-Scores are the ruler's (ruler.py), higher is better; the rule looks at their stated mean, `total`. "Static
-collapse" would show in motion, mode collapse in diversity, a forgotten prompt in semantic: all are in the table of
-students. A job is a student of one seed's teacher. --only runs some of them, so that a machine with little time can
-fill the table row by row.
+Scores are the ruler's (ruler.py); higher is better. The rule looks at their mean, `total`. Static collapse would show
+in motion, mode collapse in diversity, a forgotten prompt in semantic: all are in the table of students. --only runs
+some of the jobs, so that the table can be filled row by row.
 """
 
 from __future__ import annotations
@@ -54,13 +51,8 @@ JOBS = {
 CLAIMS = [
     ("C1", "M = 1, N = 4", "tmd", "dmd2v", "end"),
     ("C1", "M = 1, N = 2", "tmd N2", "dmd2v", "end"),
-    (
-        "C1",
-        "M = 1, neither warmed up: TMD without stage 1 against DMD2-v without KD",
-        "tmd no stage 1",
-        "dmd2v no kd",
-        "end",
-    ),
+    ("C1", "M = 1, neither warmed up: TMD without stage 1 against DMD2-v without KD", "tmd no stage 1", "dmd2v no kd",
+     "end"),
     ("C1", "M = 2, N = 4", "tmd M2", "dmd2v M2", "end"),
     ("C1", "like NFE: TMD at M = 1, N = 4 against DMD2-v at M = 2", "tmd", "dmd2v M2", "end"),
     ("C2", "M = 2 against M = 1, N = 4", "tmd M2", "tmd", "end"),
@@ -86,24 +78,25 @@ CLAIMS = [
     ("C10", "t_student shift 10 (paper's) against 1 at M = 2, TMD", "tmd M2", "tmd M2 even", "end"),
     ("C10", "t_student shift 10 (paper's) against 1 at M = 2, DMD2-v", "dmd2v M2", "dmd2v M2 even", "end"),
     ("(a)", "clips half as long again: TMD against DMD2-v", "tmd long clips", "dmd2v long clips", "end"),
-]
+]  # fmt: skip
 
 LABELS = {"total": "total", "quality": "quality", "semantic": "semantic", "motion": "motion", "diversity": "diversity"}
 
 
 def teacher_name(cfg: ToyVideo) -> str:
+    """The folder of the teacher that a job's student starts from."""
     return f"teacher-{cfg.frames}x{cfg.pixels}-seed{cfg.seed}"
 
 
 def base_teachers(root: Path) -> list[dict]:
-    """Scores of the teachers of the table's common clip length, which is the length that most students have."""
-    found = [json.loads(f.read_text()) for f in sorted(root.glob("teacher-*/teacher.json"))]
-    lengths = [f.parent.name.split("-")[1] for f in sorted(root.glob("teacher-*/teacher.json"))]
-    return [t for t, length in zip(found, lengths) if length == min(lengths, key=lambda s: int(s.split("x")[0]))]
+    """Scores of the teachers of the shorter clips, which most students make."""
+    files = sorted(root.glob("teacher-*/teacher.json"))
+    frames = [int(f.parent.name.split("-")[1].split("x")[0]) for f in files]
+    return [json.loads(f.read_text()) for f, n in zip(files, frames) if n == min(frames)]
 
 
 def table(jobs: dict, numbers, judge, result: dict) -> None:
-    """Scores by motion law, for the questions which motions suffer and which shift suits which motion."""
+    """Adds the scores by motion law: which motions suffer, and which shift suits which motion?"""
     result["laws"] = {
         name: {law: summary([r["end"]["laws"][law]["total"] for r in rs]) for law in MOTIONS}
         for name, rs in jobs.items()
@@ -112,6 +105,7 @@ def table(jobs: dict, numbers, judge, result: dict) -> None:
 
 
 def laws_table(result: dict) -> list[str]:
+    """Total score of each student by motion law."""
     lines = [f"| total score by motion law | {' | '.join(MOTIONS)} |", "|---" * (len(MOTIONS) + 1) + "|"]
     for name, laws in sorted(result["laws"].items()):
         lines.append(f"| {name} | " + " | ".join(show(laws[law]) for law in MOTIONS) + " |")
@@ -119,7 +113,7 @@ def laws_table(result: dict) -> list[str]:
 
 
 def measured(result: dict) -> list[str]:
-    """The tables of students and of motion laws, of those that were run."""
+    """The tables of students and of motion laws, for the students that were run."""
     return [claims.students_table(rung("tiny"), result), *laws_table(result)]
 
 
@@ -127,6 +121,7 @@ def draw(root: Path, result: dict) -> None:
     """Total and semantic score of the students, a row each by effective NFE, teachers as lines."""
     plt = pyplot()
     teachers, models = base_teachers(root), result["models"]
+    mean = lambda steps, key: sum(t[steps][key] for t in teachers) / len(teachers)
     names = ("dmd2v", "dmd2v no kd", "dmd2v M2", "tmd", "tmd N1", "tmd N2", "tmd H1", "tmd M2", "tmd no stage 1")
     shown = sorted((name for name in names if name in models), key=lambda name: (models[name]["effective_nfe"], name))
     fig, axes = plt.subplots(1, 2, figsize=(10, 1.3 + 0.3 * len(shown)), layout="constrained", sharey=True)
@@ -135,15 +130,8 @@ def draw(root: Path, result: dict) -> None:
             m, (color, mark) = models[name], (INK, "s") if "dmd2v" in name else (ORANGE, "o")
             ax.errorbar(m[key]["mean"], row, xerr=m[key]["std"], fmt=mark, color=color, capsize=3, ms=5)
         for steps, style in (("50", "--"), ("4", ":")):
-            ax.axvline(
-                sum(t[steps][key] for t in teachers) / len(teachers),
-                color=BLUE,
-                lw=1,
-                ls=style,
-                label=f"teacher, {steps} x 2",
-            )
-        data = sum(t["floor"][key] for t in teachers) / len(teachers)
-        ax.set(title=f"{key} (data: {data:.2f})")
+            ax.axvline(mean(steps, key), color=BLUE, lw=1, ls=style, label=f"teacher, {steps} x 2")
+        ax.set(title=f"{key} (data: {mean('floor', key):.2f})")
         ax.grid(alpha=0.2)
     axes[0].set_yticks(range(len(shown)), [f"{name}, NFE {models[name]['effective_nfe']:.2f}" for name in shown])
     axes[0].invert_yaxis()
@@ -156,13 +144,11 @@ def rung(size: str) -> Rung:
     """The rung at a size of toy_video.py."""
     shorter = {"iterations": 800} if size == "tiny" else {}  # two thirds of the default run: about five minutes a job
     settings = {**SIZES[size], "size": size, **shorter}
-    frames = 3 * SIZES[size].get("frames", ToyVideo.frames) // 2
+    longer = {"frames": 3 * SIZES[size].get("frames", ToyVideo.frames) // 2}
+    jobs = {name: (cfg | longer, *job) if "long clips" in name else (cfg, *job) for name, (cfg, *job) in JOBS.items()}
     return Rung(
         ladder=VideoLadder,
-        jobs={
-            name: ({**job[0], "frames": frames}, *job[1:]) if "long clips" in name else job
-            for name, job in JOBS.items()
-        },
+        jobs=jobs,
         claims=CLAIMS,
         size=settings,
         quick={**QUICK, "teacher_updates": 10, "stage1_updates": 4, "iterations": 10},
@@ -177,7 +163,10 @@ def rung(size: str) -> Rung:
 
 
 def run(out: str, size: str, quick: bool = False, processes: int = 2, only: tuple = ()) -> dict:
-    """Run every missing job (or those named in `only`), then write claims.json, claims.md and quality_vs_nfe.png."""
+    """Run every missing job (or those named in `only`), then write claims.json, claims.md and quality_vs_nfe.png.
+
+    ValueError names the known jobs if one of `only` is not among them.
+    """
     unknown = [name for name in only if name not in JOBS]
     if unknown:
         raise ValueError(f"unknown job {unknown[0]!r}; choose from {', '.join(JOBS)}.")

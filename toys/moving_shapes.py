@@ -1,13 +1,13 @@
-"""Toy videos of one moving shape, rendered on the fly, and an exact ruler for generated clips.
+"""Toy videos of one moving shape, rendered on the fly: the words of a prompt, the laws of motion, the renderer.
 
-A prompt has three words, shade, shape and motion ("bright ring circle"); a clip has one channel, values in [-1, 1],
+A prompt has three words: shade, shape and motion ("bright ring circle"). A clip has one channel, values in [-1, 1],
 background -1. Lengths are fractions of the frame side and a motion fills the clip, so clips of any size and length
-obey the same laws. Because the renderer is known, the nearest valid clip to any clip can be searched for, and every
-score is a distance to it.
+obey the same laws.
 
     world = World()                                         # 8 frames of 16 x 16
     clips, c, params = world.draw(500, torch.Generator())   # (500, 1, 8, 16, 16), (500, 3), (500, 5)
-    Ruler(world).score(clips, c)["total"]                   # data: 0.99, after some 6 s on one core
+
+Because the renderer is known, the valid clip nearest to any clip can be searched for: ruler.py scores clips by it.
 """
 
 from __future__ import annotations
@@ -19,17 +19,14 @@ import torch
 
 import tmd_minimal as tmd
 
-SHADES, SHAPES, MOTIONS = (
-    ("dim", "bright"),
-    ("square", "ring", "cross"),
-    ("still", "straight", "bounce", "circle", "eight"),
-)
+SHADES = ("dim", "bright")
+SHAPES = ("square", "ring", "cross")
+MOTIONS = ("still", "straight", "bounce", "circle", "eight")
 WORDS = (*SHADES, *SHAPES, *MOTIONS, "any")
-EMPTY = (
-    len(WORDS) - 1
-)  # the id of "any", which takes a word's place where the condition is dropped; no clip is drawn for it
+# The id of "any". It takes a word's place where the condition is dropped; no clip is drawn for it.
+EMPTY = len(WORDS) - 1
 _SLOTS = (SHADES, SHAPES, MOTIONS)
-_FIRST = (0, len(SHADES), len(SHADES) + len(SHAPES))  # the id of the first word of each slot
+FIRST = (0, len(SHADES), len(SHADES) + len(SHAPES))  # the id of the first word of each slot
 _RADIUS, _MARGIN = 0.19, 0.21  # half a shape, and how near its centre comes to an edge: shapes never leave the frame
 
 
@@ -41,9 +38,8 @@ def encode(prompt: str) -> torch.Tensor:
     words = prompt.split()
     if len(words) != 3 or any(w not in (*slot, WORDS[EMPTY]) for w, slot in zip(words, _SLOTS)):
         known = "; ".join(" | ".join(slot) for slot in _SLOTS)
-        raise ValueError(
-            f"cannot read the prompt {prompt!r}; write three words, one each of {known} (or {WORDS[EMPTY]})."
-        )
+        told = f"cannot read the prompt {prompt!r}"
+        raise ValueError(f"{told}; write three words, one each of {known} (or {WORDS[EMPTY]}).")
     return torch.tensor([WORDS.index(w) for w in words])
 
 
@@ -55,12 +51,12 @@ def decode(c: torch.Tensor) -> str:
     return " ".join(WORDS[t] for t in tokens)
 
 
-def _checked(c):  # prompts (n, 3) in which every word is named
+def checked(c: torch.Tensor) -> torch.Tensor:
+    """The prompts c (n, 3), if every word of them is named; ValueError otherwise."""
     if c.ndim != 2 or c.shape[1] != 3 or c.is_floating_point():
-        raise ValueError(
-            f"prompts of shape {tuple(c.shape)} and type {c.dtype} do not fit; give integer tokens (n, 3)."
-        )
-    first = torch.tensor(_FIRST, device=c.device)
+        told = f"prompts of shape {tuple(c.shape)} and type {c.dtype} do not fit"
+        raise ValueError(f"{told}; give integer tokens (n, 3).")
+    first = torch.tensor(FIRST, device=c.device)
     if ((c < first) | (c >= first + torch.tensor([len(s) for s in _SLOTS], device=c.device))).any():
         raise ValueError("a prompt has a wrong or empty word; use tokens of encode() with no word left as any.")
     return c
@@ -99,7 +95,7 @@ def _straight(u, time):
 
 
 def _bounce(u, time):
-    """Reflection from one of four walls in the middle of the clip.
+    """A straight path that one of four walls reflects in the middle of the clip.
 
     u: place along the wall, time of the hit, speed, wall and angle.
     """
@@ -107,9 +103,8 @@ def _bounce(u, time):
     quarter = (4 * u[:, 3, None]).floor()
     slope = _along((4 * u[:, 3] - quarter[:, 0] - 0.5) / 4)  # within 45 degrees of the normal, so the bounce is seen
     speed = _between(0.75, 1.1, u[:, 2, None])
-    depth = _SIDE * _fold(
-        speed * slope[:, :1] * since_hit.abs() / _SIDE
-    )  # from the wall; the other walls reflect as well
+    # depth is counted from the wall; the other walls reflect as well
+    depth = _SIDE * _fold(speed * slope[:, :1] * since_hit.abs() / _SIDE)
     place = _SIDE * (_fold(_fold(u[:, :1]) + speed * slope[:, 1:] * since_hit / _SIDE) - 0.5)
     depth = (_SIDE / 2 - depth) * torch.where(quarter % 4 < 2, 1, -1)
     return torch.where((quarter % 2 == 0)[..., None], torch.stack([depth, place], -1), torch.stack([place, depth], -1))
@@ -124,10 +119,7 @@ def _circle(u, time):
 
 
 def _eight(u, time):
-    """A figure-eight (sin a, sin 2a / 2) turned by u[4], run through once.
-
-    Half a turn of the figure is the opposite sense.
-    """
+    """A figure-eight (sin a, sin 2a / 2), turned by u[4] and run through once. Turned by a half, it runs backwards."""
     length = _between(0.22, 0.28, u[:, 2, None])
     angle = math.tau * (u[:, 3, None] + time)
     p, q = angle.sin(), (2 * angle).sin() / 2
@@ -147,7 +139,7 @@ def _few(u, motion):
     The rounded values are the ends of equal steps of u, so uniform u hits every mode equally often.
     """
     step = lambda x, k: (k * x.remainder(1)).floor() / k
-    half, law = torch.full_like(u[:, 0], 0.5), (motion - _FIRST[2])[:, None]
+    half, law = torch.full_like(u[:, 0], 0.5), (motion - FIRST[2])[:, None]
     straight = (u[:, 0], u[:, 1], half, step(u[:, 3], 4), u[:, 4])  # along an axis, either way
     bounce = (u[:, 0], half, half, step(u[:, 3], 8) + 1 / 16, u[:, 4])  # four walls, two angles
     circle = (u[:, 0], u[:, 1], half, step(u[:, 3], 4), step(u[:, 4], 2) + 1 / 8)  # four starts, two senses
@@ -178,16 +170,16 @@ _OUTLINES = (_square, _ring, _cross)
 
 @dataclass(frozen=True)
 class World:
-    """The renderer.
+    """The renderer of clips (n, 1, T, H, W).
 
-    `draw` gives data, `trajectory` and `render` are its two halves; all follow the device of their arguments.
+    `draw` gives data; `trajectory` and `render` are its two halves. All follow the device of their arguments.
+    ValueError for a world too short or too small to tell motions and shapes apart.
     """
 
     frames: int = 8  # of a clip
     size: int = 16  # side of a frame in pixels
-    modes: str = (
-        "free"  # of a motion: "free" (any direction, phase, speed) or "few" (see _few), which a small network can learn
-    )
+    # of a motion: "free" (any direction, phase, speed), or "few" (see _few), which a small network can learn
+    modes: str = "free"
 
     def __post_init__(self):
         if self.frames < 6:
@@ -206,12 +198,12 @@ class World:
         if self.modes == "few":
             params = _few(params, motion)
         for i, law in enumerate(_LAWS):
-            rows = (motion == _FIRST[2] + i).nonzero()[:, 0]
+            rows = (motion == FIRST[2] + i).nonzero()[:, 0]
             if len(rows):
                 path[rows] = 0.5 + law(params[rows], time)
         return path
 
-    def _cover(self, shape, path):
+    def cover(self, shape, path):
         """Share of every pixel that the shape covers, smooth in the path.
 
         shape (n,) from 0 to 2, path (n, T, 2) -> (n, T, H, W).
@@ -226,23 +218,19 @@ class World:
         return cover
 
     def render(self, shade, shape, path):
-        """Clips (n, 1, T, H, W) in [-1, 1] of a shape at the centres path (n, T, 2).
-
-        shade (n,) and shape (n,) hold tokens.
-        """
-        return (shade + 1).to(path.dtype)[:, None, None, None, None] * self._cover(shape - _FIRST[1], path)[:, None] - 1
+        """Clips (n, 1, T, H, W) in [-1, 1]: shade (n,) and shape (n,), as tokens, at the centres path (n, T, 2)."""
+        return (shade + 1).to(path.dtype)[:, None, None, None, None] * self.cover(shape - FIRST[1], path)[:, None] - 1
 
     def draw(self, n: int, generator: torch.Generator, c: torch.Tensor | None = None):
-        """n clips (n, 1, T, H, W), prompts c (n, 3), params (n, 5), on the generator's device.
+        """n clips (n, 1, T, H, W) with prompts c (n, 3) and params (n, 5), on the generator's device.
 
-        Of the prompts given, or of uniform ones.
+        The prompts are those given, or uniform ones. ValueError if they are not n whole prompts.
         """
         device = generator.device
         if c is None:
-            c = torch.stack(
-                [f + torch.randint(len(s), (n,), generator=generator, device=device) for f, s in zip(_FIRST, _SLOTS)], 1
-            )
-        elif len(_checked(c)) != n:
+            word = lambda slot: torch.randint(len(slot), (n,), generator=generator, device=device)
+            c = torch.stack([first + word(slot) for first, slot in zip(FIRST, _SLOTS)], 1)
+        elif len(checked(c)) != n:
             raise ValueError(f"{len(c)} prompts were given for {n} clips; give one prompt a clip.")
         c = c.to(device)
         params = torch.rand(n, 5, generator=generator, device=device)

@@ -11,17 +11,15 @@ from tmd_minimal import bcast
 
 
 class GaussianMixture:
-    """x ~ sum_k w_k N(mu_k, sigma_k^2 I): diffused marginals, exact velocity (Eq. 2), exact posterior samples."""
+    """A Gaussian mixture x ~ sum_k w_k N(mu_k, sigma_k^2 I): exact velocity (Eq. 2), exact samples of the posterior."""
 
     def __init__(self, means, sigmas, weights=None, dtype=torch.float64):
         self.means, self.sigmas = torch.as_tensor(means, dtype=dtype), torch.as_tensor(sigmas, dtype=dtype)
-        k = len(self.means)
-        self.weights = (
-            torch.full((k,), 1 / k, dtype=dtype) if weights is None else torch.as_tensor(weights, dtype=dtype)
-        )
+        weights = [1 / len(self.means)] * len(self.means) if weights is None else weights
+        self.weights = torch.as_tensor(weights, dtype=dtype)
 
     def sample(self, n: int, generator=None):
-        """x (n, d)."""
+        """Draw x (n, d)."""
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         noise = torch.randn(n, self.means.shape[1], generator=generator, dtype=self.means.dtype)
         return self.means[k] + self.sigmas[k, None] * noise
@@ -35,12 +33,12 @@ class GaussianMixture:
         return log_p.softmax(-1), clean, self.sigmas[:, None] * t / var.sqrt()  # responsibilities, means, stds
 
     def posterior_mean(self, x_t, t):
-        """E[x | x_t] (B, d)."""
+        """The mean of the data given x_t: E[x | x_t] (B, d)."""
         p, clean, _ = self._components(x_t, t)
         return (p[..., None] * clean).sum(1)
 
     def posterior_sample(self, x_t, t, generator=None):
-        """x ~ p(x | x_t) (B, d)."""
+        """A sample of the data given x_t: x ~ p(x | x_t) (B, d)."""
         p, clean, std = self._components(x_t, t)
         k = torch.multinomial(p, 1, generator=generator)[:, 0]
         rows = torch.arange(len(k))
@@ -48,7 +46,7 @@ class GaussianMixture:
         return clean[rows, k] + std[rows, k] * noise
 
     def __call__(self, x_t, t, c=None):
-        """Exact teacher: E[x_1 - x | x_t] = (x_t - E[x | x_t]) / t, Eq. (2)."""
+        """The exact teacher: E[x_1 - x | x_t] = (x_t - E[x | x_t]) / t, Eq. (2)."""
         return (x_t - self.posterior_mean(x_t, t)) / bcast(t, x_t)
 
 
@@ -81,7 +79,7 @@ class GaussianInnerFlow:
         return ((1 - q) ** 2 * self.sigma**2 + q**2).sqrt()
 
     def average_velocity(self, y_s, s, r):
-        """u(y_s, s, r) (B, *D), Eq. (7); at r = s the velocity E[y_1 - y | y_s], Eq. (6)."""
+        """The exact average velocity u(y_s, s, r) (B, *D), Eq. (7); at r = s the velocity E[y_1 - y | y_s], Eq. (6)."""
         s, r = bcast(s, y_s), bcast(r, y_s)
         centred = y_s - (1 - s) * self.mean
         y_r = (1 - r) * self.mean + centred * self.std(r) / self.std(s)
@@ -96,7 +94,6 @@ class GaussianInnerFlow:
             return y_s - bcast(s, y_s) * self.average_velocity(y_s, s, r)
         q = torch.linspace(0, 1, 401, dtype=y_s.dtype)[:, None] * (s - r) + r  # (401, B)
         centred = (y_s - (1 - bcast(s, y_s)) * self.mean) / bcast(self.std(s), y_s)
-        mean_weight = torch.trapezoid(
-            (1 - q) * self.sigma**2 / self.std(q), dx=1 / 400, dim=0
-        )  # E[y | Y(q)] - mean, per centred
+        # E[y | Y(q)] - mean, per unit of centred
+        mean_weight = torch.trapezoid((1 - q) * self.sigma**2 / self.std(q), dx=1 / 400, dim=0)
         return self.mean + bcast(mean_weight, y_s) * centred

@@ -27,17 +27,14 @@ def _moon(u):
 
 _ANGLES = torch.arange(8) * math.pi / 4
 _CENTRES = 1.5 * torch.stack([_ANGLES.cos(), _ANGLES.sin()], -1)
-_CELLS = (
-    torch.tensor([(i, j) for i in range(4) for j in range(4) if (i + j) % 2 == 0]) - 2.0
-)  # lower left corners, side 1
+# lower left corners of squares of side 1
+_CELLS = torch.tensor([(i, j) for i in range(4) for j in range(4) if (i + j) % 2 == 0]) - 2.0
 
 
 def _two_arms(curve, sigma):
     def draw(n, g):
         label = torch.randint(2, (n,), generator=g)
-        x = curve(torch.rand(n, generator=g)) * (
-            1 - 2 * label[:, None]
-        )  # the second arm is the first turned by half a turn
+        x = curve(torch.rand(n, generator=g)) * (1 - 2 * label[:, None])  # the second arm: the first, half a turn on
         return x + sigma * torch.randn(n, 2, generator=g), label
 
     def distance(x, label):
@@ -73,9 +70,10 @@ def _checkerboard_distance(x, label):
 
 @dataclass(frozen=True)
 class PlanarData:
-    """draw(n, generator) -> x (n, 2), label (n,); distance(x, label or None) -> (n,) to the skeleton.
+    """A set of points: how to draw them, and how far a point lies from the set.
 
-    A point is off the support beyond `width`.
+    draw(n, generator) -> x (n, 2), label (n,). distance(x, label or None) -> (n,) to the skeleton, or to that of the
+    class. A point farther than `width` is off the support.
     """
 
     draw: Callable
@@ -100,16 +98,18 @@ def dataset(name: str) -> PlanarData:
 
 
 def off_support(data: PlanarData, x: torch.Tensor, label: torch.Tensor | None = None) -> float:
-    """Share of samples x (n, 2) farther than `width`, three standard deviations, from the support (of their class)."""
+    """Share of samples x (n, 2) farther than `width` from the set (from their class of it, if label is given)."""
     return (data.distance(x, label) > data.width).float().mean().item()
 
 
 def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor, directions: int = 256) -> float:
-    """Sliced 1-Wasserstein distance of two samples (n, d): mean over directions of mean |sorted a - sorted b|."""
+    """Sliced 1-Wasserstein distance of two samples (n, d): mean over directions of mean |sorted a - sorted b|.
+
+    ValueError if they are not equally many.
+    """
     if a.shape != b.shape:
-        raise ValueError(
-            f"samples of shape {tuple(a.shape)} and {tuple(b.shape)} cannot be compared; draw as many of each."
-        )
+        told = f"samples of shape {tuple(a.shape)} and {tuple(b.shape)} cannot be compared"
+        raise ValueError(f"{told}; draw as many of each.")
     g = torch.Generator().manual_seed(0)
     w = torch.randn(a.shape[1], directions, generator=g)
     w = (w / w.norm(dim=0)).to(a.dtype)
@@ -117,15 +117,15 @@ def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor, directions: int = 256) 
 
 
 class PlanarNet(tmd.Network):
-    """L residual AdaLN blocks for points (B, dim).
+    """The network for points (B, dim): residual AdaLN blocks, with or without a class as condition.
 
-    Optional class condition c (B,) int, `classes` being the empty one.
+    c (B,) int; the number `classes` is the empty class. ValueError for points or classes that do not fit.
     """
 
     def __init__(self, dim: int = 2, width: int = 64, depth: int = 6, classes: int = 0):
         super().__init__()
         self.dim, self.classes = dim, classes
-        self.time = tmd.TimeEmbedding(width, max_freq=20.0)  # choice: Wan's 1000 makes a difference of step 0.005 alias
+        self.time = tmd.TimeEmbedding(width, max_freq=20.0)  # choice: Wan's 1000 makes a finite difference alias
         self.patch = nn.Linear(7 * dim, width)
         self.classes_table = nn.Embedding(classes + 1, width) if classes else None
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 5 * width))  # shared by all blocks, as in Wan
@@ -136,9 +136,8 @@ class PlanarNet(tmd.Network):
     def embed(self, x):
         if x.ndim != 2 or x.shape[1] != self.dim:
             raise ValueError(f"points of shape {tuple(x.shape)} do not fit a network for (B, {self.dim}).")
-        waves = [
-            f(k * x) for k in (1, 2, 4) for f in (torch.sin, torch.cos)
-        ]  # a plain linear layer blurs a curve's edge
+        # a plain linear layer blurs a curve's edge
+        waves = [f(k * x) for k in (1, 2, 4) for f in (torch.sin, torch.cos)]
         return self.patch(torch.cat([x, *waves], -1))
 
     def context(self, c, x):
@@ -157,14 +156,12 @@ class PlanarNet(tmd.Network):
 
 
 class PlanarDiscriminator(nn.Module):
-    """One small MLP head a tapped teacher block: list of (B, W) -> logits (B, heads)."""
+    """One small MLP head for each tapped teacher block: list of (B, W) -> logits (B, heads)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.heads = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
-            for _ in range(heads)
-        )
+        layers = lambda: (nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
+        self.heads = nn.ModuleList(nn.Sequential(*layers()) for _ in range(heads))
 
     def forward(self, features):
         return torch.cat([head(f) for head, f in zip(self.heads, features, strict=True)], -1)
