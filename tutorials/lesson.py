@@ -76,9 +76,8 @@ def animate(draw, frames: int, fps: int = 8, **subplots) -> Image:
     plt.close(fig)
     with io.BytesIO() as file:
         pictures[0].save(file, "gif", save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
-        return Image(
-            file.getvalue(), format="png"
-        )  # a GIF under the name of a PNG: code hosts drop image/gif, browsers look at the bytes
+        # a GIF under the name of a PNG: code hosts drop image/gif, browsers look at the bytes
+        return Image(file.getvalue(), format="png")
 
 
 def claims(*names: str, rung: str = "toy_2d") -> Markdown:
@@ -93,9 +92,9 @@ def claims(*names: str, rung: str = "toy_2d") -> Markdown:
     )
     cfg, usual = how.ladder.settings(**how.size), how.ladder.settings()
     updates = [f"{run.stage1_updates + run.iterations:,}" for run in (cfg, usual)]
-    plane, video = "On points of two spirals, where a row says no other", "On clips of moving shapes"
+    where = {"toy_2d": "On points of two spirals, where a row says no other", "toy_video": "On clips of moving shapes"}
     rule = (
-        f"*{video if rung == 'toy_video' else plane}; {updates[0]} updates per student, where a default run makes {updates[1]}. A and B: {scores}; "
+        f"*{where[rung]}; {updates[0]} updates per student, where a default run makes {updates[1]}. A and B: {scores}; "
         "mean ± standard deviation over three seeds. **Holds**: on one score A is better by more than twice the "
         "standard error of the difference, and B is on none. **Does not hold**: the other way round. "
         "**Inconclusive**: all else.*"
