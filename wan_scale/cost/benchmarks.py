@@ -18,13 +18,13 @@ from wan_scale.cost.work import UNITS, flops, measured_rates, step_work
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench_results"
 TIME, MEMORY = 0.15, 0.10  # errors of the plan that are within the bars
-WAITS = """Not measured yet: no GPU was at hand. `make bench-gpu` measures both sizes in nine minutes and writes this
-file. What waits:
+WAITS = """Not measured yet: we had no GPU. `make bench-gpu` measures both sizes in nine minutes and writes this
+file. It will show:
 
 - attention backends side by side, blocks compiled and not, a stock diffusers call
-- a stage 1 step with and without the finite difference; stage 2's student and critics, beside the naive baseline
-- sampling at five (M, N), the head as it is and as a CUDA graph: what an effective NFE costs on the clock; the VAE
-- 14B on one GPU: forward, sampling and, with adapters, stage 2
+- a stage 1 step with and without the finite difference; both updates of stage 2, beside the naive baseline
+- sampling at five (M, N), the head as it is and as a CUDA graph: what an effective NFE costs in seconds; the VAE
+- 14B on one GPU: forward, sampling and, with LoRA, stage 2
 - the errors of `plan`, in time and memory, for every row it predicts
 """
 
