@@ -42,7 +42,7 @@ class Inline:
 
 @pytest.fixture
 def inline(monkeypatch):
-    """The baseline and the claims' jobs train in this process. Other tests of the same commands use real workers."""
+    """Baseline and claims' jobs train in this process, for tests whose claim is not the workers."""
     from toys import claims, ladder
 
     monkeypatch.setattr(ladder, "workers", Inline)

@@ -52,23 +52,18 @@ def test_heun_is_second_order_and_euler_first():
     """Halving the step divides the error by about 4 (Heun) and 2 (Euler)."""
     x_1 = torch.linspace(-2, 2, 41, dtype=F64)[:, None].repeat(1, 2)
     data = GaussianMixture([[0.5, -0.5]], [0.5])
-    exact = tmd.sample_teacher(data, x_1, grid=torch.linspace(0, 0.999, 4097, dtype=F64), method="heun")
+    grid = lambda steps: torch.linspace(0, 0.999, steps + 1, dtype=F64)
+    exact = tmd.sample_teacher(data, x_1, grid=grid(4096), method="heun")
     for method, order in (("euler", 1), ("heun", 2)):
-        error = [
-            (
-                tmd.sample_teacher(data, x_1, grid=torch.linspace(0, 0.999, k + 1, dtype=F64), method=method) - exact
-            ).norm()
-            for k in (64, 128)
-        ]
+        ends = [tmd.sample_teacher(data, x_1, grid=grid(steps), method=method) for steps in (64, 128)]
+        error = [(end - exact).norm() for end in ends]
         assert abs(math.log2(error[0] / error[1]) - order) < 0.25
 
 
 @pytest.mark.parametrize("outer", ["deterministic", "renoised"])
 @pytest.mark.parametrize("grid", [[0, 0.999], [0, 0.5, 0.999], [0, 0.2, 0.3, 0.9, 0.999]])
 def test_algorithm_1_with_exact_posteriors_keeps_every_marginal(grid, outer, g):
-    """Eq. (4), (18), (19): with y ~ p(y | x_t), every x_{t_i} has the right law, on any grid, for both outer
-    transitions.
-    """
+    """Eq. (4), (18), (19): with y ~ p(y | x_t) every x_{t_i} has the right law, on any grid, in both transitions."""
     n, grid = 60_000, torch.tensor(grid, dtype=F64)
     start = tmd.interpolate(MIXTURE.sample(n, g), torch.randn(n, 2, generator=g, dtype=F64), grid[-1].expand(n))
     trace = []
@@ -85,9 +80,8 @@ def test_flow_matching_loses_covariance_that_transition_matching_keeps(g):
     data, grid, n = GaussianMixture([[0.0, 0.0]], [1.0]), tmd.make_grid(2, 1.0).double(), 50_000
     x_1 = torch.randn(n, 2, generator=g, dtype=F64)
     flow = tmd.sample_teacher(data, x_1, grid=grid).std()
-    matched = tmd.sample(
-        ExactStudent(data, g), x_1, outer_grid=grid, inner_grid=tmd.make_grid(1, 1.0).double(), generator=g
-    ).std()
+    inner = tmd.make_grid(1, 1.0).double()
+    matched = tmd.sample(ExactStudent(data, g), x_1, outer_grid=grid, inner_grid=inner, generator=g).std()
     assert flow < 0.55 and abs(matched - 1) < 0.01
 
 
@@ -104,9 +98,7 @@ def rollout_std(sigma, field, grid):
 
 @pytest.mark.parametrize("sigma", STD_TABLE)
 def test_rollout_std_as_printed_is_too_small(sigma):
-    """Eq. (14) as printed, exact optimum, y ~ N(0, sigma^2): the rollout's std is 0.623 at N = 1 and 0.493 in the
-    limit.
-    """
+    """Eq. (14) as printed: at its exact optimum for std 1 the rollout has std 0.623 at N = 1, in the limit 0.493."""
     one = torch.tensor([0, 1.0], dtype=F64)
     many = torch.linspace(0, 1, 2001, dtype=F64)
     assert rollout_std(sigma, "printed", one) == pytest.approx(STD_TABLE[sigma][0], abs=1e-3)
@@ -158,17 +150,11 @@ def test_inner_step_goes_toward_data(g):
 
 
 def test_printed_clean_estimate_leaks_the_real_data():
-    """Eq. (15): at fixed x_t and y_hat, x_1 - y_hat moves by -(1-t)/t with the real x.
-
-    x_t - t y_hat (Eq. 17) does not move.
-    """
+    """Eq. (15): at fixed x_t and y_hat, x_1 - y_hat moves by -(1-t)/t with the real x; x_t - t y_hat (Eq. 17) rests."""
     x = torch.tensor([[0.0], [1.0]], dtype=F64)
     for t_value, slope in ((0.999, -0.001 / 0.999), (1 / 1.1, -0.1), (0.5, -1.0)):
-        t, x_t, y_hat = (
-            torch.full((2,), t_value, dtype=F64),
-            torch.full((2, 1), 0.3, dtype=F64),
-            torch.full((2, 1), 0.7, dtype=F64),
-        )
+        t = torch.full((2,), t_value, dtype=F64)
+        x_t, y_hat = torch.full((2, 1), 0.3, dtype=F64), torch.full((2, 1), 0.7, dtype=F64)
         x_1 = (x_t - (1 - t_value) * x) / t_value
         printed = tmd.clean_estimate(y_hat, x_t, t, clean="printed", x_1=x_1)
         consistent = tmd.clean_estimate(y_hat, x_t, t, clean="consistent")
@@ -177,9 +163,7 @@ def test_printed_clean_estimate_leaks_the_real_data():
 
 
 def test_generate_and_sampling_end_in_the_same_place(g):
-    """Eq. (15) consistent is what Algorithm 1 computes: stage 2 trains x_hat of the very transition that sampling
-    makes.
-    """
+    """Eq. (15) consistent is what Algorithm 1 computes: stage 2 trains the transition that sampling makes."""
     data = GaussianMixture([[0.3, -0.2]], [0.8])
     student = GaussianInnerFlow(0.7)
     grid, inner = torch.tensor([0, 0.999], dtype=F64), tmd.make_grid(3, 10.0).double()
@@ -197,9 +181,9 @@ def test_generate_and_sampling_end_in_the_same_place(g):
 
 @pytest.mark.parametrize("t,t_next", [(0.999, 0.5), (0.999, 0.909)])
 def test_deterministic_outer_step_is_off_when_only_the_marginal_matches(t, t_next, g):
-    """Eq. (18) on x_hat = a x_t with the data's std gives std (t'/t) std_t + (1 - t'/t) sigma, not std_t'.
+    """With the right marginal but the wrong coupling, Eq. (18) misses the next marginal and Eq. (19) hits it.
 
-    Eq. (19) gives std_t'.
+    x_hat = a x_t has the data's std. Eq. (18) gives std (t'/t) std_t + (1 - t'/t) sigma, Eq. (19) std_t'.
     """
     n, sigma = 200_000, 0.5
     std = lambda q: math.sqrt((1 - q) ** 2 * sigma**2 + q**2)
@@ -228,9 +212,7 @@ def vsd_gradient(fake, teacher, x_hat, t, noise, normalizer):
 
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
 def test_vsd_gradient_is_the_kl_gradient_between_gaussians(t, g):
-    """Eq. (11): E[g_fake - g_teacher] = t^2/(1-t)^2 dKL(fake_t || teacher_t)/dmean, and its correlation with x_hat
-    that for the std.
-    """
+    """Eq. (11): E[g_fake - g_teacher] is t^2/(1-t)^2 dKL(fake_t || teacher_t)/dmean; times x_hat's noise, d/dstd."""
     (mu, sigma), (mu_t, sigma_t) = (0.7, 0.6), (-0.3, 1.0)
     fake, teacher = GaussianMixture([[mu]], [sigma]), GaussianMixture([[mu_t]], [sigma_t])
     n = 200_000
@@ -250,10 +232,7 @@ def test_vsd_gradient_is_the_kl_gradient_between_gaussians(t, g):
 
 
 def test_vsd_gradient_vanishes_when_they_agree(g):
-    """Eq. (11): no gradient where fake and teacher agree.
-
-    The paper's normaliser blows up the smallest disagreement (trap 5).
-    """
+    """Eq. (11): no gradient where fake and teacher agree; the paper's normaliser blows up any other gap (trap 5)."""
     data, almost = GaussianMixture([[0.5]], [0.7]), GaussianMixture([[0.5 + 1e-4]], [0.7])
     x_hat, noise = data.sample(1000, g), torch.randn(1000, 1, generator=g, dtype=F64)
     for normalizer in ("none", "dmd", "paper"):

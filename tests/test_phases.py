@@ -103,26 +103,12 @@ def test_every_setting_reaches_the_training(which, monkeypatch):
 
     students = [{"target": "x"}, {"field": "printed"}, {"outer_shift": 5.0}, {"inner_shift": 5.0}, {"M": 3}, {"N": 3}]
     if which == "stage1":
-        stages = [
-            {"lr": 2e-3},
-            {"guidance": 1.0},
-            {"cond_drop": 0.0},
-            {"flow_map_share": 0.0},
-            {"s_shift": 1.0},
-            {"derivative": "jvp"},
-        ]
-        stages += [{"fd_step": 0.02}, {"adaptive_c": 1e-5}, {"ema": 0.05}]
+        stages = [{"lr": 2e-3}, {"guidance": 1.0}, {"cond_drop": 0.0}, {"flow_map_share": 0.0}, {"s_shift": 1.0}]
+        stages += [{"derivative": "jvp"}, {"fd_step": 0.02}, {"adaptive_c": 1e-5}, {"ema": 0.05}]
     else:
         students += [{"clean": "printed"}]
-        stages = [
-            {"lr": 2e-3},
-            {"student_every": 2},
-            {"dmd_shift": 1.0},
-            {"guidance": 1.0},
-            {"gan_weight": 0.3},
-            {"normalizer": "paper"},
-        ]
-        stages += [{"rollout": "last"}, {"rollout": "none"}, {"ema": 0.05}]
+        stages = [{"lr": 2e-3}, {"student_every": 2}, {"dmd_shift": 1.0}, {"guidance": 1.0}, {"gan_weight": 0.3}]
+        stages += [{"normalizer": "paper"}, {"rollout": "last"}, {"rollout": "none"}, {"ema": 0.05}]
     base = result()
     for change in students:
         assert not torch.equal(result(student=change), base), change
@@ -140,24 +126,15 @@ def test_kd_brings_the_student_to_the_teacher_s_samples():
         return x_1, 0.5 * x_1 + 1, None
 
     seen = []
-    tmd.train_kd(
-        student,
-        pairs,
-        how,
-        updates=300,
-        lr=3e-3,
-        progress=False,
-        on_step=lambda _, terms: seen.append(terms["kd"].item()),
-    )
+    note = lambda _, terms: seen.append(terms["kd"].item())
+    tmd.train_kd(student, pairs, how, updates=300, lr=3e-3, progress=False, on_step=note)
     x_1 = torch.randn(500, 2, generator=torch.Generator().manual_seed(5))
     x = tmd.sample(student, x_1, outer_grid=how.outer_grid, inner_grid=how.inner_grid)
     assert (x - (0.5 * x_1 + 1)).square().mean() < 0.1 * seen[0]
 
 
 def test_fake_score_starts_as_the_teacher():
-    """Section 6: before its first update the fake score is the teacher, so the first student gradient is guidance and
-    rounding alone.
-    """
+    """Section 6: the fake score starts as the teacher, so the first student gradient is guidance and rounding alone."""
     _, phase = train("stage2", 1, on_step=None)
     tmd.seed_everything(0)
     teacher = flat(PlanarNet(2, 16, 3, 2))
@@ -177,11 +154,8 @@ def test_student_moves_every_fifth_iteration_and_ema_follows_it():
     """Section 6: four critic updates, then one of the student; the EMA moves with the student only."""
     seen = []
     total = lambda net: flat(net).sum().item()
-    train(
-        "stage2",
-        10,
-        on_step=lambda phase, terms: seen.append((sorted(terms), total(phase.nets["student"]), total(phase.ema))),
-    )
+    note = lambda phase, terms: seen.append((sorted(terms), total(phase.nets["student"]), total(phase.ema)))
+    train("stage2", 10, on_step=note)
     assert [names for names, *_ in seen] == ([["disc", "fake"]] * 4 + [["gan", "vsd"]]) * 2
     for value in (1, 2):
         moved = [seen[i][value] != seen[i - 1][value] for i in range(1, 10)]
@@ -193,10 +167,10 @@ def test_ema_is_the_stated_average():
     history = []
     _, phase = train("teacher", 5, on_step=lambda phase, terms: history.append(flat(phase.nets["teacher"])))
     tmd.seed_everything(0)
-    average = flat(PlanarNet(2, 16, 3, 2))
+    ema = flat(PlanarNet(2, 16, 3, 2))
     for n, net in enumerate(history, 1):
-        average = torch.lerp(average, net, 1 - min(0.999, n / (n + 10)))
-    torch.testing.assert_close(flat(phase.ema), average)
+        ema = torch.lerp(ema, net, 1 - min(0.999, n / (n + 10)))
+    torch.testing.assert_close(flat(phase.ema), ema)
 
 
 # -- what can go wrong ------------------------------------------------------------------------------------------------
@@ -222,7 +196,7 @@ def test_settings_of_the_call_are_part_of_the_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("content", [[1, 2], {"x": 1}, {"phase": "stage1", "config": None, "step": 1}])
 def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
-    """A readable file of another kind is one sentence, too."""
+    """A readable file of another kind is an error of one sentence."""
     torch.save(content, tmp_path / "c.pt")
     with pytest.raises(tmd.CheckpointError) as error:
         train("stage1", 6, tmp_path / "c.pt")
@@ -230,7 +204,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
 
 
 def test_networks_of_another_shape_are_refused(tmp_path):
-    """Same settings, another width: one sentence, not a page of parameter names."""
+    """A checkpoint of the same settings and another shape is an error of one sentence, not a page of names."""
     train("stage1", 3, tmp_path / "c.pt")
     state = tmd.safe_load(str(tmp_path / "c.pt"))
     state["parts"]["student"]["gate"] = torch.zeros(7)
@@ -272,10 +246,9 @@ def test_nan_stops_with_step_and_term_and_keeps_the_last_good_checkpoint(tmp_pat
 
     tmd.seed_everything(0)
     net, path = PlanarNet(2, 16, 3, 2), str(tmp_path / "c.pt")
+    how = {"updates": 20, "batch": 8, "lr": 1e-3, "c_neg": 2, "seed": 3, "save_every": 2, "progress": False}
     with pytest.raises(FloatingPointError, match=r"'denoising' is nan at step 5"):
-        tmd.train_teacher(
-            net, poisoned, updates=20, batch=8, lr=1e-3, c_neg=2, seed=3, path=path, save_every=2, progress=False
-        )
+        tmd.train_teacher(net, poisoned, path=path, **how)
     assert torch.isfinite(flat(net)).all()
     state = tmd.safe_load(path)
     assert state["step"] == 4 and all(torch.isfinite(v).all() for v in state["parts"]["teacher"].values())
@@ -303,9 +276,7 @@ def test_kill_9_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
 
 
 def test_backward_is_outside_autocast():
-    """Inside bf16 autocast a part kept in float32 gets the float32 gradient: the backward pass of Phase.update leaves
-    autocast.
-    """
+    """In bf16 autocast a part kept in float32 gets the float32 gradient: Phase.update's backward leaves autocast."""
     net, x, seen = torch.nn.Linear(3, 3), torch.randn(5, 3), []
     phase = tmd.Phase("test", {"net": net}, "net", 1e-3, 0.9, 0, {})
     wanted = torch.autograd.grad(net(x).square().sum(), net.weight)[0]
@@ -318,10 +289,7 @@ def test_backward_is_outside_autocast():
 
 
 def test_no_derivative_where_no_sample_needs_it(monkeypatch):
-    """The derivative is taken in the updates with r < s in their batch, in no others.
-
-    It would be multiplied by zero there.
-    """
+    """du/ds is computed in updates whose batch has some r < s, in no others: there it would be multiplied by zero."""
     calls = []
     derivative, draw, needed = tmd.total_derivative, tmd.stage1_draw, []
 

@@ -9,12 +9,11 @@ import toy_video
 @pytest.mark.slow
 @pytest.mark.parametrize("data", ["spirals", "checkerboard"])
 def test_default_run_draws_shapes_not_blobs(data, tmp_path):
-    """The default run: teacher and students lie on the shape (a Gaussian blob is over 40 % off it), few-step students
-    beat the few-step teacher on both distances, and the whole takes about three minutes.
-    """
+    """In about three minutes teacher and students lie on the shape, and students beat the teacher of as few steps."""
     cfg = toy_2d.Toy(data=data, out=str(tmp_path))
     metrics = toy_2d.run(cfg)
     models = metrics["models"]
+    # a Gaussian blob is over 40 % off the support
     assert models["teacher_50"]["off_support"] < 0.1 and models["teacher_50"]["swd"] < 0.06
     few = models[f"teacher_{cfg.M}"]
     for student in ("dmd2v", "tmd"):
@@ -25,9 +24,7 @@ def test_default_run_draws_shapes_not_blobs(data, tmp_path):
 
 @pytest.mark.slow
 def test_default_video_run_names_shapes_and_motions(tmp_path):
-    """The tiny video ladder: teacher and both one-step students are far above chance (1/30) on the joint prompt and
-    far above the one-step teacher, and the whole takes at most 25 minutes.
-    """
+    """In at most 25 minutes teacher and one-step students are far above chance (1/30) and the one-step teacher."""
     metrics = toy_video.run(toy_video.ToyVideo(size="tiny", out=str(tmp_path)))
     models = metrics["models"]
     for name in ("teacher_50", "dmd2v", "tmd"):

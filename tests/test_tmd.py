@@ -1,5 +1,4 @@
-"""tmd_minimal.py piece by piece: grids, the split, who receives gradient, derivatives, and every limit that is known.
-"""
+"""tmd_minimal.py piece by piece: grids, the split, who receives gradient, du/ds, and every limit that is known."""
 
 import copy
 
@@ -8,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import tmd_minimal as tmd
-from toys.oracles import GaussianInnerFlow
+from toys.oracles import GaussianInnerFlow, GaussianMixture
 from toys.planar import PlanarDiscriminator, PlanarNet
 
 F64 = torch.float64
@@ -87,19 +86,12 @@ def test_outer_times_are_uniform_over_the_grid(g):
     assert counts[0] == 0 and (counts[1:] - 0.25).abs().max() < 0.01
 
 
-@pytest.mark.parametrize(
-    "M,N,H,L,nfe",
-    [
-        (1, 2, 5, 30, 1.17),
-        (2, 2, 5, 30, 2.33),
-        (1, 4, 5, 30, 1.50),
-        (2, 4, 5, 30, 3.00),
-        (1, 4, 5, 40, 1.38),
-        (2, 4, 5, 40, 2.75),
-        (1, 1, 5, 30, 1),
-        (2, 1, 0, 30, 2),
-    ],
-)
+# M, N, H, L, effective NFE
+ROWS = [(1, 2, 5, 30, 1.17), (2, 2, 5, 30, 2.33), (1, 4, 5, 30, 1.50), (2, 4, 5, 30, 3.00),
+        (1, 4, 5, 40, 1.38), (2, 4, 5, 40, 2.75), (1, 1, 5, 30, 1), (2, 1, 0, 30, 2)]  # fmt: skip
+
+
+@pytest.mark.parametrize("M,N,H,L,nfe", ROWS)
 def test_effective_nfe_of_every_row(M, N, H, L, nfe):
     """Eq. (16) gives every effective NFE in the paper's tables."""
     assert tmd.effective_nfe(M, N, H, L) == pytest.approx(nfe, abs=0.006)
@@ -111,8 +103,9 @@ def test_effective_nfe_of_every_row(M, N, H, L, nfe):
 @pytest.mark.parametrize("fusion", ["gated", "concat"])
 @pytest.mark.parametrize("H", [1, 2, 3])
 def test_student_equals_teacher_at_initialisation(teacher, fusion, H, g):
-    """Section 3: at s = t the student's prediction is the teacher's velocity: exactly with a closed gate, within 15 %
-    at the default gate sigmoid(-3) = 0.05 or concat's N(0, 0.01^2), whose share of y_s is not zero.
+    """Section 3: at s = t the student predicts the teacher's velocity, exactly where y_s has no share in the fusion.
+
+    Within 15 % at the default gate, sigmoid(-3) = 0.05, and at concat's N(0, 0.01^2).
     """
     teacher = perturbed(teacher)
     x, c = batch(g, 256)
@@ -129,9 +122,7 @@ def test_student_equals_teacher_at_initialisation(teacher, fusion, H, g):
 
 
 def test_plain_student_makes_every_function_dmd2v(teacher, g):
-    """Section 6: with PlainStudent and N = 1, x_hat is g(x_t, t) = x_t - t v(x_t, t), and one transition is one Euler
-    step.
-    """
+    """Section 6: with PlainStudent and N = 1, x_hat is x_t - t v(x_t, t), and one transition is one Euler step."""
     student = tmd.PlainStudent(perturbed(teacher))
     x, c = batch(g)
     grid, inner = tmd.make_grid(2, 10.0), tmd.make_grid(1, 10.0)
@@ -169,7 +160,7 @@ def test_algorithm_1_is_the_paper_s_update(teacher, g):
 
 @pytest.mark.parametrize("M,N", [(1, 1), (1, 4), (2, 2), (3, 4)])
 def test_sampling_runs_the_backbone_m_times_and_the_head_m_n_times(teacher, M, N, g):
-    """The cost that Eq. (16) counts."""
+    """Eq. (16) counts M runs of the backbone and M N runs of the head; sampling makes as many."""
     calls = {"features": 0, "head": 0}
 
     class Counted(tmd.TMDStudent):
@@ -188,9 +179,7 @@ def test_sampling_runs_the_backbone_m_times_and_the_head_m_n_times(teacher, M, N
 
 
 def test_target_x_starts_as_the_same_student(teacher, g):
-    """Eq. (3), B.4: with target x and a closed gate, x_hat at N = 1 is the teacher's one-step estimate, as for target
-    x_1 - x.
-    """
+    """Eq. (3), B.4: with a closed gate and N = 1, target x samples the teacher's estimate as target x_1 - x does."""
     student = tmd.TMDStudent(teacher, 2, gate_init=-60.0).double()
     x_1, c = batch(g)
     grids = {"outer_grid": tmd.make_grid(1, 10.0), "inner_grid": tmd.make_grid(1, 10.0)}
@@ -220,18 +209,14 @@ def test_any_rank_runs_every_algorithm_function(shape, target, field, clean, g):
 
     net, x = Anything(), torch.randn(6, *shape, generator=g, dtype=F64)
     outer, inner = tmd.make_grid(2, 3.0).double(), tmd.make_grid(2, 3.0).double()
+    how = {"outer_grid": outer, "inner_grid": inner, "target": target, "field": field, "generator": g}
     tmd.tm_mf_loss(net, x, **draws(x, g), target=target, field=field).backward()
-    x_hat = tmd.generate(
-        net, x, outer_grid=outer, inner_grid=inner, generator=g, target=target, field=field, clean=clean
-    )
-    t, noise = torch.rand(6, generator=g, dtype=F64), torch.randn(x.shape, generator=g, dtype=F64)
-    sum(tmd.stage2_student_loss(x_hat, net, net, None, t=t, noise=noise, gan_weight=0).values()).backward()
-    tmd.stage2_critic_loss(x_hat, x, net, net, None, t=t, noise=noise, noise_real=noise, gan_weight=0)[
-        "fake"
-    ].backward()
-    assert (
-        tmd.sample(net, x, outer_grid=outer, inner_grid=inner, target=target, field=field, generator=g).shape == x.shape
-    )
+    x_hat = tmd.generate(net, x, **how, clean=clean)
+    draw = {"t": torch.rand(6, generator=g, dtype=F64), "noise": torch.randn(x.shape, generator=g, dtype=F64)}
+    sum(tmd.stage2_student_loss(x_hat, net, net, None, **draw, gan_weight=0).values()).backward()
+    critic = tmd.stage2_critic_loss(x_hat, x, net, net, None, **draw, noise_real=draw["noise"], gan_weight=0)
+    critic["fake"].backward()
+    assert tmd.sample(net, x, **how).shape == x.shape
     assert tmd.sample_teacher(net, x, grid=outer, method="heun").shape == x.shape
 
 
@@ -239,10 +224,7 @@ def test_any_rank_runs_every_algorithm_function(shape, target, field, clean, g):
 
 
 def exact_tm_mf(student, x, c, d, field, guidance=1.0, target="x1-x"):
-    """TM-MF written out once more, by hand: exact du/ds by autograd through u itself, target as a constant.
-
-    Returns loss, goal, u.
-    """
+    """The loss of TM-MF written out once more, by hand: du/ds by JVP through u itself, the target as a constant."""
     b = lambda t: t.reshape(-1, 1)
     t, s, r, x_1, y_1 = d["t"], d["s"], d["r"], d["x_1"], d["y_1"]
     none = torch.full_like(c, CLASSES)
@@ -269,9 +251,10 @@ def exact_tm_mf(student, x, c, d, field, guidance=1.0, target="x1-x"):
 @pytest.mark.parametrize("field", ["consistent", "printed"])
 @pytest.mark.parametrize("target", ["x1-x", "x"])
 def test_tm_mf_loss_and_gradient_against_a_second_writing(teacher, field, target, g):
-    """Eq. (8)-(10), (14), guided, with dropped conditions, s down to 0.001: value and every gradient agree with TM-MF
-    written out by hand (exact derivative, constant target); finite differences give the same loss within 3 % and a
-    gradient at a cosine above 0.98.
+    """Eq. (8)-(10), (14): the loss and every gradient agree with TM-MF written out by hand.
+
+    Guided, with dropped conditions, s down to 0.001. With JVP they are equal; with finite differences the loss is
+    within 3 % and the gradient at a cosine above 0.98.
     """
     student = perturbed(tmd.TMDStudent(teacher, 2), 0.1).double()
     x, c = batch(g, 256)
@@ -281,10 +264,9 @@ def test_tm_mf_loss_and_gradient_against_a_second_writing(teacher, field, target
     d["r"][:20] = 0.0
     expected = exact_tm_mf(student, x, c, d, field, 3.0, target)
     gradient = torch.autograd.grad(expected, list(student.parameters()), allow_unused=True)
+    how = {"c_neg": CLASSES, "guidance": 3.0, "target": target, "field": field}
     for derivative in ("jvp", "fd"):
-        loss = tmd.tm_mf_loss(
-            student, x, c, **d, c_neg=CLASSES, guidance=3.0, target=target, field=field, derivative=derivative
-        )
+        loss = tmd.tm_mf_loss(student, x, c, **d, **how, derivative=derivative)
         got = torch.autograd.grad(loss, list(student.parameters()), allow_unused=True)
         if derivative == "jvp":
             assert_close(loss, expected)
@@ -299,10 +281,7 @@ def test_tm_mf_loss_and_gradient_against_a_second_writing(teacher, field, target
 
 
 def test_head_depends_on_s_minus_r(teacher, g):
-    """Section 3: the second embedding is of s - r: equal s - r at equal s means equal output.
-
-    Another r, another output.
-    """
+    """Section 3: the second embedding is of s - r, and another r gives another output."""
     student = perturbed(tmd.TMDStudent(teacher, 2), 0.3).double()
     seen = []
     student.span.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -315,7 +294,7 @@ def test_head_depends_on_s_minus_r(teacher, g):
 
 
 def test_derivative_is_one_sided_at_the_borders(g):
-    """At s = 0.999 and 0.001 the difference never leaves [0.001, 0.999], and is still right for a linear function."""
+    """The finite difference never leaves [0.001, 0.999], and is right at both ends for a linear function."""
     seen = []
 
     def f(y, s):
@@ -329,10 +308,7 @@ def test_derivative_is_one_sided_at_the_borders(g):
 
 
 def test_derivative_runs_in_float32_under_bf16(g):
-    """Trap 7: in bf16 the difference of step 0.005 is mostly rounding.
-
-    The branch casts to float32 and leaves autocast.
-    """
+    """Trap 7: in bf16 a finite difference of step 0.005 is mostly rounding; ours runs in float32, outside autocast."""
     net = torch.nn.Linear(8, 8)
     f = lambda y, s: torch.tanh(net(y)) * tmd.bcast(s, y)
     y, v, s = torch.randn(64, 8, generator=g), torch.randn(64, 8, generator=g), torch.full((64,), 0.5)
@@ -346,9 +322,7 @@ def test_derivative_runs_in_float32_under_bf16(g):
 
 
 def test_tm_mf_reduces_to_tm_where_r_is_s(teacher, g):
-    """Eq. (6): with r = s the loss is flow matching of the inner flow, the same for both fields (error of the head),
-    no derivative.
-    """
+    """Eq. (6): with r = s the loss is flow matching of the inner flow: the head's error in both fields, no du/ds."""
     student = perturbed(tmd.TMDStudent(teacher, 2)).double()
     x, c = batch(g)
     d = draws(x, g, flow_map_share=0.0)
@@ -364,8 +338,9 @@ def test_tm_mf_reduces_to_tm_where_r_is_s(teacher, g):
 @pytest.mark.parametrize("field", ["consistent", "printed"])
 @pytest.mark.parametrize("derivative", ["fd", "jvp"])
 def test_tm_mf_gradient_vanishes_at_the_closed_form_alone(field, derivative, g):
-    """Eq. (8)-(10): for y ~ N(mu, sigma^2) the expected gradient of tm_mf_loss is zero at the exact average velocity,
-    and is not where sigma is off by a fifth.
+    """Eq. (8)-(10): tm_mf_loss's expected gradient is zero at the exact average velocity of y ~ N(mu, sigma^2) alone.
+
+    Where sigma is off by a fifth it is not zero.
     """
     sigma, mean, n = 0.6, 0.4, 16_000
     y_1, x_1 = torch.randn(n, 1, generator=g, dtype=F64), torch.randn(n, 1, generator=g, dtype=F64)
@@ -382,12 +357,9 @@ def test_tm_mf_gradient_vanishes_at_the_closed_form_alone(field, derivative, g):
         for k in range(20):
             rows = slice(k * n // 20, (k + 1) * n // 20)
             head.a = torch.zeros(2, dtype=F64, requires_grad=True)
-            times = {
-                name: torch.full((n // 20,), value, dtype=F64) for name, value in (("t", 0.9), ("s", 0.7), ("r", 0.2))
-            }
-            loss = tmd.tm_mf_loss(
-                head, x[rows], x_1=x_1[rows], y_1=y_1[rows], **times, field=field, derivative=derivative, adaptive_c=1e6
-            )
+            t, s, r = (torch.full((n // 20,), value, dtype=F64) for value in (0.9, 0.7, 0.2))
+            drawn = {"x_1": x_1[rows], "y_1": y_1[rows], "t": t, "s": s, "r": r}
+            loss = tmd.tm_mf_loss(head, x[rows], **drawn, field=field, derivative=derivative, adaptive_c=1e6)
             parts.append(torch.autograd.grad(loss, head.a)[0])
         parts = torch.stack(parts)
         return (parts.mean(0) / (parts.std(0) / 20**0.5)).abs()
@@ -414,7 +386,7 @@ def test_guidance_and_condition_dropout(teacher, g):
 
 
 def test_adaptive_constant_of_14b():
-    """Trap 4: c = 1e-5 d (Table 7), not 10 d 5: an error of ||e||^2 = 1e-5 d is weighted by a half."""
+    """Trap 4: Table 7 means c = 1e-5 d, not "10 d 5": an error of ||e||^2 = 1e-5 d is weighted by a half."""
     loss = tmd.adaptive_loss(torch.full((3, 8), 1e-5**0.5, dtype=F64), 1e-5)
     assert loss.item() == pytest.approx(0.5) and tmd.Stage1Config(adaptive_c=1e-5).adaptive_c == 1e-5
 
@@ -447,10 +419,7 @@ def grads(module):
 
 
 def test_stage1_trains_backbone_and_head(teacher, g):
-    """Alg. 2: main features are not detached.
-
-    Every parameter gets gradient, but for span's first layer (its last is 0 at the start).
-    """
+    """Alg. 2: backbone and head get gradient, every parameter but span's first layer (its last is 0 at the start)."""
     student = tmd.TMDStudent(teacher, 2).double()
     x, c = batch(g, 64)
     tmd.tm_mf_loss(student, x, c, **draws(x, g, cond_drop=0.3), c_neg=CLASSES, guidance=3.0).backward()
@@ -499,8 +468,9 @@ def test_student_update_touches_only_the_student(teacher, g):
 
 
 def test_stage2_losses_are_what_they_say(teacher, g):
-    """Section 6, term by term against a second writing: VSD by its normaliser and guidance, GAN with the right
-    labels, noise and weight.
+    """Section 6: every term of stage 2 equals a second writing of it.
+
+    VSD with its normaliser and guidance, GAN with the right labels, noise and weight.
     """
     _, fake, disc = stage2_parts(teacher)
     teacher, fake = perturbed(teacher), perturbed(fake, 0.1)
@@ -516,9 +486,8 @@ def test_stage2_losses_are_what_they_say(teacher, g):
         size = (x_hat if normalizer == "dmd" else g_fake) - g_teacher
         expected = ((g_fake - g_teacher) / size.abs().mean(1, keepdim=True)).detach()
         kw = {"t": t, "noise": noise, "taps": (1, 3), "gan_weight": 0.5}
-        terms = tmd.stage2_student_loss(
-            x_hat, teacher, fake, disc, c, CLASSES, guidance=4.0, normalizer=normalizer, **kw
-        )
+        how = {"guidance": 4.0, "normalizer": normalizer, **kw}
+        terms = tmd.stage2_student_loss(x_hat, teacher, fake, disc, c, CLASSES, **how)
         assert_close(torch.autograd.grad(terms["vsd"], x_hat)[0] * x_hat.numel(), expected)
         assert_close(terms["gan"], 0.5 * softplus(-disc(teacher.taps(x_hat_t, t, c, (1, 3)))).mean())
     critic = tmd.stage2_critic_loss(x_hat, x, teacher, fake, disc, c, noise_real=noise_real, **kw)
@@ -528,9 +497,7 @@ def test_stage2_losses_are_what_they_say(teacher, g):
 
 
 def test_generate_obeys_its_options(teacher, g):
-    """The ablations are ablations: "last" gives the same x_hat with another gradient, "none" and clean="printed"
-    other samples.
-    """
+    """Every ablation is one: rollout "last" gives x_hat another gradient, "none" and clean="printed" other samples."""
     student = perturbed(tmd.TMDStudent(teacher, 2), 0.1).double()
     x, c = batch(g)
     grids = {"outer_grid": tmd.make_grid(2, 1.0), "inner_grid": tmd.make_grid(3, 1.0)}
@@ -547,19 +514,13 @@ def test_generate_obeys_its_options(teacher, g):
 
 
 def test_critic_update_touches_only_the_critics(teacher, g):
-    """Section 6: the fake score learns from denoising, the discriminator from the GAN.
-
-    The student and the teacher do not move.
-    """
+    """Section 6: the fake score learns from denoising, the discriminator from the GAN; student and teacher rest."""
     student, fake, disc = stage2_parts(teacher)
     x, c = batch(g, 64)
-    x_hat = tmd.generate(
-        student, x, c, outer_grid=tmd.make_grid(2, 10.0), inner_grid=tmd.make_grid(2, 10.0), generator=g
-    )
-    t, noise = tmd.sample_times(x, 5.0, g), tmd.randn_like(x, g)
-    terms = tmd.stage2_critic_loss(
-        x_hat, x, teacher, fake, disc, c, t=t, noise=noise, noise_real=tmd.randn_like(x, g), taps=(1, 3)
-    )
+    grids = {"outer_grid": tmd.make_grid(2, 10.0), "inner_grid": tmd.make_grid(2, 10.0)}
+    x_hat = tmd.generate(student, x, c, **grids, generator=g)
+    drawn = {"t": tmd.sample_times(x, 5.0, g), "noise": tmd.randn_like(x, g), "noise_real": tmd.randn_like(x, g)}
+    terms = tmd.stage2_critic_loss(x_hat, x, teacher, fake, disc, c, **drawn, taps=(1, 3))
     terms["fake"].backward(retain_graph=True)
     assert grads(fake) and not grads(disc)
     terms["disc"].backward()
@@ -587,10 +548,7 @@ def test_rollout_gradient_reaches_the_first_inner_step(teacher, rollout, reaches
 
 
 def test_rollout_none_jumps_once_from_the_real_path(teacher, g):
-    """Ablation C3: without rollout one head call per update, from y_s noised from the real y.
-
-    A perfect head returns the real x.
-    """
+    """Ablation C3: without rollout the head is called once, from a noised real y; a perfect head returns the real x."""
     x, c = batch(g)
     seen = {}
 
@@ -610,8 +568,6 @@ def test_rollout_none_jumps_once_from_the_real_path(teacher, g):
 
 def test_fake_score_loss_is_minimised_by_the_exact_velocity(g):
     """Eq. (2): on x_hat ~ N(0, 0.25), the denoising loss of the exact velocity is below any rescaling of it."""
-    from toys.oracles import GaussianMixture
-
     data = GaussianMixture([[0.0]], [0.5])
     x, noise = data.sample(100_000, g), torch.randn(100_000, 1, generator=g, dtype=F64)
     t = torch.rand(100_000, generator=g, dtype=F64) * 0.8 + 0.1
@@ -642,6 +598,8 @@ def test_taps_are_the_forward_s_hidden_states_and_stop_early(teacher, g):
 
 # -- bad input --------------------------------------------------------------------------------------------------------
 
+LABELS = torch.zeros(4, dtype=torch.long)
+
 
 @pytest.mark.parametrize(
     "call,words",
@@ -665,12 +623,7 @@ def test_taps_are_the_forward_s_hidden_states_and_stop_early(teacher, g):
         (lambda: PlanarNet(2, 16, 3)(torch.zeros(4, 2), torch.zeros(4), torch.zeros(4)), "no classes"),
         (lambda: PlanarNet(2, 16, 3).taps(torch.zeros(4, 2), torch.zeros(4), None, (3,)), "blocks 0 to 2"),
         (lambda: tmd.sample_teacher(None, torch.zeros(4, 2), grid=tmd.make_grid(2, 1.0), method="rk4"), "method"),
-        (
-            lambda: tmd.guided(
-                PlanarNet(2, 16, 3, 2), torch.zeros(4, 2), torch.zeros(4), torch.zeros(4).long(), None, 2.0
-            ),
-            "c_neg",
-        ),
+        (lambda: tmd.guided(PlanarNet(2, 16, 3, 2), torch.zeros(4, 2), torch.zeros(4), LABELS, None, 2.0), "c_neg"),
     ],
 )
 def test_bad_input_is_one_sentence(call, words):

@@ -1,8 +1,7 @@
-"""The notebooks run from scratch, are stored as executed by the code as it is, and teach with the repository's own
-lines.
-"""
+"""The notebooks run from scratch, are stored as executed by the code as it is, and call the repository's own lines."""
 
 import ast
+import json
 import re
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import tmd_minimal as tmd
-import toy_video
+from toys import tiny_video
 
 pytest.importorskip("diffusers")  # the last notebook needs it
 nbformat = pytest.importorskip("nbformat")
@@ -23,7 +22,7 @@ every = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
 def test_there_are_six():
-    """01 to 06, each linked from the README and, but for the last, to the next."""
+    """There are six lessons, each linked from the README and each but the last to the next."""
     assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
     readme = (ROOT / "README.md").read_text()
     for path, following in zip(NOTEBOOKS, [*NOTEBOOKS[1:], None]):
@@ -39,9 +38,7 @@ def test_runs_from_scratch(path):
 
 @every
 def test_stored_outputs_are_of_this_code(path):
-    """What is stored was executed in the full setting, with these cells and files, within what a reader waits (else:
-    make tutorials).
-    """
+    """What is stored was executed in full, with these cells and files, in a time a reader waits (make tutorials)."""
     assert not execute.stale(path)
     assert nbformat.read(path, 4).metadata["executed"]["seconds"] <= execute.LIMIT
     assert path.stat().st_size < 2e6
@@ -49,9 +46,7 @@ def test_stored_outputs_are_of_this_code(path):
 
 @every
 def test_teaches(path):
-    """Says at the start what one will be able to do, has exercises with hidden answers, pictures, what was measured
-    here.
-    """
+    """A notebook says what one will be able to do, has exercises with hidden answers, pictures and measured results."""
     notebook = nbformat.read(path, 4)
     words = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert re.search(r"After this", words[:1200]) and 2 <= words.count("<details>") == words.count("</details>") <= 4
@@ -92,9 +87,7 @@ def test_a_stale_notebook_is_told(tmp_path):
 
 def test_published_weights_are_those_of_the_table():
     """results/toy_video/weights.pt scores what metrics.json says, to the rounding of half precision."""
-    import json
-
-    ladder, nets = toy_video.published()
+    ladder, nets = tiny_video.published()
     wanted = json.loads((ROOT / "results/toy_video/metrics.json").read_text())["models"]
     for name, how in (("tmd", ladder.cfg.student_config()), ("dmd2v", ladder.cfg.student_config(H=0, N=1))):
         found = ladder.judge(lambda how=how, name=name: ladder.student_samples(nets[name], how))[0]
