@@ -21,7 +21,8 @@ from safetensors.torch import save
 
 import tmd_minimal as tmd
 from settings import command
-from toys.moving_shapes import SHADES, SHAPES, WORDS, Ruler, World, encode
+from toys.moving_shapes import SHADES, SHAPES, WORDS, World, encode
+from toys.ruler import Ruler
 from wan_scale.config import Wan
 from wan_scale.data.files import atomic, write_json
 from wan_scale.data.manifest import open_out
