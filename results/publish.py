@@ -122,7 +122,7 @@ def plans() -> dict[str, str]:
         peak, fits = max(p["peak"].values()) / wan.GB, "yes" if p["fits"] else "no"
         times = " | ".join(wan.duration(3600 * p["hours"][stage]) for stage in ("stage1", "stage2"))
         costs = f"{sum(p['hours'].values()) * gpus:,.0f} | {p['clip hours']:,.0f} | {p['clip bytes'] / wan.GB:,.0f} GB"
-        what = f"{name}, adapters" if lora else name
+        what = f"{name}, LoRA" if lora else name
         rows.append(
             f"| {what} | {gpus} of {size} GB | {p['checkpointing']} | {peak:.0f} | {fits} | {times} | {costs} |"
         )
