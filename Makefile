@@ -49,7 +49,7 @@ tutorials: $(WAN)        ## execute every notebook from scratch, store its outpu
 	$(RUN) tutorials/execute.py
 	$(RUN) tutorials/execute.py --check
 
-publish: $(WAN)          ## copy measured numbers and pictures to results/ and set the README's tables from them
+publish: $(WAN)          ## copy measured numbers and pictures to results/ and set the pages' tables from them
 	$(RUN) -m results.publish
 
 lint: $(STAMP)

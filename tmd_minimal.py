@@ -94,7 +94,7 @@ class Stage1Config:
     derivative: str = "fd"  # du/ds by "fd" (central differences) | "jvp" (exact forward mode); paper: fd
     fd_step: float = 0.005  # paper: 0.005
     adaptive_c: float = 1.0  # c / d in the adaptive weight; paper: 1 (1.3B), 1e-5 (14B, Table 7)
-    ema: float = 0.999  # choice: decay of the average that is sampled from
+    ema: float = 0.999  # choice: decay of the EMA that is sampled from
 
     def __post_init__(self):
         choose("derivative", self.derivative, ("fd", "jvp"))
@@ -113,7 +113,7 @@ class Stage2Config:
     gan_weight: float = 0.03  # lambda; 0 switches the GAN off; paper: 0.03
     normalizer: str = "dmd"  # choice: VSD gradient over mean|x_hat - g_teacher| | "paper" mean|g_fake - g_teacher|
     rollout: str = "full"  # gradient through "full" rollout | "last" inner step only | "none": single inner jumps
-    ema: float = 0.99  # choice: decay of the average that is sampled from
+    ema: float = 0.99  # choice: decay of the EMA that is sampled from
 
     def __post_init__(self):
         choose("normalizer", self.normalizer, ("dmd", "paper", "none"))
@@ -201,7 +201,7 @@ def sample_s_r(x, inner_grid, s_shift: float, flow_map_share: float, generator) 
 
 
 def effective_nfe(M: int, N: int, H: int, L: int) -> float:
-    """M (1 + (N-1) H / L), Eq. (16): network evaluations a sample, counted in whole networks."""
+    """M (1 + (N-1) H / L), Eq. (16): network evaluations per sample, counted in whole networks."""
     return M * (1 + (N - 1) * H / L)
 
 
@@ -513,8 +513,8 @@ def tm_mf_loss(student, x, c=None, *, t, x_1, y_1, s, r, dropped=None, c_neg=Non
     predict = transition(student, x_t, t, c_in, target)  # backbone, once
     u = inner_velocity(predict(y_s, s, r), y_s, s, y_1, field)  # Eq. (14)
     goal = v
-    if bool((r < s).any()):  # else the derivative is multiplied by zero
-        # choice: the derivative runs along the guided v, the velocity of the flow whose map is being learnt
+    if bool((r < s).any()):  # else du/ds is multiplied by zero
+        # choice: du/ds runs along the guided v, the velocity of the flow whose map is being learnt
         dh_ds = total_derivative(lambda y_s, s: predict(y_s, s, r), y_s, s, v, derivative, fd_step)
         # the 1/s of the consistent field by the quotient rule: a finite difference across it fails at s < 0.02
         du_ds = -dh_ds if field == "printed" else (v - dh_ds - u) / bcast(s, y_s)
@@ -650,14 +650,14 @@ class Phase:
         self.generator = seed_everything(seed, next(nets[averaged].parameters()).device)
         self.ema_decay, self.clip, self.step, self.seconds, self.log = ema, clip, 0, 0.0, []
         self.optimizers = {
-            # choice: no learning rate warm-up or decay, and the gate learns at the rate of the rest
+            # choice: no warm-up, no decay (but train_teacher's), and the gate learns at the rate of the rest
             key: torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99), eps=1e-8, fused=True)
             for key, net in nets.items()
         }
         self.ema, self.ema_updates = self.average(nets[averaged]), 0
 
     def follow(self, net) -> None:
-        """Move the average toward `net`."""
+        """Move the EMA toward `net`."""
         self.ema_updates += 1
         decay = min(self.ema_decay, self.ema_updates / (self.ema_updates + 10))  # choice: short memory at the start
         with torch.no_grad():

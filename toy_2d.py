@@ -7,9 +7,9 @@
     python toy_2d.py --claims               # what the paper claims, measured here (up to an hour, resumable)
     python toy_2d.py --bench                # steps per second of every stage, against their matmuls alone
 
-Everything lands in runs/toy_2d/<data>/: metrics.json and samples.npz first, then the pictures drawn from them.
-This file is the story of one run. The method is in tmd_minimal.py; settings, data and networks are in toys/plane.py,
-the trainings one after the other in toys/ladder.py, the pictures in toys/plane_pictures.py.
+Everything lands in runs/toy_2d/<data>/: metrics.json and samples.npz, then the pictures drawn from them.
+This file is the story of one run. The method is in tmd_minimal.py; the run's settings, data and networks are in
+toys/plane.py, the trainings one after the other in toys/ladder.py, the pictures in toys/plane_pictures.py.
 """
 
 from __future__ import annotations
@@ -28,29 +28,31 @@ from toys.record import Record
 
 
 def run(cfg: Toy, resume: bool = False, progress: bool = True) -> dict:
-    """The whole ladder; returns what metrics.json holds."""
+    """Train teacher, TMD and DMD2-v on one data set and judge them; returns what metrics.json holds."""
     folder = open_folder(cfg.out, cfg.without(), resume)
     checkpoints = folder / "checkpoints"
     ladder = PlanarLadder(cfg)  # the data, the noise that every model starts from, the networks, the two distances
     words = lambda r: f"sliced Wasserstein {r['swd']:.4f}   off support {r['off_support']:.2%}"
     record = Record(ladder, words)
 
-    # ---- The data. Two draws of them cost each other the floor: no model can be told from it below that.
+    # ---- The data. Two draws of them differ by the floor: a model that comes so close cannot be told from the data.
     floors = ladder.floor()
     record.models["data"] = {"title": "data (floor: two draws)", "effective_nfe": None, **floors}
     record.samples["data"] = ladder.x
 
-    # ---- The teacher: flow matching. In 50 steps it draws the data, in one it draws their mean.
+    # ---- The teacher: flow matching (tmd.train_teacher). In 50 steps it draws the data, in one a blob at their mean.
     teacher, phase = ladder.fit_teacher(checkpoints, save_every=ladder.save_every, progress=progress)
-    per_step = 2 if cfg.guidance != 1 and cfg.conditional else 1
+    per_step = 2 if cfg.guidance != 1 and cfg.conditional else 1  # guidance runs the network twice a step
     for steps in (50, 4, 2, 1):
         record.teacher(teacher, phase, steps, f"teacher, {steps} step{'s' * (steps > 1)}", per_step)
     plane_pictures.draw_samples(record.samples, record.models, folder / "samples.png")
     print(f"first picture after {record.seconds:.0f} s: {folder}/samples.png (data and teacher; the students follow)")
 
-    # ---- TMD: the teacher is cut into backbone and flow head. Stage 1 (TM-MF) teaches the head to carry noise to a
-    # sample, stage 2 (DMD2-v) distils the teacher into the whole student while the head is rolled out.
-    # ---- The baseline beside it: DMD2-v of the whole network in one piece, with as many updates.
+    # ---- TMD: the teacher is cut into backbone and flow head (tmd.TMDStudent). Stage 1 teaches the head to carry noise
+    # to a sample of the velocity y (TM-MF, tmd.train_stage1). Stage 2 distils the teacher into the whole student while
+    # the head is rolled out (DMD2-v, tmd.train_stage2).
+    # ---- The baseline: DMD2-v of the whole network in one piece, with as many updates. It trains at the same time, in
+    # a process beside this one. Both are scored 12 times on the way (Ladder.fit_both in toys/ladder.py).
     ours, base = ladder.fit_both(teacher, checkpoints, curve=12, progress=progress)
     record.students(base, ours)
 

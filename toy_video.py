@@ -31,7 +31,7 @@ from toys.tiny_video import PROMPTS, QUICK, SIZES, ToyVideo, VideoLadder, defaul
 
 
 def run(cfg: ToyVideo, resume: bool = True, progress: bool = True) -> dict:
-    """The whole ladder; returns what metrics.json holds."""
+    """Train teacher, TMD and DMD2-v on tiny videos and judge them; returns what metrics.json holds."""
     folder = open_folder(cfg.out, cfg.without(*VideoLadder.only_shown), resume)
     checkpoints = folder / "checkpoints"
     resumed = any(checkpoints.glob("*.pt"))
@@ -51,7 +51,7 @@ def run(cfg: ToyVideo, resume: bool = True, progress: bool = True) -> dict:
     # ---- The data: clips rendered on the fly, so the ruler knows every valid clip.
     record.keep("data", "data", lambda: ladder.x, None)
 
-    # ---- The teacher: flow matching with prompts, sampled with guidance (two evaluations a step).
+    # ---- The teacher: flow matching with prompts (tmd.train_teacher). Guidance runs the network twice a step.
     per_step = 1 if cfg.guidance == 1 else 2
 
     def preview(phase, terms):
@@ -63,7 +63,8 @@ def run(cfg: ToyVideo, resume: bool = True, progress: bool = True) -> dict:
             told = {"data": record.models["data"], "teacher": {"title": title, "effective_nfe": 50.0 * per_step}}
             rows = [PROMPTS.index(prompt) for prompt in cfg.shown()]
             video_pictures.draw_sheet(clips, told, rows, cfg.shown(), folder / "preview.png")
-            print(f"first picture after {record.seconds:.0f} s: {folder}/preview.png (the teacher, a third of the way)")
+            picture = f"{folder}/preview.png (the teacher, a third of the way)"
+            print(f"first picture after {record.seconds:.0f} s: {picture}", flush=True)
 
     teacher, phase = ladder.fit_teacher(checkpoints, save_every=ladder.save_every, on_step=preview, progress=progress)
     for steps in (50, 4, 2, 1):
@@ -72,9 +73,10 @@ def run(cfg: ToyVideo, resume: bool = True, progress: bool = True) -> dict:
     told = f"{folder}/contact_sheet.png (data and teacher; the students follow)"
     print(f"after {record.seconds:.0f} s: {told}", flush=True)
 
-    # ---- TMD: the teacher is cut into backbone and flow head. Stage 1 (TM-MF) teaches the head to carry noise to a
-    # sample, stage 2 (DMD2-v) distils the teacher into the whole student while the head is rolled out.
-    # ---- The baseline beside it: DMD2-v of the whole network in one piece, with as many updates.
+    # ---- TMD: the teacher is cut into backbone and flow head (tmd.TMDStudent). Stage 1 teaches the head to carry noise
+    # to a sample of the velocity y (TM-MF, tmd.train_stage1). Stage 2 distils the teacher into the whole student while
+    # the head is rolled out (DMD2-v, tmd.train_stage2).
+    # ---- The baseline: DMD2-v of the whole network in one piece, with as many updates, in a process beside this one.
     ours, base = ladder.fit_both(teacher, checkpoints, curve=cfg.curve, progress=progress)
     record.students(base, ours)
     metrics = save({"DMD2-v": base["curve"], "TMD": ours["curve"]})

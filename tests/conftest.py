@@ -10,6 +10,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
+LONGEST = "wan_dist tutorials toy wan_train video wan_lora wan_ulysses wan_run shapes wan_bench training".split()
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest first, so that two workers end together; the order within a file stays."""
+    rank = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 @pytest.fixture(autouse=True)
 def one_thread_and_seed():
     torch.set_num_threads(1)

@@ -17,9 +17,11 @@ def imports(file: str, text: str | None = None) -> set[str]:
     """Modules of this repository that a file imports, also inside functions."""
     names = set()
     for node in ast.walk(ast.parse((ROOT / file).read_text() if text is None else text)):
+        assert getattr(node, "attr", "") != "import_module", f"{file}: write an import that can be read"
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}: write imports from the root, as in `from toys import ladder`"
             inside = {f"{node.module}.{alias.name}" for alias in node.names}
             names |= (inside & OURS.keys()) or {node.module}
     return {name for name in names if name in OURS}
@@ -81,6 +83,9 @@ def test_the_checks_can_fail():
         "wan_scale.model -> toys.ladder",
     ]
     assert imports("settings.py", "def f():\n    from toys import ladder") == {"toys.ladder"}
+    for hidden in ("from . import ladder", "import importlib\nimportlib.import_module('toys.ladder')"):
+        with pytest.raises(AssertionError):
+            imports("settings.py", hidden)
 
 
 def test_every_module_belongs_to_a_rung():

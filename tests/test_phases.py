@@ -1,9 +1,7 @@
 """State: bitwise determinism, exact resume, atomic checkpoints, and what happens when something is wrong with them."""
 
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -254,24 +252,27 @@ def test_nan_stops_with_step_and_term_and_keeps_the_last_good_checkpoint(tmp_pat
     assert state["step"] == 4 and all(torch.isfinite(v).all() for v in state["parts"]["teacher"].values())
 
 
+def save_for_ever(path: str, ready) -> None:
+    i = 0
+    while True:
+        tmd.atomic_save({"step": i, "x": torch.zeros(300_000) + i}, path)
+        i += 1
+        if i == 1:
+            ready.set()
+
+
 def test_kill_9_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
     """A process that does nothing but save is killed eight times; what it leaves always loads."""
-    code = (
-        "import sys, torch; sys.path.insert(0, sys.argv[1]); import tmd_minimal as tmd\n"
-        "big = torch.zeros(300_000)\n"
-        "i = 0\n"
-        "while True:\n"
-        "    tmd.atomic_save({'step': i, 'x': big + i}, sys.argv[2]); i += 1\n"
-        "    print('.', flush=True)"
-    )
-    path = tmp_path / "c.pt"
+    path, fork = str(tmp_path / "c.pt"), multiprocessing.get_context("fork")
     for attempt in range(8):
-        process = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(path)], stdout=subprocess.PIPE)
-        process.stdout.readline()
+        ready = fork.Event()
+        process = fork.Process(target=save_for_ever, args=(path, ready))
+        process.start()
+        assert ready.wait(60)
         time.sleep(0.007 * attempt)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        state = tmd.safe_load(str(path))
+        process.kill()
+        process.join()
+        state = tmd.safe_load(path)
         assert (state["x"] == state["step"]).all()
 
 

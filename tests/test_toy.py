@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Inline
 
 import toy_2d
-from toys import claims, claims_2d, plane_pictures
+from toys import claims, claims_2d, ladder, plane_pictures
 from toys.planar import DATA, dataset, off_support, sliced_wasserstein
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +31,9 @@ def tiny(out, *more):
 def made(tmp_path_factory):
     """One tiny run, made once; tests work on copies of it."""
     folder = tmp_path_factory.mktemp("made")
-    assert tiny(folder) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ladder, "workers", Inline)
+        assert tiny(folder) == 0
     return folder
 
 
@@ -241,6 +244,7 @@ def test_claims_resume_and_tabulate(tmp_path, monkeypatch):
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "jobs").glob("*.json")}
     first = (tmp_path / "claims.md").read_text()
     assert len(stamps) == 6 and "C4" in first
+    monkeypatch.setattr(claims, "workers", Inline)  # the first call had real ones
     claims_2d.run(str(tmp_path), quick=True)
     assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "jobs").glob("*.json")}
     assert first == (tmp_path / "claims.md").read_text()

@@ -3,6 +3,7 @@
 import contextlib
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -10,7 +11,7 @@ from torch.testing import assert_close
 import tmd_minimal as tmd
 import toy_video
 from toys import claims, claims_video, tiny_video, video_net
-from toys.moving_shapes import EMPTY, World
+from toys.moving_shapes import EMPTY, MOTIONS, World
 
 TINY = ("--frames 6 --pixels 12 --patch-frames 2 --patch-pixels 4 --width 16 --depth 3 --H 1 --heads 2 --taps 0,1 "
         "--teacher-updates 2 --stage1-updates 2 --iterations 5 --batch 4 --samples 120 --kd-count 8 --kd-steps 2 --N 2 "
@@ -285,6 +286,13 @@ def test_a_run_writes_numbers_then_pictures_and_is_not_run_again(tmp_path, capsy
         "dmd2v.kd.pt",
         "dmd2v.stage2.pt",
     }
+    saved = np.load(out / "samples.npz")
+    known = {saved[name].tobytes(): record for name, record in metrics["models"].items()}
+    real = tiny_video.VideoLadder.score
+    again = lambda self, clips, c: known.get(clips.half().numpy().tobytes()) or real(self, clips, c)
+    monkeypatch.setattr(tiny_video.VideoLadder, "score", again)  # the same clips have the same scores
+    assert tiny(out) == 0
+    assert stamps == {p: p.stat().st_mtime_ns for p in (out / "checkpoints").glob("*.pt")}
     assert tiny(out, "--prompts", "dim cross circle, bright ring still") == 0  # other pictures of the same run
     assert stamps == {p: p.stat().st_mtime_ns for p in (out / "checkpoints").glob("*.pt")}
     again = json.loads((out / "metrics.json").read_text())
@@ -341,8 +349,15 @@ def test_every_claim_names_jobs_that_exist():
     assert len({b for f, b in budgets if f == 8}) == 1, "students of one table make the same number of updates"
 
 
-def test_claims_run_and_resume(tmp_path, inline):
+def test_claims_run_and_resume(tmp_path, inline, monkeypatch):
     """A second call runs no finished job and writes the same table; rows whose jobs are missing say so."""
+    keys = ("total", "quality", "semantic", "motion", "diversity")
+
+    def score(self, clips, c):  # the ruler has tests of its own
+        one = dict.fromkeys(keys, clips.mean().item())
+        return {**one, "laws": {law: one for law in MOTIONS}}
+
+    monkeypatch.setattr(tiny_video.VideoLadder, "score", score)
     rung = claims_video.rung("tiny")
     claims.run(rung, str(tmp_path), quick=True)
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "jobs").glob("*.json")}

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from multiprocessing import forkserver
 
 import pytest
@@ -37,6 +38,9 @@ def launch(world: int, work, *args) -> None:
         port = free.getsockname()[1]
     ranks = [server.Process(target=rank, args=(i, world, port, work, args)) for i in range(world)]
     [p.start() for p in ranks]
-    [p.join(240) for p in ranks]
+    deadline = time.monotonic() + 240
+    while any(p.is_alive() for p in ranks) and not any(p.exitcode for p in ranks) and time.monotonic() < deadline:
+        time.sleep(0.02)  # one that fails would leave the others waiting
     [p.kill() for p in ranks]
-    assert [p.exitcode for p in ranks] == [0] * world
+    [p.join() for p in ranks]
+    assert [p.exitcode for p in ranks] == [0] * world, "a rank failed: its traceback stands above"

@@ -180,7 +180,7 @@ def tabulate(rung: Rung, root: Path) -> dict:
                      "diverged": len(records) - len(done)}  # fmt: skip
             models[name] = {"effective_nfe": done[0]["effective_nfe"], "updates": done[0]["updates"],
                             **numbers(name, "end"), "student_updates": done[0]["student_updates"], **facts}  # fmt: skip
-    result = {"rule": "2 sqrt(se_A^2 + se_B^2), see claims.py", "rows": rows, "models": models}
+    result = {"rule": "2 sqrt(se_A^2 + se_B^2), see toys/claims.py", "rows": rows, "models": models}
     if rung.table:
         rung.table(jobs, numbers, judge, result)
     write_json(root / "claims.json", result)

@@ -29,11 +29,11 @@ class ToySettings(Settings):
     H: int = 2
     depth: int = option(6, "blocks of the network", "network", least=3)
     width: int = option(64, "channels of the network", "network", least=2)
-    outer: str = option("deterministic", "outer transition: deterministic (Eq. 18) or renoised (Eq. 19)", "student")
+    outer: str = option("deterministic", "outer transition: deterministic (Eq. 18, paper) or renoised (19)", "student")
     inner_shift: float = 1.0
     teacher_updates: int = option(2500, "updates of the teacher", "teacher", least=1)
     batch: int = option(64, "samples per update; paper: 64", "training", least=1)
-    guidance: float = option(1.0, "teacher's guidance; 1 is none; paper: 5 in stage 2", "training")
+    guidance: float = option(1.0, "teacher's guidance in both stages; 1 is none; paper: 3, then 5", "training")
     s_shift: float = option(1.0, "timestep shift of s in stage 1; paper: 3", "stage 1", above=0)
     iterations: int = option(2400, "iterations of stage 2, every 5th the student's; paper: 4000 to 12000", "stage 2", 1)
     samples: int = option(10000, "samples per model in scores and pictures", "run", least=1)
@@ -50,7 +50,7 @@ class ToySettings(Settings):
         return tmd.StudentConfig(**{**base, **kw})
 
     def stage1_config(self, **kw) -> tmd.Stage1Config:
-        # choice: a shorter average than the paper-sized default, for a stage of a thousand updates
+        # choice: a shorter EMA than the paper-sized default, for a stage of a thousand updates
         base = {"updates": self.stage1_updates, "lr": self.stage1_lr, "s_shift": self.s_shift, "ema": 0.995}
         return tmd.Stage1Config(**{**base, "batch": self.batch, "guidance": self.guidance, **kw})
 
@@ -144,7 +144,7 @@ class Ladder:
             settings = {"c_neg": self.c_neg, "path": path("stage1"), **common}
             with self.precision():
                 found["stage1"], phase = tmd.train_stage1(student, self.data, how, stage1, **settings)
-            student.load_state_dict(found["stage1"].state_dict())  # choice: stage 2 starts from the average of stage 1
+            student.load_state_dict(found["stage1"].state_dict())  # choice: stage 2 starts from the EMA of stage 1
             found |= {"seconds": phase.seconds, "stage1_seconds": phase.seconds, "updates": stage1.updates}
         if kd_updates:  # the baseline's warm-up on the teacher's samples
             pairs, settings = self.kd_pairs(teacher), {"updates": kd_updates, "lr": cfg.stage1_lr, "path": path("kd")}

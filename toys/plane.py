@@ -17,6 +17,8 @@ class Toy(ToySettings):
 
     data: str = option("spirals", f"data set: {', '.join(DATA)}", "data")
     conditional: bool = option(False, "tell the networks the class (arm, moon, mode, half) of each point", "data")
+    out: str = option("", "output folder; default runs/toy_2d/<data>", "run")
+    guidance: float = option(1.0, "teacher's guidance in both stages, with --conditional; 1 is none", "training")
     batch: int = 256
     stage1_updates: int = 1000
     # choice: learning rates for a network of 0.1 M parameters; the paper's are for 1.3 B

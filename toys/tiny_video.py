@@ -33,6 +33,7 @@ QUICK = {"frames": 6, "pixels": 12, "width": 32, "heads": 4, "depth": 3, "H": 1,
 class ToyVideo(ToySettings):
     """One run of the moving shapes, sized for two CPU cores. REFERENCE.md says why a value is not the paper's."""
 
+    out: str = option("", "output folder; default runs/toy_video/<size>", "run")
     size: str = option("", "tiny (default on a CPU) or small (default on a GPU); sets the other defaults", "run")
     frames: int = option(8, "frames of a clip", "clips")
     pixels: int = option(12, "side of a frame in pixels", "clips")
@@ -42,14 +43,14 @@ class ToyVideo(ToySettings):
     M: int = 1
     batch: int = 32
     # choice: a weaker guidance than the paper's, which saturates shapes this small
-    guidance: float = 2.0
+    guidance: float = option(2.0, "teacher's guidance in stage 2 and in its own samples; paper: 5", "training")
     stage1_guidance: float = option(2.0, "guidance of stage 1; paper: 3", "stage 1")
     teacher_updates: int = 8000
-    stage1_updates: int = 300
+    stage1_updates: int = option(300, "updates of stage 1, or of the baseline's KD warm-up; paper: 3000", "stage 1", 0)
     iterations: int = 1200
     # choice: learning rates for a network of half a million parameters; the paper's are for 1.3 B
     teacher_lr: float = 3e-3
-    stage1_lr: float = 1e-4  # of the KD warm-up too
+    stage1_lr: float = option(1e-4, "learning rate of stage 1 and of KD; paper: 3e-5", "stage 1", above=0)
     stage2_lr: float = 1e-3
     # choice: timestep shifts for a thousand numbers; the paper's are for two million
     dmd_shift: float = 1.0

@@ -29,7 +29,12 @@ FRAMES, PIXELS, GUIDANCE = 8, 12, 2.0
 
 
 def train(out: Path, recipe: dict, every: int) -> None:
-    """Train the teacher of `recipe`, or go on; writes checkpoint.pt and curve.json into `out`."""
+    """Train the teacher of `recipe`, or go on; writes checkpoint.pt and curve.json into `out`.
+
+    RAISES ValueError if there is no update to make, or none between two scores.
+    """
+    if recipe["updates"] < 1 or every < 1:
+        raise ValueError(f"updates is {recipe['updates']} and every {every}; both must be at least 1.")
     out.mkdir(parents=True, exist_ok=True)
     world, c_neg = World(FRAMES, PIXELS, modes="few"), torch.full((3,), EMPTY)
     ruler = Ruler(world)

@@ -173,7 +173,7 @@ def fastest(times: dict) -> str:
 
 
 def keep_attention(ctx, op, *args, **kw):
-    """Policy of "selective": attention's output is kept, everything else of a block is computed again."""
+    """Policy of "selective": attention's output is kept, the backward pass runs the rest of the block once more."""
     return CheckpointPolicy.MUST_SAVE if "attention" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -270,7 +270,7 @@ def chosen(cfg, config: dict, device, dtype, backward: bool) -> dict:
     return {"attn": attn, "compiled": compiled}
 
 
-# ---- The flow head as one launch -------------------------------------------------------------------------------------
+# ---- The flow head as a CUDA graph -----------------------------------------------------------------------------------
 
 
 class GraphedHead:
