@@ -30,6 +30,7 @@ def test_there_are_six():
         assert following is None or following.name in path.read_text()
 
 
+@pytest.mark.slow  # the next test knows whether the stored outputs come from these very cells and files
 @every
 def test_runs_from_scratch(path):
     """Every cell runs, and its assertions hold, in the quick setting."""
