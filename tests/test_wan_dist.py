@@ -202,6 +202,7 @@ def test_student_of_another_shape(world, tmp_path):
 # ---- Copies of the weights -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # four ranks; two ranks stand in for them in the default suite
 def test_two_copies_equal_one_process(world, tmp_path):
     """HSDP on 2 x 2 gloo ranks and one process with four micro-batches do the same stage 1 and stage 2; a run begun on
     2 x 2 goes on as one row of four and in one process, to the same end."""
