@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -23,10 +24,16 @@ from typing import ClassVar
 
 import tmd_minimal as tmd
 
+MOST = 10**9  # of any number that has no bound of its own
 
-def option(default, text: str, group: str = "", least=None, above=None, choices: tuple = ()):
-    """A dataclass field with its help text. `least` (inclusive), `above` (exclusive) and `choices` are checked."""
-    return field(default=default, metadata=dict(help=text, group=group, least=least, above=above, choices=choices))
+
+def option(default, text: str, group: str = "", least=None, above=None, choices: tuple = (), most=MOST):
+    """A dataclass field with its help text.
+
+    `least` and `most` (inclusive), `above` (exclusive) and `choices` are checked.
+    """
+    limits = {"least": least, "above": above, "most": most}
+    return field(default=default, metadata=dict(help=text, group=group, choices=choices, **limits))
 
 
 @dataclass
@@ -41,36 +48,53 @@ class Settings:
     GROUPS: ClassVar[tuple[str, ...]] = ()  # order of the groups in --help; those not named follow as they come
 
     out: str = option("", "output folder", "run")
-    seed: int = option(0, "seed of weights, data and draws", "run")
-    M: int = option(2, "outer transitions; paper: 1 or 2", "student", least=1)
-    N: int = option(4, "inner steps of the flow head; paper: 2 or 4", "student", least=1)
-    H: int = option(5, "blocks in the flow head; paper: 5 of 30 (1.3B) or of 40 (14B)", "student")
-    outer_shift: float = option(10.0, "timestep shift of the outer grid; paper: 10", "student", above=0)
-    inner_shift: float = option(10.0, "timestep shift of the inner grid; paper: 10", "student", above=0)
+    seed: int = option(0, "seed of weights, data and draws", "run", least=0, most=2**63 - 1)
+    M: int = option(2, "outer transitions; paper: 1 or 2", "student", least=1, most=1000)
+    N: int = option(4, "inner steps of the flow head; paper: 2 or 4", "student", least=1, most=1000)
+    H: int = option(5, "blocks in the flow head; paper: 5 of 30 (1.3B) or of 40 (14B)", "student", least=0)
+    outer_shift: float = option(10.0, "timestep shift of the outer grid; paper: 10", "student", above=0, most=1000)
+    inner_shift: float = option(10.0, "timestep shift of the inner grid; paper: 10", "student", above=0, most=1000)
     teacher_updates: int = option(0, "updates of the teacher", "teacher", least=0)
-    teacher_lr: float = option(1e-3, "learning rate of the teacher", "teacher", above=0)
+    teacher_lr: float = option(1e-3, "learning rate of the teacher", "teacher", above=0, most=1)
     stage1_updates: int = option(3000, "updates of stage 1 (TM-MF); paper: 3000", "stage 1", least=0)
-    stage1_lr: float = option(3e-5, "learning rate of stage 1; paper: 3e-5 (1.3B), 1e-5 (14B)", "stage 1", above=0)
-    stage2_lr: float = option(
-        1e-5, "learning rate of student, fake score and discriminator; paper: 1e-5", "stage 2", above=0
+    stage1_lr: float = option(
+        3e-5, "learning rate of stage 1; paper: 3e-5 (1.3B), 1e-5 (14B)", "stage 1", above=0, most=1
     )
-    dmd_shift: float = option(5.0, "timestep shift of t in VSD, fake score and GAN; paper: 5", "stage 2", above=0)
+    stage2_lr: float = option(
+        1e-5, "learning rate of student, fake score and discriminator; paper: 1e-5", "stage 2", above=0, most=1
+    )
+    dmd_shift: float = option(5.0, "timestep shift of t in VSD, fake score and GAN; paper: 5", "stage 2", above=0,
+                              most=1000)  # fmt: skip
     gan_weight: float = option(0.03, "weight of the GAN loss; paper: 0.03", "stage 2", least=0)
 
     def __post_init__(self):
+        self.out = os.path.expanduser(self.out)  # --out=~/x comes here as it is
+        for place in (Path(self.out), *Path(self.out).parents):
+            if place.exists() and not place.is_dir():
+                raise ValueError(f"out is {self.out}, but {place} is a file; give a folder.")
         for f in fields(self):
             value, about = getattr(self, f.name), explained(type(self), f.name)
             if about["choices"]:
                 tmd.choose(f.name, value, about["choices"])
-            if about["least"] is not None and not value >= about["least"]:
-                raise ValueError(f"{f.name} is {value}; it must be at least {about['least']}.")
-            if about["above"] is not None and not value > about["above"]:
-                bound = f"above {about['above']}" if about["above"] else "positive"
-                raise ValueError(f"{f.name} is {value}; it must be {bound}.")
+            if f.type in ("int", "float"):
+                check_number(f.name, value, f.type == "int", about)
 
     def without(self, *names: str) -> dict:
         """The settings as a dict, less the output folder (a machine's own) and `names`."""
         return {key: value for key, value in asdict(self).items() if key not in ("out", *names)}
+
+
+def check_number(name: str, value, whole: bool, about: dict) -> None:
+    """ValueError, in one sentence, unless `value` is a number within the limits of the field."""
+    least, above, most = (about[key] for key in ("least", "above", "most"))
+    if not isinstance(value, int if whole else (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it must be a {'whole' if whole else 'finite'} number.")
+    if least is not None and value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}.")
+    if above is not None and value <= above:
+        raise ValueError(f"{name} is {value}; it must be {f'above {above}' if above else 'positive'}.")
+    if abs(value) > most:
+        raise ValueError(f"{name} is {value}; it must be at most {most}.")
 
 
 def explained(settings: type, name: str) -> dict:
@@ -119,5 +143,8 @@ def command(name: str, work: Callable[[], None], again: str = "the same command"
 def write_json(path: Path, value) -> None:
     """Atomically, so that a kill never leaves half a file."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -27,7 +27,7 @@ from wan_scale.pipeline import TMDWanPipeline
 from wan_scale.sampling import sample
 from wan_scale.tiny import TRANSFORMER, make_tiny
 from wan_scale.training import lora, train
-from wan_scale.training.phase import complete
+from wan_scale.training.checkpoints import complete
 
 FAST = {
     "stage1_updates": 3,

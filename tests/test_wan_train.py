@@ -22,7 +22,8 @@ from wan_scale.data.teacher import generate
 from wan_scale.model import WanDiscriminator
 from wan_scale.tiny import make_tiny
 from wan_scale.training import logs, train
-from wan_scale.training.phase import EMA, Feed, WanPhase, complete, mixed
+from wan_scale.training.checkpoints import complete
+from wan_scale.training.phase import EMA, Feed, WanPhase, mixed
 
 FAST = {
     "stage1_updates": 4,
@@ -156,12 +157,12 @@ def test_kill_while_a_checkpoint_is_written(world, tmp_path, monkeypatch):
             raise Interrupted
         replace(source, target)
 
-    monkeypatch.setattr("wan_scale.training.phase.os.replace", die)
+    monkeypatch.setattr("wan_scale.training.checkpoints.os.replace", die)
     with pytest.raises(Interrupted):
         train.stage1(killed)
     left = sorted(f.name for f in (killed.folder("stage1", "checkpoints")).iterdir())
     assert left == ["step-00000002", "step-00000004.tmp"]
-    monkeypatch.setattr("wan_scale.training.phase.os.replace", replace)
+    monkeypatch.setattr("wan_scale.training.checkpoints.os.replace", replace)
     train.stage1(killed)
     assert weights(whole.folder("stage1")) == weights(killed.folder("stage1"))
     assert len(complete(killed.folder("stage1", "checkpoints"))) == 2
@@ -182,12 +183,12 @@ def test_damaged_and_foreign_checkpoints(world, tmp_path, monkeypatch):
     newest = complete(cfg.folder("stage1", "checkpoints"))[-1]
     state = (newest / "state.json").read_text()
     (newest / "state.json").write_text(state[:20])
-    with pytest.raises(tmd.CheckpointError, match="not readable; delete that folder"):
+    with pytest.raises(tmd.CheckpointError, match=r"state.json is not readable; delete that folder"):
         train.stage1(cfg)
     (newest / "state.json").write_text(state)
     part = next(newest.glob("*.distcp"))
     part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
-    with pytest.raises(tmd.CheckpointError, match="damaged or of another shape; delete that folder"):
+    with pytest.raises(tmd.CheckpointError, match=r"damaged \(the checksum of \S+ differs\); delete that folder"):
         train.stage1(cfg)
     shutil.rmtree(newest)
     first = train.stage1(cfg)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -14,11 +15,12 @@ from wan_scale.cost.work import CHECKPOINTING
 
 # Settings of the machine, of the log and of sampling: they may change between two starts of the same training.
 OF_THE_MACHINE = (
-    "model out data prompts videos device precision tf32 checkpointing attn compile save_every preview_every "
-    "preview_prompts log_every graph context_parallel shard_over offload_teacher gpus card_gb tflops rates "
-    "bench_minutes verify data_steps data_guidance sampler clips shard_size kd_clips skip_layer student "
-    "sample_prompts samples_per_prompt vbench_info vbench_results"
+    "model out data prompts videos device precision tf32 checkpointing attn compile save_every "
+    "save_minutes preview_every preview_prompts log_every graph context_parallel shard_over offload_teacher gpus "
+    "card_gb tflops rates bench_minutes verify data_steps data_guidance sampler clips shard_size kd_clips skip_layer "
+    "student sample_prompts samples_per_prompt vbench_info vbench_results"
 ).split()
+PATHS = "model data prompts videos rates vbench_info vbench_results".split()
 # Settings that only these phases read: for the others another value is the same run.
 OF_THE_PHASE = {
     "stage1": "stage1_updates stage1_lr stage1_guidance adaptive_c",
@@ -54,9 +56,9 @@ class Wan(Settings):
 
     model: str = option("", "folder of Wan2.1-T2V weights, Hugging Face layout; the preset tiny makes its own", "model")
 
-    frames: int = option(81, "frames of a clip, 4 k + 1; paper: 81", "clip")
-    height: int = option(480, "pixels, a multiple of 16; paper: 480", "clip")
-    width: int = option(832, "pixels, a multiple of 16; paper: 832", "clip")
+    frames: int = option(81, "frames of a clip, 4 k + 1; paper: 81", "clip", least=5, most=10_001)
+    height: int = option(480, "pixels, a multiple of 16; paper: 480", "clip", least=16, most=16_384)
+    width: int = option(832, "pixels, a multiple of 16; paper: 832", "clip", least=16, most=16_384)
 
     prompts: str = option("", "prompt file: one prompt a line, or JSONL with prompt and seed", "data")
     data: str = option("", "folder of latent shards; empty: OUT/data", "data")
@@ -64,10 +66,12 @@ class Wan(Settings):
     clips: int = option(0, "make only so many clips (0: one for every prompt)", "data", least=0)
     shard_size: int = option(64, "clips a shard", "data", least=1)
     data_steps: int = option(50, "the teacher's sampling steps", "data", least=1)
-    data_guidance: float = option(5.0, "the teacher's guidance in sampling", "data")
+    data_guidance: float = option(5.0, "the teacher's guidance in sampling; up to 1: none", "data", least=0,
+                                  most=1000)  # fmt: skip
     sampler: str = option("unipc", "the teacher's sampler: unipc or euler", "data", choices=("unipc", "euler"))
-    flow_shift: float = option(3.0, "timestep shift of the teacher's sampler; Wan's own for 480p: 3", "data", above=0)
-    verify: bool = option(False, "check a shard's checksum when training first reads it, also beyond 50 GB", "data")
+    flow_shift: float = option(3.0, "timestep shift of the teacher's sampler; Wan's own for 480p: 3", "data", above=0,
+                               most=1000)  # fmt: skip
+    verify: bool = option(False, "compare checksums of shards and checkpoints also beyond 50 GB", "data")
 
     N: int = 2
     fusion: str = option("gated", "how y_s joins the main feature: gated or concat; paper: gated", "student")
@@ -79,26 +83,31 @@ class Wan(Settings):
     lora: int = option(
         0, "rank of LoRAs on one frozen transformer for all roles; 0: train in full", "training", least=0
     )
-    lora_scale: float = option(10.0, "strength of the adapters: B A counts so many times", "training", above=0)
+    lora_scale: float = option(10.0, "strength of the adapters: B A counts so many times", "training", above=0,
+                               most=1e4)  # fmt: skip
     precision: str = option("auto", "bf16 (compute; the weights stay fp32) or fp32; auto: bf16 on a GPU", "training",
                             choices=("auto", "bf16", "fp32"))  # fmt: skip
     save_every: int = option(100, "updates between two checkpoints", "training", least=1)
+    save_minutes: float = option(30.0, "minutes between two checkpoints, where updates are slow", "training", above=0)
 
-    stage1_guidance: float = option(3.0, "guidance of stage 1; paper: 3", "stage 1")
-    adaptive_c: float = option(1.0, "c / d of the adaptive loss; paper: 1 (1.3B), 1e-5 (14B)", "stage 1")
+    stage1_guidance: float = option(3.0, "guidance of stage 1; paper: 3", "stage 1", least=0, most=1000)
+    adaptive_c: float = option(1.0, "c / d of the adaptive loss; paper: 1 (1.3B), 1e-5 (14B)", "stage 1",
+                               above=0)  # fmt: skip
 
     stage2_iterations: int = option(0, "iterations; 0: the paper's (4k, at M = 1 12k; 14B: 1k, 5k)", "stage 2", least=0)
-    stage2_guidance: float = option(5.0, "the teacher's guidance in stage 2; paper: 5", "stage 2")
+    stage2_guidance: float = option(5.0, "the teacher's guidance in stage 2; paper: 5", "stage 2", least=0, most=1000)
     taps: str = option(
         "15,22,29", "teacher blocks that the discriminator sees; paper: 15,22,29; 14B: 19,29,39", "stage 2"
     )
-    disc_width: int = option(384, "width of the discriminator's convolutions (384: 67.9 M at 1.3B)", "stage 2")
+    disc_width: int = option(384, "width of the discriminator's convolutions (384: 67.9 M at 1.3B)", "stage 2",
+                            least=1, most=16_384)  # fmt: skip
 
-    kd_clips: int = option(10000, "pairs of the KD warm-up of DMD2-v at M = 1; paper: 10k", "baseline")
+    kd_clips: int = option(10000, "pairs of the KD warm-up of DMD2-v at M = 1 (0: one for every prompt); paper: 10k",
+                          "baseline", least=0)  # fmt: skip
     kd_updates: int = option(10000, "updates of the KD warm-up; paper: 10k (1.3B), 5k (14B)", "baseline", least=0)
-    kd_lr: float = option(7e-5, "learning rate of the KD warm-up; paper: 7e-5", "baseline", above=0)
+    kd_lr: float = option(7e-5, "learning rate of the KD warm-up; paper: 7e-5", "baseline", above=0, most=1)
     skip_layer: int = option(
-        10, "block that skip-layer guidance leaves out in KD pairs, -1: none; paper: 10", "baseline"
+        10, "block that skip-layer guidance leaves out in KD pairs, -1: none; paper: 10", "baseline", least=-1
     )
 
     teacher_updates: int = option(
@@ -127,8 +136,9 @@ class Wan(Settings):
 
     student: str = option("tmd", "the student of sample, export and eval: tmd, dmd2v or teacher", "sampling",
                           choices=("tmd", "dmd2v", "teacher"))  # fmt: skip
-    sample_prompts: int = option(16, "sample so many of the prompts, the first (0: all)", "sampling")
-    samples_per_prompt: int = option(1, "videos a prompt, each from its own seed (VBench asks for 5)", "sampling")
+    sample_prompts: int = option(16, "sample so many of the prompts, the first (0: all)", "sampling", least=0)
+    samples_per_prompt: int = option(1, "videos a prompt, each from its own seed (VBench asks for 5)", "sampling",
+                                     least=1)  # fmt: skip
     vbench_info: str = option(
         "", "VBench_full_info.json: sample VBench's prompts, under VBench's file names", "sampling"
     )
@@ -136,7 +146,7 @@ class Wan(Settings):
 
     log_every: int = option(10, "updates between two lines of the log", "log", least=1)
     preview_every: int = option(250, "updates between two previews with alarms; 0: none", "log", least=0)
-    preview_prompts: int = option(4, "prompts of a preview, two seeds each", "log")
+    preview_prompts: int = option(4, "prompts of a preview, two seeds each", "log", least=1)
 
     gpus: int = option(1, "number of GPUs", "plan", least=1)
     card_gb: float = option(141.0, "memory of a GPU in GB", "plan", above=0)
@@ -146,6 +156,9 @@ class Wan(Settings):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in PATHS:
+            setattr(self, name, os.path.expanduser(getattr(self, name)))
+        self.model = self.model and os.path.realpath(self.model)  # one folder has one name
         if self.frames % 4 != 1 or self.frames < 1:
             raise ValueError(f"frames is {self.frames}; Wan's VAE takes 4 k + 1 frames (81, or 9 for a try).")
         if self.height % 16 or self.width % 16 or min(self.height, self.width) < 16:
@@ -155,12 +168,11 @@ class Wan(Settings):
             raise ValueError(
                 "with --lora the teacher is the base that all share and stays on the GPU; drop --offload-teacher."
             )
-        try:
-            self.tap_blocks = tuple(int(i) for i in self.taps.split(","))
-        except ValueError:
-            raise ValueError(
-                f"taps is {self.taps!r}; give block numbers with commas between, such as 15,22,29."
-            ) from None
+        blocks = self.taps.split(",")
+        self.tap_blocks = tuple(int(i) if i.strip().isdecimal() else -1 for i in blocks)
+        if self.tap_blocks[0] < 0 or list(self.tap_blocks) != sorted({*self.tap_blocks}):
+            wrong = f"taps is {self.taps!r}"
+            raise ValueError(f"{wrong}; give increasing block numbers with commas between, such as 15,22,29.")
         self.how(), self.stage1(), self.stage2()  # their own checks
 
     def how(self, plain: bool = False) -> WanStudentConfig:

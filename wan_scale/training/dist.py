@@ -183,6 +183,15 @@ def agreed(value):
     return held[0]
 
 
+def gathered(value) -> list:
+    """Every rank's value, in the order of ranks; all must call."""
+    if world() == 1:
+        return [value]
+    held = [None] * world()
+    dist.all_gather_object(held, value, group=waiting_room())
+    return held
+
+
 def stop() -> None:
     for made in (context_group, waiting_room, mesh):
         made.cache_clear()

@@ -17,10 +17,11 @@ A loss that falls says nothing here; these numbers do.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
+
+from wan_scale.training import kept
 
 
 class Log:
@@ -31,11 +32,11 @@ class Log:
 
     def __init__(self, path: Path, step: int = 0):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in lines if 0 <= step_of(line) <= step))
-        os.replace(temporary, path)
-        self.path, self.board = path, None
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        with kept.whole(path) as temporary:
+            good = (line + "\n" for line in lines if 0 <= step_of(line) <= step)
+            temporary.write_text("".join(good), encoding="utf-8")
+        self.path, self.board, self.full = path, None, False
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:  # optional
@@ -43,8 +44,13 @@ class Log:
         self.board = SummaryWriter(str(path.parent / "tensorboard" / path.stem), purge_step=step + 1)
 
     def write(self, step: int, values: dict) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as e:  # lines are lost, not hours
+            if not self.full:
+                print(f"\n{self.path} cannot be written ({kept.reason(e)}); the training goes on.", flush=True)
+            self.full = True
         for key, value in {**values, **values.get("preview", {})}.items():
             if self.board and isinstance(value, (int, float)):
                 self.board.add_scalar(key, value, step)
@@ -53,7 +59,7 @@ class Log:
 def step_of(line: str) -> int:
     """Step of a log line, -1 for one that a kill cut short."""
     try:
-        return json.loads(line)["step"]
+        return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return -1
 

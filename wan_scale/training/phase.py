@@ -10,29 +10,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
+import math
+import signal
+import threading
+import time
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 import tmd_minimal as tmd
-from wan_scale.training import dist
+from wan_scale.training import checkpoints, dist
+
+# How long a phase is: a finished one may go on to more of them.
+LENGTHS = {"updates", "iterations", "--teacher-updates", "--stage1-updates", "--stage2-iterations", "--kd-updates"}
 
 
 class Feed:
-    """data(n, generator) of tmd's loops: reads the samples of the micro-batch whose number the phase has set."""
+    """data(n, generator) of tmd's loops: reads the samples of the micro-batch whose number the phase has set.
 
-    def __init__(self, read):
+    ValueError where they hold NaN; named(position, n) -> where they are, in words.
+    """
+
+    def __init__(self, read, named=None):
         self.read, self.number = read, 0  # read(position, n) -> batch, position counted in samples since the start
+        self.named = named or (lambda position, n: f"sample {position}")
 
     def __call__(self, n: int, generator=None):
-        return self.read(self.number * n, n)
+        position = self.number * n
+        batch = self.read(position, n)
+        if not all(bool(torch.isfinite(part).all()) for part in batch):
+            where = self.named(position, n)
+            raise ValueError(f"the data hold a number that is not finite, in {where}; delete it and make it again.")
+        return batch
 
 
 class EMA:
@@ -49,21 +60,26 @@ class WanPhase(tmd.Phase):
     """A Phase whose update is a mean over `accumulate` micro-batches on every rank.
 
     Its nets may be sharded (FSDP2) or whole on each rank. ema_on: the device of the EMA, if it is not the net's.
-    A step whose gradient is not finite is skipped and counted; `patience` of them in a row are a FloatingPointError.
+    A step whose gradient is not finite is skipped and counted; `patience` of them in a row are a FloatingPointError,
+    and so is a phase without any other. Beside every save_every updates it saves every `minutes`, and on SIGTERM.
+    verify: compare checksums of checkpoints of any size.
     """
 
-    KEPT = (*tmd.Phase.KEPT, "skipped", "in_a_row")
+    KEPT = (*tmd.Phase.KEPT, "skipped", "in_a_row", "made", "ends")
 
     def __init__(self, *args, feed: Feed, accumulate: int = 1, patience: int = 5, keep: int = 2, context: int = 1,
-                 ema_on: str | None = None, **kw):  # fmt: skip
+                 ema_on: str | None = None, minutes: float = math.inf, verify: bool = False, **kw):  # fmt: skip
         self.average = partial(EMA, device=ema_on)
         super().__init__(*args, **kw)
+        self.minutes, self.verify, self.saved, self.due = minutes, verify, time.monotonic(), [0.0, 0.0]
+        self.ends, self.steps = [], 0  # where it had been finished before it went on; where it ends now
         self.feed, self.accumulate, self.patience, self.keep = feed, accumulate, patience, keep
         # ranks that share a clip draw alike
         self.replica, self.replicas = dist.rank() // context, dist.world() // context
         self.seed = self.generator.initial_seed()
         self.micro, self.skipped, self.means = 0, 0, {}
         self.in_a_row = dict.fromkeys(self.nets, 0)  # by net: one of them may go on well
+        self.made = dict.fromkeys(self.nets, 0)  # updates that were not skipped
 
     def follow(self, net):
         parts = lambda: [dist.local(p).to(e.device) for p, e in zip(net.parameters(), self.ema.parameters())]
@@ -112,7 +128,7 @@ class WanPhase(tmd.Phase):
             optimizer.step()
             if name == self.averaged:
                 self.follow(net)
-            self.in_a_row[name] = 0
+            self.in_a_row[name], self.made[name] = 0, self.made[name] + 1
         else:
             self.skipped, self.in_a_row[name] = self.skipped + 1, self.in_a_row[name] + 1
             if self.in_a_row[name] >= self.patience:
@@ -122,7 +138,7 @@ class WanPhase(tmd.Phase):
         optimizer.zero_grad(set_to_none=True)
         return terms
 
-    def run(self, iterate, steps, path=None, **kw):
+    def run(self, iterate, steps, path=None, on_step=None, **kw):
         def accumulated(phase):
             self.means = {}
             for micro in range(self.accumulate):
@@ -130,16 +146,39 @@ class WanPhase(tmd.Phase):
                 self.feed.number = (self.step * self.accumulate + self.micro) * self.replicas + self.replica
                 self.generator.manual_seed(mixed(self.seed, self.feed.number))
                 iterate(phase)
-            return dict(
-                zip(
-                    self.means,
-                    dist.mean([torch.as_tensor(v, device=self.generator.device) for v in self.means.values()]),
-                )
-            )
+            now = [float(bool(asked)), float(time.monotonic() - self.saved > 60 * self.minutes)]
+            values = [torch.as_tensor(v, device=self.generator.device) for v in (*self.means.values(), *now)]
+            *means, self.due[0], self.due[1] = dist.mean(values)  # above 0 where any rank says so
+            return dict(zip(self.means, means))
 
-        return super().run(accumulated, steps, path, progress=kw.pop("progress", True) and dist.rank() == 0, **kw)
+        def stepped(phase, terms):
+            if on_step:
+                on_step(phase, terms)
+            if path and any(self.due) and self.step < steps:
+                self.save(path)
+                if self.due[0]:
+                    saved = f"saved at update {self.step}, the same command goes on"
+                    raise RuntimeError(f"{self.name}: told to stop; {saved}.")
 
-    # ---- Checkpoints: path/step-00000100/, complete or not there ----
+        self.steps, progress = steps, kw.pop("progress", True) and dist.rank() == 0
+        if path:
+            checkpoints.sweep(path)
+            if dist.rank() == 0:
+                checkpoints.check_room(path, self.size(), self.keep)
+        with told_to_stop(bool(path)) as asked:
+            ema = super().run(accumulated, steps, path, on_step=stepped, progress=progress, **kw)
+        for name in self.nets:
+            if self.in_a_row[name] and not self.made[name]:
+                none = f"{self.name}: of {self.in_a_row[name]} updates of {name!r} no gradient was finite"
+                raise FloatingPointError(f"{none}; lower the rate and delete {path}, nothing was learnt.")
+        return ema
+
+    # ---- Checkpoints (checkpoints.py) ----
+
+    def size(self) -> int:
+        """Bytes of a checkpoint: of every net the weights and both moments, and the EMA."""
+        size = lambda found: sum(p.numel() * p.element_size() for p in found)
+        return 3 * sum(size(net.parameters()) for net in self.nets.values()) + size(self.ema.named.values())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every weight, both moments and the step count of its AdamW, and the EMA; sharing their memory."""
@@ -155,59 +194,44 @@ class WanPhase(tmd.Phase):
         return found
 
     def save(self, path):
-        final = Path(path) / f"step-{self.step:08d}"
-        temporary = final.with_suffix(".tmp")
-        if dist.rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        dist.barrier()
-        dcp.save(self.tensors(), checkpoint_id=temporary)
-        if dist.rank() == 0:
-            with open(temporary / "state.json", "w") as file:
-                json.dump({key: getattr(self, key) for key in self.KEPT}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(temporary, final)
-            for old in complete(path)[: -self.keep]:
-                shutil.rmtree(old)
-        dist.barrier()
+        state = {key: getattr(self, key) for key in self.KEPT}
+        checkpoints.save(path, f"step-{self.step:08d}", self.tensors(), state, self.keep)
+        self.saved = time.monotonic()
 
     def load(self, path):
         """The newest complete checkpoint of `path` (none: a fresh start); CheckpointError if it is of another run or
-        cannot be read.
+        cannot be read. Another length of the phase is the same run, up to what was trained.
         """
-        if not (steps := complete(path)):
+        if not (steps := checkpoints.complete(path)):
             return
-        try:
-            state = json.loads((steps[-1] / "state.json").read_text())
-        except ValueError as e:
-            raise tmd.CheckpointError(
-                f"{steps[-1]}/state.json is not readable; delete that folder to go on from the one before it."
-            ) from e
-        config = json.loads(json.dumps(self.config))
-        if state.get("name") != self.name or state.get("config") != config:
-            old = state.get("config", {})
-            keys = sorted(k for k in {*old, *config} if old.get(k) != config.get(k)) or ["phase"]
-            raise tmd.CheckpointError(
-                f"{path} was made with another {', '.join(keys)}; give the same settings or another --out."
-            )
-        try:
-            dcp.load(self.tensors(), checkpoint_id=steps[-1])
-        except (CheckpointException, RuntimeError, ValueError, KeyError, OSError, EOFError) as e:
-            found = f"{steps[-1]} is damaged or of another shape"
-            raise tmd.CheckpointError(f"{found}; delete that folder to go on from the one before it.") from e
-        for key in self.KEPT:
+        state = checkpoints.read_state(steps[-1])
+        old, config = state["config"], json.loads(json.dumps(self.config))
+        keys = {k for k in {*old, *config} if old.get(k) != config.get(k)}
+        longer = keys <= LENGTHS and state["step"] <= self.steps
+        if state["name"] != self.name or (keys and not longer):
+            other = f"{path} was made with another {', '.join(sorted(keys) or ['phase'])}"
+            raise tmd.CheckpointError(f"{other}; give the same settings or another --out.")
+        checkpoints.load(steps[-1], self.tensors(), state["files"], self.verify)
+        for key in set(self.KEPT) - {"config"}:
             setattr(self, key, state[key])
+        if keys and self.step in (old[k] for k in keys):  # it had come to its end
+            self.ends = [*self.ends, self.step]
+
+
+@contextmanager
+def told_to_stop(listen: bool):
+    """A list that is no longer empty when SIGTERM has come, as schedulers send it before they kill."""
+    asked = []
+    if not listen or threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def mixed(seed: int, number: int) -> int:
     """A seed for micro-batch `number` of a run: hashed, since torch's CPU generator looks at the low 32 bits alone."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest(), "little") >> 1
-
-
-def complete(path) -> list[Path]:
-    """Finished checkpoints of a phase, oldest first."""
-    return sorted(
-        folder for folder in Path(path).glob("step-*") if folder.suffix != ".tmp" and (folder / "state.json").exists()
-    )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 import tmd_minimal as tmd
 from wan_scale.config import Wan, WanStudentConfig
-from wan_scale.training import dist, weights
-from wan_scale.training.phase import WanPhase
+from wan_scale.data.files import file_sha256
+from wan_scale.data.folders import fingerprint
+from wan_scale.training import checkpoints, dist, kept, weights
+from wan_scale.training.phase import LENGTHS, WanPhase
+
+AGAIN = "delete student.json and run that phase again: it goes on from its last checkpoint"
 
 
 def describe(cfg: Wan, how: WanStudentConfig, layers: int, **more) -> dict:
@@ -23,33 +26,77 @@ def describe(cfg: Wan, how: WanStudentConfig, layers: int, **more) -> dict:
 
 
 def save_student(folder: Path, phase: WanPhase, facts: dict) -> None:
-    """The EMA as safetensors, then its description, which says that the phase is finished."""
+    """The EMA as safetensors, then its description, which says that the phase is finished.
+
+    FloatingPointError where a weight is not finite, RuntimeError on a full disk: then nothing is written.
+    """
     whole = dist.whole(phase.ema.named)
-    dist.say(f"{facts['phase']}: done, {folder / 'student.safetensors'}")
     if dist.rank() == 0:
+        if bad := [name for name, p in whole.items() if not bool(torch.isfinite(p).all())]:
+            raise FloatingPointError(
+                f"{facts['phase']}: weights of the student are not finite ({bad[0]}); it is not saved, train it again."
+            )
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(whole, folder / "student.safetensors.tmp")
-        os.replace(folder / "student.safetensors.tmp", folder / "student.safetensors")
+        with kept.whole(folder / "student.safetensors") as temporary:
+            save_file(whole, temporary)
+            facts |= {"weights": file_sha256(temporary)}
         describe_finished(folder, facts)
+    dist.say(f"{facts['phase']}: done, {folder / 'student.safetensors'}")
     dist.barrier()
 
 
 def describe_finished(folder: Path, facts: dict) -> None:
     """student.json, whose existence says that the phase is finished."""
-    (folder / "student.json.tmp").write_text(json.dumps(facts, indent=1) + "\n")
-    os.replace(folder / "student.json.tmp", folder / "student.json")
+    kept.write(folder / "student.json", facts)
 
 
-def finished(folder: Path, cfg: Wan, told: bool = True) -> dict | None:
-    """The description of a finished phase, told to the screen; RuntimeError if it is one of other settings."""
-    if not (folder / "student.json").exists():
+def described(folder: Path) -> dict:
+    """student.json of a finished phase; RuntimeError in one sentence if it is damaged."""
+    return kept.read(folder / "student.json", AGAIN)
+
+
+def teacher_of(cfg: Wan) -> str:
+    """Which transformer this is, wherever its folder lies."""
+    return fingerprint(Path(cfg.model), "transformer")
+
+
+def start_of(folder: Path) -> dict:
+    """What a phase is told of the finished one that it starts from."""
+    return {"phase": folder.name, "weights": described(folder)["weights"]} if finished_there(folder) else {}
+
+
+def finished_there(folder: Path) -> bool:
+    return (folder / "student.json").exists()
+
+
+def finished(folder: Path, cfg: Wan, told: bool = True, longer: bool = False) -> dict | None:
+    """The description of a finished phase, told to the screen; RuntimeError if it is one of other settings.
+
+    The teacher's weights are a setting, and so is the student that it started from. With `longer`, None as well where
+    the settings ask for more updates and its checkpoints are there to go on from.
+    """
+    if not finished_there(folder):
         return None
-    facts, mine = json.loads((folder / "student.json").read_text()), cfg.of_the_training(folder.name)
-    keys = [key for key, value in mine.items() if facts["recipe"].get(key) != value]
-    keys = [key for key in keys if key != "--micro-batch"]  # how the batch was split is past
+    facts, mine = described(folder), cfg.of_the_training(folder.name)
+    keys = {key for key, value in mine.items() if facts["recipe"].get(key) != value}
+    keys -= {"--micro-batch"}  # how the batch was split is past
+    more = keys and keys <= LENGTHS and all(mine[key] > facts["recipe"].get(key, mine[key]) for key in keys)
+    if "teacher" in facts and facts["teacher"] != teacher_of(cfg):
+        keys.add("--model")
+    before = facts.get("start") or {}
+    if before and (now := start_of(folder.parent / before["phase"])) and now != before:
+        keys.add(f"student of {before['phase']}")
+    if longer and more and keys <= LENGTHS:
+        if not checkpoints.complete(folder / "checkpoints"):
+            gone = f"{folder} is finished at {facts['updates']} updates and its checkpoints are gone"
+            raise RuntimeError(f"{gone}; give {' and '.join(keys)} as before, or another --out.")
+        dist.say(f"{folder.name}: was finished at {facts['updates']} updates and goes on.")
+        return None
     if keys:
-        other = f"{folder} holds a student made with another {', '.join(keys)}"
+        other = f"{folder} holds a student made with another {', '.join(sorted(keys))}"
         raise RuntimeError(f"{other}; give the same settings or another --out.")
+    if "weights" in facts and not (folder / "student.safetensors").exists():
+        raise RuntimeError(f"{folder / 'student.safetensors'} is missing; {AGAIN}.")
     if told:
         dist.say(f"{folder.name}: finished, nothing to do.")
     return facts
@@ -57,8 +104,21 @@ def finished(folder: Path, cfg: Wan, told: bool = True) -> dict | None:
 
 def load_student(folder: Path, student) -> None:
     """What weights.fill will read, strictly: every weight and no other."""
-    if not (folder / "student.safetensors").exists():
+    path = folder / "student.safetensors"
+    if not path.exists():
         raise RuntimeError(f"{folder} holds no finished student; run the phase that makes it first.")
-    stored = weights.files(folder / "student.safetensors")
+    stored = weights.files(path)
     weights.check(student, stored)
     student.stored = stored
+
+
+def check_weights(folder: Path) -> dict:
+    """The description of a student whose weights are the ones it was saved with; RuntimeError if not. All ranks call.
+
+    A second a GB.
+    """
+    facts = described(folder)
+    same = dist.agreed(dist.rank() == 0 and file_sha256(folder / "student.safetensors") == facts["weights"])
+    if not same:
+        raise RuntimeError(f"{folder / 'student.safetensors'} is damaged (its checksum differs); {AGAIN}.")
+    return facts

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 import tmd_minimal as tmd
 from wan_scale import speed
@@ -21,12 +20,21 @@ from wan_scale.config import Wan, WanStudentConfig
 from wan_scale.cost.plan import plan
 from wan_scale.cost.sizes import GB
 from wan_scale.data.folders import check_folder
+from wan_scale.data.lock import only_one
 from wan_scale.data.reader import Reader
 from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels, load_transformer
-from wan_scale.pictures import contact_sheet, decode
-from wan_scale.training import dist, logs, lora, ulysses, weights
+from wan_scale.training import dist, logs, lora, previews, ulysses, weights
 from wan_scale.training.phase import Feed, WanPhase, mixed
-from wan_scale.training.students import describe, describe_finished, finished, load_student, save_student
+from wan_scale.training.students import (
+    check_weights,
+    describe,
+    describe_finished,
+    finished,
+    load_student,
+    save_student,
+    start_of,
+    teacher_of,
+)
 
 
 def compute_dtype(cfg: Wan, device: torch.device) -> torch.dtype:
@@ -78,7 +86,8 @@ def make_student(cfg: Wan, how: WanStudentConfig, start: str | None = None, base
     student = tmd.TMDStudent(net, how.H, how.fusion) if how.H else tmd.PlainStudent(net)
     student.stored = {f"net.{name}": where for name, where in net.stored.items()}
     if start:
-        finished(cfg.folder(start), cfg, told=False)  # of these settings
+        if finished(cfg.folder(start), cfg, told=False):  # of these settings
+            check_weights(cfg.folder(start))
         load_student(cfg.folder(start), student)
     return student
 
@@ -95,9 +104,9 @@ def accumulation(cfg: Wan) -> int:
 
 
 class Training:
-    """What the phases share: device, data, micro-batches, log, previews."""
+    """What the phases share: device, data, micro-batches, log, previews. start: the phase whose student it takes."""
 
-    def __init__(self, cfg: Wan, name: str, shards: Path):
+    def __init__(self, cfg: Wan, name: str, shards: Path, start: str | None = None):
         self.cfg, self.name, self.folder = cfg, name, cfg.folder(name)
         self.device = dist.start(cfg.device, alone=cfg.offload_teacher)  # FSDP fetches an offloaded net, in a group
         torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
@@ -106,8 +115,14 @@ class Training:
         order = mixed(cfg.seed, name in ("stage2", "dmd2v"))  # stage 2 meets the clips in another order than stage 1
         self.reader = Reader(shards, seed=order, device=self.device, verify=verify)
         self.c_neg = self.reader.negative
+        if not bool(torch.isfinite(self.c_neg).all()):
+            raise ValueError(f"the negative prompt's embedding in {shards} is not finite; make the data again.")
         self.accumulate = accumulation(cfg)
-        self.config = {**cfg.of_the_training(name), "data": self.reader.identity}
+        # what it is trained from, beside the settings; the phase `teacher` is to change the teacher
+        self.origin = {} if name == "teacher" else {"teacher": teacher_of(cfg)}
+        if start:
+            self.origin |= {"start": start_of(cfg.folder(start))}
+        self.config = {**cfg.of_the_training(name), "data": self.reader.identity, **self.origin}
         self.log, self.accuracy, self.speed = None, None, None
 
     def place(self, net):
@@ -118,10 +133,10 @@ class Training:
         cfg, teacher = self.cfg, not any(p.requires_grad for p in net.parameters())
         self.fast(net.net if hasattr(net, "net") else net)
         if cfg.lora:
-            return weights.fill(net, self.device).to(self.device)
+            return sound(weights.fill(net, self.device).to(self.device))
         offload = teacher and cfg.offload_teacher
         net = dist.shard(net, cfg.shard_over, offload, cfg.tap_blocks[-1] if teacher else -1)
-        net = weights.fill(net, "cpu" if offload else self.device)
+        net = sound(weights.fill(net, "cpu" if offload else self.device))
         return net.to(self.device) if dist.world() == 1 and not offload else net
 
     def fast(self, net: WanNetwork) -> None:
@@ -148,13 +163,24 @@ class Training:
 
     def run(self, train, how, read=None) -> WanPhase:
         """Run train(feed, ...), a loop of tmd_minimal, in this GPU's precision. read: the reader's batch or pairs."""
-        feed = Feed(read or self.reader.batch)
-        make = partial(WanPhase, feed=feed, accumulate=self.accumulate, context=self.cfg.context_parallel)
+        named = lambda position, n: " or ".join(f"shard {k}, clip {i}" for k, i in self.reader.at(position, n))
+        feed = Feed(read or self.reader.batch, named)
+        make = partial(WanPhase, feed=feed, accumulate=self.accumulate, context=self.cfg.context_parallel,
+                       minutes=self.cfg.save_minutes, verify=self.cfg.verify)  # fmt: skip
         if self.cfg.lora:  # GPU memory is what it is about, and the EMA moves once an update
             make = partial(make, ema_on="cpu")
         kept = {"path": str(self.folder / "checkpoints"), "save_every": self.cfg.save_every, "config": self.config}
         with compute(self.cfg, self.device):
             return train(feed, seed=self.cfg.seed, make=make, on_step=partial(self.on_step, how), **kept)[1]
+
+    def student(self, train, how, student, **kw) -> dict:
+        """run(), and the student that it leaves: its description."""
+        layers = len(student.net.blocks)
+        phase = self.run(train, how, **kw)
+        more = {"updates": phase.step, "skipped": phase.skipped, "was_finished_at": phase.ends}
+        facts = describe(self.cfg, how, layers, phase=self.name, **more, **self.origin)
+        save_student(self.folder, phase, facts)
+        return facts
 
     def on_step(self, how, phase: WanPhase, terms: dict) -> None:
         accuracy = self.accuracy.value("disc" in terms) if self.accuracy else None
@@ -191,32 +217,10 @@ class Training:
         numbers = logs.preview_numbers(samples, data)
         self.log.write(phase.step, {"preview": numbers})
         path = self.folder / "previews" / f"step-{phase.step:08d}.safetensors"
-        path.parent.mkdir(exist_ok=True)
-        save_file({"latents": samples.half().cpu()}, path)
-        self.picture(samples, path.with_suffix(".png"))
+        previews.keep(samples, path, self.cfg.model, self.device, compute_dtype(self.cfg, self.device))
         for words in logs.alarms({**numbers, "accuracy": accuracy, "skipped": phase.skipped}):
             print(f"\nALARM {self.name}, update {phase.step}: {words}.", flush=True)
             self.log.write(phase.step, {"alarm": words})
-
-    def picture(self, samples, path: Path) -> None:
-        """The first seed of each prompt as frames; the VAE is loaded for this and let go.
-
-        A preview must not end a training.
-        """
-        from diffusers import AutoencoderKLWan
-        from diffusers.video_processor import VideoProcessor
-
-        if not (Path(self.cfg.model) / "vae").exists():
-            return
-        try:
-            dtype = compute_dtype(self.cfg, self.device)
-            vae = AutoencoderKLWan.from_pretrained(self.cfg.model, subfolder="vae", dtype=dtype)
-            frames = decode(vae.to(self.device), VideoProcessor(vae_scale_factor=8), samples[:, 0])
-        except torch.OutOfMemoryError:
-            left_out = f"{path.name} is left out, its latents are kept"
-            print(f"\nno room for the VAE beside the training: {left_out}.", flush=True)
-            return
-        contact_sheet([("", f"prompt {i}", clip) for i, clip in enumerate(frames)], path)
 
 
 def draw(student, how: WanStudentConfig, noise, c, seed: int):
@@ -226,34 +230,47 @@ def draw(student, how: WanStudentConfig, noise, c, seed: int):
     return tmd.sample(student, noise, c, generator=inner, target=how.target, field=how.field, outer=how.outer, **grids)
 
 
+def sound(net):
+    """The net; ValueError if one of its weights is not finite: it would train to nothing, in silence."""
+    if bad := [name for name, p in net.named_parameters() if not bool(torch.isfinite(dist.local(p)).all())]:
+        raise ValueError(f"weights that training starts from are not finite ({bad[0]}); fetch or make them again.")
+    return net
+
+
+def alone(cfg: Wan, name: str, work) -> dict:
+    """work() -> the description of phase `name`, unless it is finished; one run at a time."""
+    if facts := finished(cfg.folder(name), cfg, longer=True):
+        return facts
+    dist.start(cfg.device, alone=cfg.offload_teacher)
+    with only_one(cfg.folder(name), dist.rank()):
+        dist.barrier()
+        return work()
+
+
 def stage1(cfg: Wan) -> dict:
     """TM-MF pretraining of the student."""
-    if facts := finished(cfg.folder("stage1"), cfg):
-        return facts
-    how, job = cfg.how(), Training(cfg, "stage1", cfg.shards)
-    student = make_student(cfg, how, base=shared_base(cfg, how, job.device))
-    layers = len(student.net.blocks)
-    train = lambda feed, **kw: tmd.train_stage1(job.place(student), feed, how, cfg.stage1(), c_neg=job.c_neg, **kw)
-    phase = job.run(train, how=how)
-    facts = describe(cfg, how, layers, phase="stage1", updates=phase.step, skipped=phase.skipped)
-    save_student(job.folder, phase, facts)
-    return facts
+
+    def work():
+        how, job = cfg.how(), Training(cfg, "stage1", cfg.shards)
+        student = make_student(cfg, how, base=shared_base(cfg, how, job.device))
+        train = lambda feed, **kw: tmd.train_stage1(job.place(student), feed, how, cfg.stage1(), c_neg=job.c_neg, **kw)
+        return job.student(train, how, student)
+
+    return alone(cfg, "stage1", work)
 
 
 def kd(cfg: Wan) -> dict:
     """KD warm-up of the DMD2-v baseline on (noise, latent) pairs of the teacher; the paper does it at M = 1 only."""
-    if facts := finished(cfg.folder("kd"), cfg):
-        return facts
-    how, job = cfg.how(plain=True), Training(cfg, "kd", cfg.folder("kd-pairs"))
-    student = make_student(cfg, how, base=shared_base(cfg, how, job.device))
-    layers = len(student.net.blocks)
-    pairs = lambda feed: lambda generator: feed(cfg.micro_batch)
-    own = {"updates": cfg.kd_updates, "lr": cfg.kd_lr}
-    train = lambda feed, **kw: tmd.train_kd(job.place(student), pairs(feed), how, **own, **kw)
-    phase = job.run(train, how=how, read=job.reader.pairs)
-    facts = describe(cfg, how, layers, phase="kd", updates=phase.step, skipped=phase.skipped)
-    save_student(job.folder, phase, facts)
-    return facts
+
+    def work():
+        how, job = cfg.how(plain=True), Training(cfg, "kd", cfg.folder("kd-pairs"))
+        student = make_student(cfg, how, base=shared_base(cfg, how, job.device))
+        pairs = lambda feed: lambda generator: feed(cfg.micro_batch)
+        own = {"updates": cfg.kd_updates, "lr": cfg.kd_lr}
+        train = lambda feed, **kw: tmd.train_kd(job.place(student), pairs(feed), how, **own, **kw)
+        return job.student(train, how, student, read=job.reader.pairs)
+
+    return alone(cfg, "kd", work)
 
 
 def stage2(cfg: Wan, plain: bool = False) -> dict:
@@ -262,29 +279,26 @@ def stage2(cfg: Wan, plain: bool = False) -> dict:
     plain: the baseline DMD2-v.
     """
     name = "dmd2v" if plain else "stage2"
-    if facts := finished(cfg.folder(name), cfg):
-        return facts
-    how, job = cfg.how(plain), Training(cfg, name, cfg.shards)
-    before = ("kd" if cfg.M == 1 and cfg.kd_updates else None) if plain else ("stage1" if cfg.stage1_updates else None)
-    base = shared_base(cfg, how, job.device, fake=True)
-    student = job.place(make_student(cfg, how, before, base))
-    layers = len(student.net.blocks)
-    teacher = lora.Role(base) if base else network(cfg, compute_dtype(cfg, job.device)).requires_grad_(False)
-    channels = feature_channels(teacher)
-    teacher, fake_score = job.place(teacher), job.place(lora.Role(base, "fake") if base else network(cfg))
-    tmd.seed_everything(cfg.seed)  # the same discriminator on every rank
-    heads, again = len(cfg.tap_blocks), cfg.checkpointing != "none"
-    discriminator = WanDiscriminator(channels, cfg.disc_width, heads, checkpointing=again).to(job.device)
-    job.accuracy = logs.Accuracy(discriminator)
-    nets, own = (
-        (student, teacher, discriminator),
-        {"taps": cfg.tap_blocks, "fake_score": fake_score, "c_neg": job.c_neg},
-    )
-    train = lambda feed, **kw: tmd.train_stage2(*nets, feed, how, cfg.stage2(), **own, **kw)
-    phase = job.run(train, how=how)
-    facts = describe(cfg, how, layers, phase=name, updates=phase.step, skipped=phase.skipped)
-    save_student(job.folder, phase, facts)
-    return facts
+
+    def work():
+        kd_first = "kd" if cfg.M == 1 and cfg.kd_updates else None
+        before = kd_first if plain else ("stage1" if cfg.stage1_updates else None)
+        how, job = cfg.how(plain), Training(cfg, name, cfg.shards, before)
+        base = shared_base(cfg, how, job.device, fake=True)
+        student = job.place(make_student(cfg, how, before, base))
+        teacher = lora.Role(base) if base else network(cfg, compute_dtype(cfg, job.device)).requires_grad_(False)
+        channels = feature_channels(teacher)
+        teacher, fake_score = job.place(teacher), job.place(lora.Role(base, "fake") if base else network(cfg))
+        tmd.seed_everything(cfg.seed)  # the same discriminator on every rank
+        heads, again = len(cfg.tap_blocks), cfg.checkpointing != "none"
+        discriminator = WanDiscriminator(channels, cfg.disc_width, heads, checkpointing=again).to(job.device)
+        job.accuracy = logs.Accuracy(discriminator)
+        nets = student, teacher, discriminator
+        own = {"taps": cfg.tap_blocks, "fake_score": fake_score, "c_neg": job.c_neg}
+        train = lambda feed, **kw: tmd.train_stage2(*nets, feed, how, cfg.stage2(), **own, **kw)
+        return job.student(train, how, student)
+
+    return alone(cfg, name, work)
 
 
 def teacher(cfg: Wan) -> dict:
@@ -292,25 +306,27 @@ def teacher(cfg: Wan) -> dict:
     if cfg.teacher_updates < 1:
         what = "teacher replaces MODEL/transformer by what it trained"
         raise ValueError(f"{what}; say for how long with --teacher-updates.")
-    if facts := finished(cfg.folder("teacher"), cfg):
-        return facts
     if cfg.lora:
         raise ValueError("the teacher is trained in full; leave --lora to the students.")
-    job = Training(cfg, "teacher", cfg.shards)
-    net = job.place(network(cfg))
-    rate = {"updates": cfg.teacher_updates, "batch": cfg.micro_batch, "lr": cfg.teacher_lr}
-    train = lambda feed, **kw: tmd.train_teacher(net, feed, **rate, c_neg=job.c_neg, **kw)
-    phase = job.run(train, how=None)
-    whole = dist.whole(phase.ema.named)
-    facts = {"phase": "teacher", "updates": phase.step, "recipe": cfg.of_the_training("teacher")}
-    if dist.rank() == 0:
-        plain, place = load_transformer(cfg.model), Path(cfg.model) / "transformer"
-        WanNetwork(plain).load_state_dict(whole, strict=True)
-        plain.save_pretrained(place.with_name("transformer.new"))
-        # a kill here leaves both; the checkpoints have the weights as well
-        place.rename(place.with_name("transformer.old"))
-        place.with_name("transformer.new").rename(place)
-        shutil.rmtree(place.with_name("transformer.old"))
-        describe_finished(job.folder, facts)
-    dist.barrier()
-    return facts
+
+    def work():
+        job = Training(cfg, "teacher", cfg.shards)
+        net = job.place(network(cfg))
+        rate = {"updates": cfg.teacher_updates, "batch": cfg.micro_batch, "lr": cfg.teacher_lr}
+        train = lambda feed, **kw: tmd.train_teacher(net, feed, **rate, c_neg=job.c_neg, **kw)
+        phase = job.run(train, how=None)
+        whole = dist.whole(phase.ema.named)
+        facts = {"phase": "teacher", "updates": phase.step, "recipe": cfg.of_the_training("teacher")}
+        if dist.rank() == 0:
+            plain, place = load_transformer(cfg.model), Path(cfg.model) / "transformer"
+            WanNetwork(plain).load_state_dict(whole, strict=True)
+            plain.save_pretrained(place.with_name("transformer.new"))
+            # a kill here leaves both; the checkpoints have the weights as well
+            place.rename(place.with_name("transformer.old"))
+            place.with_name("transformer.new").rename(place)
+            shutil.rmtree(place.with_name("transformer.old"))
+            describe_finished(job.folder, facts)
+        dist.barrier()
+        return facts
+
+    return alone(cfg, "teacher", work)

@@ -1,0 +1,116 @@
+"""Checkpoints of a phase: path/step-00000100/, complete or not there, with a checksum of every file.
+
+Each rank writes its own parts, so that a run may go on with another number of ranks. state.json, which is written last,
+holds the plain values and the checksums.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+import tmd_minimal as tmd
+from wan_scale.data.files import file_sha256
+from wan_scale.training import dist, kept
+
+UNASKED = 50e9  # bytes: checksums of larger parts, a minute's reading, are compared only where asked for
+OLDER = "delete that folder to go on from the one before it"
+
+
+def complete(path) -> list[Path]:
+    """Finished checkpoints of a phase, oldest first."""
+    return sorted(
+        folder for folder in Path(path).glob("step-*") if folder.suffix != ".tmp" and (folder / "state.json").exists()
+    )
+
+
+def sweep(path) -> None:
+    """Remove what a kill left half-written."""
+    if dist.rank() == 0:
+        for left in Path(path).glob("step-*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def check_room(path, size: int, keep: int) -> None:
+    """RuntimeError unless the disk takes the checkpoints that will lie there at once: `keep` and the one in work."""
+    there = Path(path)
+    while not there.exists():
+        there = there.parent
+    free, need = shutil.disk_usage(there).free, size * (keep + 1 - len(complete(path)))
+    if need > free:
+        gb = f"{need / 1e9:.3g} GB for {keep + 1} checkpoints are needed and {free / 1e9:.3g} GB are free"
+        raise RuntimeError(f"{path} has too little disk: {gb}; free some, or give --out on another disk.")
+
+
+def save(path, name: str, tensors: dict[str, torch.Tensor], state: dict, keep: int) -> None:
+    """Write path/name and drop all but the newest `keep`. All ranks call.
+
+    RuntimeError where that fails, as on a full disk: nothing half-written is left, older ones stay.
+    """
+    final = Path(path) / name
+    temporary = final.with_suffix(".tmp")
+    try:
+        if dist.rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        dcp.save(tensors, checkpoint_id=temporary)
+        mine = [file for file in temporary.iterdir() if writer(file) == dist.rank()]
+        sums = {file.name: file_sha256(file) for file in mine}
+        sums = {name: value for part in dist.gathered(sums) for name, value in part.items()}
+        if dist.rank() == 0:
+            kept.write(temporary / "state.json", {**state, "files": sums})
+    except (CheckpointException, OSError, RuntimeError) as e:
+        if dist.rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        stays = "the last one is kept; make room and give the same command"
+        raise RuntimeError(f"checkpoint {final} could not be written ({cause(e)}); {stays}.") from e
+    if dist.rank() == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        for old in complete(path)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def cause(e: BaseException) -> str:
+    """The first reason behind an error of torch's, which reports those of all ranks."""
+    failures = getattr(e, "failures", None) or {}
+    inner = next((f[0] if isinstance(f, tuple) else f for f in failures.values()), e)
+    return kept.reason(inner.__cause__ or inner)
+
+
+def writer(file: Path) -> int:
+    """The rank that wrote a file of a checkpoint: torch names them __RANK_NUMBER.distcp, the rest is of rank 0."""
+    number = file.name.removeprefix("__").partition("_")[0]
+    return int(number) if file.suffix == ".distcp" and number.isdigit() else 0
+
+
+def read_state(folder: Path) -> dict:
+    """Plain values of a checkpoint; CheckpointError if they are not readable."""
+    try:
+        return kept.read(folder / "state.json", OLDER)
+    except RuntimeError as e:
+        raise tmd.CheckpointError(str(e)) from e
+
+
+def load(folder: Path, tensors: dict[str, torch.Tensor], sums: dict[str, str], verify: bool = False) -> None:
+    """Read a checkpoint into `tensors`, its checksums compared first. All ranks call; CheckpointError in one sentence.
+
+    Beyond 50 GB a rank checksums are compared only with `verify`.
+    """
+    sizes = {name: (folder / name).stat().st_size if (folder / name).exists() else 0 for name in sums}
+    if verify or sum(sizes.values()) < UNASKED * dist.world():
+        mine = sorted(sums)[dist.rank() :: dist.world()]
+        bad = [name for name in mine if not sizes[name] or file_sha256(folder / name) != sums[name]]
+        if bad := [name for part in dist.gathered(bad) for name in part]:
+            raise tmd.CheckpointError(f"{folder} is damaged (the checksum of {bad[0]} differs); {OLDER}.")
+    try:
+        dcp.load(tensors, checkpoint_id=folder)
+    except (CheckpointException, RuntimeError, ValueError, KeyError, OSError, EOFError) as e:
+        raise tmd.CheckpointError(f"{folder} is damaged or of another shape; {OLDER}.") from e
