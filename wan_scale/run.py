@@ -74,7 +74,7 @@ def tiny_world(cfg: Wan) -> Wan:
     import torch
 
     from wan_scale.tiny import make_tiny
-    from wan_scale.training import dist
+    from wan_scale.training import dist, kept
 
     torch.set_num_threads(1)  # so small that a second thread only waits
     dist.start(cfg.device)
@@ -83,8 +83,9 @@ def tiny_world(cfg: Wan) -> Wan:
         cfg.folder().mkdir(parents=True, exist_ok=True)
         if not cfg.model:
             make_tiny(model, cfg.seed)
-        if not cfg.prompts:
-            Path(prompts).write_text("\n".join(TINY_PROMPTS) + "\n")
+        if not cfg.prompts and not Path(prompts).exists():  # an edited one stays
+            with kept.whole(prompts) as temporary:
+                temporary.write_text("\n".join(TINY_PROMPTS) + "\n", encoding="utf-8")
     dist.barrier()
     return replace(cfg, model=model, prompts=prompts)
 
@@ -151,16 +152,17 @@ def bench(cfg: Wan, name: str) -> None:
 def plan(cfg: Wan, name: str) -> None:
     from wan_scale.cost.report import report
     from wan_scale.cost.work import measured_rates
+    from wan_scale.data.files import read_json
 
     given = Path(cfg.model) / "transformer" / "config.json" if cfg.model else None
     if given and not given.exists():
         raise RuntimeError(
             f"{given} is missing; give a Wan2.1 folder in the Hugging Face layout, or leave --model away."
         )
-    model = json.loads(given.read_text()) if given else size_of(name)
+    model = read_json(given) if given else size_of(name)
     if cfg.rates and not Path(cfg.rates).is_file():
         raise RuntimeError(f"{cfg.rates} is missing; give a JSON of bench_results/ with --rates, or leave it away.")
-    rates = measured_rates(json.loads(Path(cfg.rates).read_text()), cfg.tf32) if cfg.rates else None
+    rates = measured_rates(read_json(Path(cfg.rates)), cfg.tf32) if cfg.rates else None
     print(report(model, rates=rates, **cfg.planned()))
 
 
@@ -179,11 +181,13 @@ def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:
     elif not cfg.model or (not cfg.prompts and not cfg.videos and command in (None, "data", "sample")):
         print(NEEDS)
         raise RuntimeError("give --model and --prompts, or --preset tiny.")
+    from wan_scale import preflight
     from wan_scale.data.folders import check_folder, free_memory
     from wan_scale.sampling import sample
     from wan_scale.training import dist, train
 
     check_folder(cfg.model)
+    preflight.check(cfg, command)
     dist.start(cfg.device)
     if command in (None, "data", "stage1", "stage2", "kd", "dmd2v", "teacher"):
         train.accumulation(cfg)  # before hours of data

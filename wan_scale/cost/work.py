@@ -164,6 +164,14 @@ def measured_rates(record: dict, tf32: bool = False, attn: str | None = None) ->
     attn: the attention backend; without it the one that `bench` took. RAISES ValueError where the record lacks a rate.
     """
     cases, attn = record.get("cases", {}), attn or record.get("attn")
+    try:
+        return rates_of_cases(record, cases, tf32, attn)
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as e:
+        raise ValueError("--rates is not what `bench` writes; give a JSON that it wrote, or --tflops.") from e
+
+
+def rates_of_cases(record: dict, cases: dict, tf32: bool, attn: str | None) -> dict:
+    """measured_rates of a record that is whole."""
     seconds, work = ({**cases.get(case, {}).get(key, {})} for case, key in (("rates", "seconds"), ("rates", "work")))
     attention = cases.get("attention", {}).get("seconds", {})
     if attn in attention and f"{attn}, with backward" in attention:

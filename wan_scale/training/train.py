@@ -23,6 +23,7 @@ from wan_scale.data.folders import check_folder
 from wan_scale.data.lock import only_one
 from wan_scale.data.reader import Reader
 from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels, load_transformer
+from wan_scale.preflight import check_taps
 from wan_scale.training import dist, logs, lora, previews, ulysses, weights
 from wan_scale.training.phase import Feed, WanPhase, mixed
 from wan_scale.training.students import (
@@ -59,9 +60,7 @@ def network(cfg: Wan, dtype=torch.float32) -> WanNetwork:
     check_folder(cfg.model, parts=("transformer",))
     net = WanNetwork(weights.skeleton(cfg.model, dtype))
     net.stored = weights.files(Path(cfg.model) / "transformer", "transformer.")
-    if cfg.tap_blocks[-1] >= len(net.blocks):
-        beyond = f"taps names block {cfg.tap_blocks[-1]} of a network of {len(net.blocks)}"
-        raise ValueError(f"{beyond}; give block numbers with --taps.")
+    check_taps(cfg, len(net.blocks))
     return ulysses.share(net, cfg.context_parallel)
 
 
