@@ -7,64 +7,15 @@ fill(net, device, files(folder))            # and every rank reads its own rows
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from wan_scale.data.stored import Stored, check, files
 from wan_scale.training import dist
-
-NAME = "diffusion_pytorch_model.safetensors"
-
-
-class Stored(NamedTuple):
-    """Where a tensor is."""
-
-    file: Path
-    key: str
-    shape: tuple[int, ...]
-
-
-def files(path: str | Path, prefix: str = "") -> dict[str, Stored]:
-    """The tensors of a safetensors file, or of a diffusers folder of such files, by name with `prefix` before it.
-
-    Reads headers only; RuntimeError where a file is missing or damaged.
-    """
-    path, found = Path(path), {}
-    index = path / f"{NAME}.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [NAME]
-    for file in [path / name for name in names] if path.is_dir() else [path]:
-        try:
-            with safe_open(file, "pt") as stored:
-                where = lambda key: Stored(file, key, tuple(stored.get_slice(key).get_shape()))  # noqa: B023
-                found |= {prefix + key: where(key) for key in stored.keys()}
-        except (OSError, SafetensorError) as e:
-            raise RuntimeError(f"{file} is missing or damaged; fetch or make it again.") from e
-    return found
-
-
-def check(module: nn.Module, stored: dict[str, Stored], ignore: tuple[str, ...] = ()) -> None:
-    """RuntimeError unless `stored` has every parameter of the module, in its shape, and no other.
-
-    Others may be there if one of `ignore` is in their name.
-    """
-    wanted = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    found = {name: s.shape for name, s in stored.items() if name in wanted or not any(part in name for part in ignore)}
-    wrong = [f"{name} is not there" for name in wanted if name not in found]
-    wrong += [f"{name} has no place" for name in found if name not in wanted]
-    wrong += [f"{name} is of shape {found[name]}" for name in wanted if name in found and found[name] != wanted[name]]
-    if wrong:
-        where, more = (
-            next((s.file.parent for s in stored.values()), "the file"),
-            f", and {len(wrong) - 1} more" * (len(wrong) > 1),
-        )
-        raise RuntimeError(
-            f"{where} does not hold the weights of this network ({wrong[0]}{more}); give the folder that belongs to it."
-        )
 
 
 def cast(model, dtype: torch.dtype):
