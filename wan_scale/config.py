@@ -127,8 +127,8 @@ class Wan(Settings):
 
     student: str = option("tmd", "the student of sample, export and eval: tmd, dmd2v or teacher", "sampling",
                           choices=("tmd", "dmd2v", "teacher"))  # fmt: skip
-    sample_prompts: int = option(16, "sample so many of the prompts, the first (0: all)", "sampling")
-    samples_per_prompt: int = option(1, "videos a prompt, each from its own seed (VBench asks for 5)", "sampling")
+    sample_prompts: int = option(16, "sample so many of the prompts, the first (0: all)", "sampling", least=0)
+    samples_per_prompt: int = option(1, "videos a prompt, each of its own noise (VBench: 5)", "sampling", least=1)
     vbench_info: str = option(
         "", "VBench_full_info.json: sample VBench's prompts, under VBench's file names", "sampling"
     )
@@ -136,7 +136,7 @@ class Wan(Settings):
 
     log_every: int = option(10, "updates between two lines of the log", "log", least=1)
     preview_every: int = option(250, "updates between two previews with alarms; 0: none", "log", least=0)
-    preview_prompts: int = option(4, "prompts of a preview, two seeds each", "log")
+    preview_prompts: int = option(4, "prompts of a preview, two seeds each", "log", least=1)
 
     gpus: int = option(1, "number of GPUs", "plan", least=1)
     card_gb: float = option(141.0, "memory of a GPU in GB", "plan", above=0)

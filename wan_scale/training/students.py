@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 import tmd_minimal as tmd
 from wan_scale.config import Wan, WanStudentConfig
+from wan_scale.data.files import read_json, write_json
+from wan_scale.data.folders import fingerprint
 from wan_scale.training import dist, weights
 from wan_scale.training.phase import WanPhase
 
@@ -19,7 +17,8 @@ def describe(cfg: Wan, how: WanStudentConfig, layers: int, **more) -> dict:
     """student.json: all that sampling needs to know."""
     nfe = tmd.effective_nfe(how.M, how.N, how.H, layers)
     clip = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
-    return {**asdict(how), **clip, "effective_nfe": nfe, "recipe": cfg.of_the_training(more["phase"]), **more}
+    made = {"recipe": cfg.of_the_training(more["phase"]), "transformer": fingerprint(Path(cfg.model), "transformer")}
+    return {**asdict(how), **clip, "effective_nfe": nfe, **made, **more}
 
 
 def save_student(folder: Path, phase: WanPhase, facts: dict) -> None:
@@ -28,23 +27,21 @@ def save_student(folder: Path, phase: WanPhase, facts: dict) -> None:
     dist.say(f"{facts['phase']}: done, {folder / 'student.safetensors'}")
     if dist.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(whole, folder / "student.safetensors.tmp")
-        os.replace(folder / "student.safetensors.tmp", folder / "student.safetensors")
+        weights.save(whole, folder / "student.safetensors")
         describe_finished(folder, facts)
     dist.barrier()
 
 
 def describe_finished(folder: Path, facts: dict) -> None:
     """student.json, whose existence says that the phase is finished."""
-    (folder / "student.json.tmp").write_text(json.dumps(facts, indent=1) + "\n")
-    os.replace(folder / "student.json.tmp", folder / "student.json")
+    write_json(folder / "student.json", facts)
 
 
 def finished(folder: Path, cfg: Wan, told: bool = True) -> dict | None:
     """The description of a finished phase, told to the screen; RuntimeError if it is one of other settings."""
     if not (folder / "student.json").exists():
         return None
-    facts, mine = json.loads((folder / "student.json").read_text()), cfg.of_the_training(folder.name)
+    facts, mine = read_json(folder / "student.json"), cfg.of_the_training(folder.name)
     keys = [key for key, value in mine.items() if facts["recipe"].get(key) != value]
     keys = [key for key in keys if key != "--micro-batch"]  # how the batch was split is past
     if keys:

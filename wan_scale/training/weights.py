@@ -7,13 +7,16 @@ fill(net, device, files(folder))            # and every rank reads its own rows
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from wan_scale.data.files import writing
 from wan_scale.data.stored import Stored, check, files
 from wan_scale.training import dist
 
@@ -44,16 +47,16 @@ def skeleton(folder: str | Path, dtype: torch.dtype = torch.float32):
 
 
 @torch.no_grad()
-def fill(module: nn.Module, device, stored: dict[str, Stored] | None = None):
+def fill(module: nn.Module, device, stored: dict[str, Stored] | None = None, change: dict | None = None):
     """Read every parameter that is `stored` (default: module.stored); returns the module.
 
     Of a sharded parameter only this rank's rows are read. A parameter without memory gets it on `device`; the others
-    stay where they are.
+    stay where they are. change: {name: function of what was read}, for parameters that are whole.
     """
-    stored, opened = module.stored if stored is None else stored, {}
+    stored, opened, change = module.stored if stored is None else stored, {}, change or {}
     for path, owner in module.named_modules():
         for name, p in list(owner.named_parameters(recurse=False)):
-            if (s := stored.get(f"{path}.{name}".lstrip("."))) is None:
+            if (s := stored.get(full := f"{path}.{name}".lstrip("."))) is None:
                 continue
             if p.is_meta:
                 p = nn.Parameter(torch.empty_like(p, device=device), requires_grad=p.requires_grad)
@@ -62,8 +65,36 @@ def fill(module: nn.Module, device, stored: dict[str, Stored] | None = None):
                 opened[s.file] = safe_open(s.file, "pt")
             first, last = rows(p)
             if first < last:
-                dist.local(p).copy_(opened[s.file].get_slice(s.key)[first:last])
+                read = opened[s.file].get_slice(s.key)[first:last]
+                dist.local(p).copy_(change[full](read) if full in change else read)
     return module
+
+
+def read(s: Stored) -> torch.Tensor:
+    """One tensor, whole."""
+    with safe_open(s.file, "pt") as file:
+        return file.get_tensor(s.key)
+
+
+def check_finite(module: nn.Module, where) -> None:
+    """RuntimeError if a parameter is NaN or infinite: its videos would show nothing."""
+    bad = [name for name, p in module.named_parameters() if not bool(torch.isfinite(p).all())]
+    if bad:
+        more = f", and {len(bad) - 1} more" * (len(bad) > 1)
+        raise RuntimeError(f"{where} holds weights that are not finite ({bad[0]}{more}); make or copy it again.")
+
+
+def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """A safetensors file, there whole or not at all; RuntimeError where the disk does not take it."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with writing(path):
+            save_file(tensors, temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def rows(p: torch.Tensor) -> tuple[int, int]:
