@@ -174,7 +174,7 @@ def test_a_prompt_that_is_no_file_name_is_refused(prompt):
 
 
 def test_missing_counts_what_is_not_whole_or_of_another_seed(tmp_path):
-    """A video that was written from its seed is done; an absent, an empty, a cut one and one of another seed are not."""
+    """A video that was written from its seed is done; an absent, empty or cut one and one of another seed are not."""
     plan = vbench.plan_videos(records(), samples=2, flickering_samples=2)
     for video, seed in zip(plan[:3], (plan[0].seed, 7, plan[2].seed)):
         write_video(smooth(0, 3).numpy(), tmp_path / video.name, comment=f"seed {seed}")

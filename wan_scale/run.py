@@ -31,6 +31,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 if __name__ == "__main__":
+    if sys.getfilesystemencoding().lower() != "utf-8":  # a locale such as C: prompts are file names, in any language
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository: this runs as a script from anywhere
 
 from settings import command as run_command
