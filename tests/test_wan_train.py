@@ -183,7 +183,7 @@ def test_damaged_and_foreign_checkpoints(world, tmp_path, monkeypatch):
     newest = complete(cfg.folder("stage1", "checkpoints"))[-1]
     state = (newest / "state.json").read_text()
     (newest / "state.json").write_text(state[:20])
-    with pytest.raises(tmd.CheckpointError, match=r"state.json is not readable; delete that folder"):
+    with pytest.raises(tmd.CheckpointError, match=r"state.json is not JSON; delete that folder"):
         train.stage1(cfg)
     (newest / "state.json").write_text(state)
     part = next(newest.glob("*.distcp"))

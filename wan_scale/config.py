@@ -137,8 +137,7 @@ class Wan(Settings):
     student: str = option("tmd", "the student of sample, export and eval: tmd, dmd2v or teacher", "sampling",
                           choices=("tmd", "dmd2v", "teacher"))  # fmt: skip
     sample_prompts: int = option(16, "sample so many of the prompts, the first (0: all)", "sampling", least=0)
-    samples_per_prompt: int = option(1, "videos a prompt, each from its own seed (VBench asks for 5)", "sampling",
-                                     least=1)  # fmt: skip
+    samples_per_prompt: int = option(1, "videos a prompt, each of its own noise (VBench: 5)", "sampling", least=1)
     vbench_info: str = option(
         "", "VBench_full_info.json: sample VBench's prompts, under VBench's file names", "sampling"
     )

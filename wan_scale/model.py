@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import tmd_minimal as tmd
 from wan_scale import speed
 from wan_scale.cost.work import CHECKPOINTING
+from wan_scale.data.folders import check_folder
 from wan_scale.training import ulysses
 
 
@@ -184,12 +185,13 @@ class WanDiscriminator(nn.Module):
 
 
 def load_transformer(folder, dtype: torch.dtype = torch.float32):
-    """The transformer of a Wan2.1 folder in the Hugging Face layout.
+    """The transformer of a Wan2.1 folder in the Hugging Face layout; every weight must be there, and no other.
 
     In bf16 diffusers keeps times, tables and norms in fp32.
     """
     from diffusers import WanTransformer3DModel
 
+    check_folder(folder, ("transformer",))
     return WanTransformer3DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype)
 
 

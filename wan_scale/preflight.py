@@ -8,6 +8,7 @@ from pathlib import Path
 from wan_scale.config import Wan
 from wan_scale.cost.sizes import known, tokens
 from wan_scale.data.files import read_json
+from wan_scale.pictures import needs_ffmpeg
 
 TRAINING = {None, "stage1", "stage2", "kd", "dmd2v", "teacher"}  # None: the ladder
 
@@ -28,13 +29,12 @@ def check(cfg: Wan, command: str | None) -> None:
             heads = f"does not divide the {config['num_attention_heads']} heads of this transformer"
             raise ValueError(f"context_parallel {cfg.context_parallel} {heads}; take a divisor.")
         if cfg.lora:
-            needs("peft", "--lora trains adapters with")
+            needs_peft()
     if command == "kd" and not (cfg.skip_layer < blocks and (cfg.skip_layer < 0 or cfg.data_guidance > 1)):
         last = f"give a block from 0 to {blocks - 1} and guidance above 1, or -1 for none"
         raise ValueError(f"skip_layer is {cfg.skip_layer} at data_guidance {cfg.data_guidance:g}; {last}.")
     if command in (None, "sample", "eval") or (command == "data" and cfg.videos):
-        needs("imageio", "videos are read and written with")
-        needs("imageio_ffmpeg", "videos are read and written with")
+        needs_ffmpeg()
 
 
 def check_taps(cfg: Wan, blocks: int) -> None:
@@ -44,7 +44,7 @@ def check_taps(cfg: Wan, blocks: int) -> None:
         raise ValueError(f"{beyond}; give block numbers with --taps.")
 
 
-def needs(package: str, why: str) -> None:
-    if find_spec(package) is None:
-        name = package.replace("_", "-")
-        raise RuntimeError(f"{why} {name}, which is not installed; pip install {name}.")
+def needs_peft() -> None:
+    """RuntimeError in a sentence where no adapters could be made."""
+    if find_spec("peft") is None:
+        raise RuntimeError("--lora needs peft; `pip install -r wan_scale/requirements.txt` brings it.")

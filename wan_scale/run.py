@@ -31,6 +31,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 if __name__ == "__main__":
+    if sys.getfilesystemencoding().lower() != "utf-8":  # a locale such as C: prompts are file names, in any language
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository: this runs as a script from anywhere
 
 from settings import command as run_command
@@ -73,8 +75,9 @@ def tiny_world(cfg: Wan) -> Wan:
     """The preset tiny's own folder and prompts, where none are given."""
     import torch
 
+    from wan_scale.data.files import atomic
     from wan_scale.tiny import make_tiny
-    from wan_scale.training import dist, kept
+    from wan_scale.training import dist
 
     torch.set_num_threads(1)  # so small that a second thread only waits
     dist.start(cfg.device)
@@ -84,8 +87,8 @@ def tiny_world(cfg: Wan) -> Wan:
         if not cfg.model:
             make_tiny(model, cfg.seed)
         if not cfg.prompts and not Path(prompts).exists():  # an edited one stays
-            with kept.whole(prompts) as temporary:
-                temporary.write_text("\n".join(TINY_PROMPTS) + "\n", encoding="utf-8")
+            with atomic(Path(prompts)) as file:
+                file.write("\n".join([*TINY_PROMPTS, ""]).encode())
     dist.barrier()
     return replace(cfg, model=model, prompts=prompts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -9,12 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 
 def read_json(path: Path) -> dict:
     """A JSON object; ValueError in one sentence if the file is missing or broken."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; give a folder that `data` has made.") from None
     except ValueError:
@@ -25,15 +27,27 @@ def read_json(path: Path) -> dict:
 
 
 @contextmanager
+def writing(path: Path):
+    """Within, `path` is written; RuntimeError in one sentence where the disk does not take it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(e)
+        why = "the disk is full; free some" if full else f"{getattr(e, 'strerror', None) or e}; see to it"
+        raise RuntimeError(f"{path} could not be written: {why}, then run the same command again.") from e
+
+
+@contextmanager
 def atomic(path: Path, temporary: Path | None = None):
     """A binary file to write; it appears as `path` whole, when the block has ended."""
     temporary = temporary or path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with writing(path):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

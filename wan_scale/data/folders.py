@@ -8,33 +8,40 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from wan_scale.data.files import read_json
+from wan_scale.data.stored import DIFFUSERS, NAME, check, files, weight_files
 
 PARTS = {  # part of a Wan2.1 folder: (its config, its weights)
     "tokenizer": ("tokenizer_config.json", None),
     "text_encoder": ("config.json", "model.safetensors"),
-    "transformer": ("config.json", "diffusion_pytorch_model.safetensors"),
-    "vae": ("config.json", "diffusion_pytorch_model.safetensors"),
+    "transformer": ("config.json", NAME),
+    "vae": ("config.json", NAME),
     "scheduler": ("scheduler_config.json", None),
 }
+CLASSES = {"text_encoder": "UMT5EncoderModel", "transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
 
 
-def check_folder(folder: str | Path, parts=tuple(PARTS)) -> Path:
-    """The folder's path, if it is a diffusers Wan2.1 folder and `parts` of it are whole.
+def check_folder(folder: str | Path, parts=tuple(PARTS), pipeline: str = "WanPipeline") -> Path:
+    """The folder's path, if it is a diffusers Wan2.1 folder and `parts` of it are whole and fit their configs exactly.
 
-    Else ValueError naming the first bad file.
+    Reads headers alone. Else ValueError naming the first bad file, RuntimeError naming the first bad tensor.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give a Wan2.1 checkpoint folder in diffusers' layout.")
     if not (folder / "model_index.json").is_file():
+        if any(folder.glob("models_t5_umt5*")) or any(folder.glob("Wan2.1_VAE*")):
+            raise ValueError(f"{folder} is Wan's original checkpoint, not diffusers' layout; download {DIFFUSERS}.")
         raise ValueError(
             f"{folder} lacks model_index.json; give a folder in diffusers' layout (Wan2.1-T2V-...-Diffusers)."
         )
     index = read_json(folder / "model_index.json")
-    if index.get("_class_name") != "WanPipeline" or (index.get("transformer_2") or [None])[0]:
+    if index.get("_class_name") != pipeline or (index.get("transformer_2") or [None])[0]:
         other = f"{folder} holds a {index.get('_class_name')} that is not Wan2.1 text-to-video"
+        if pipeline != "WanPipeline":
+            raise ValueError(f"{folder} holds a {index.get('_class_name')}; give a folder that `export` has made.")
         raise ValueError(f"{other}; give a WanPipeline of one transformer.")
     for part in parts:
         config, weights = PARTS[part]
@@ -43,23 +50,71 @@ def check_folder(folder: str | Path, parts=tuple(PARTS)) -> Path:
         words = [folder / part / name for name in ("tokenizer.json", "spiece.model")]
         if part == "tokenizer" and not any(path.is_file() for path in words):
             raise ValueError(f"{folder} lacks {part}/tokenizer.json or spiece.model; copy the missing file.")
-        for path in weight_files(folder, part) if weights else ():
+        for path in weight_files(folder / part, weights) if weights else ():
             if not path.is_file():
-                raise ValueError(f"{folder} lacks {part}/{path.name}; copy the missing file.")
+                raise ValueError(f"{folder} lacks {part}/{path.name}; {instead(path)}.")
             try:
                 safe_open(path, "pt")  # reads the header and compares it with the size
             except (SafetensorError, OSError) as e:
                 broken = f"{folder / part / path.name} is truncated or not safetensors ({type(e).__name__})"
                 raise ValueError(f"{broken}; copy it again.") from e
+    configs = {part: read_json(folder / part / PARTS[part][0]) for part in parts if part in CLASSES}
+    for part, config in configs.items():
+        if pipeline == "WanPipeline" or part != "transformer":
+            check_part(folder / part, part, config)
+    for key, other, same in (("in_channels", "vae", "z_dim"), ("text_dim", "text_encoder", "d_model")):
+        a, b = (configs.get(part, {}).get(name) for part, name in (("transformer", key), (other, same)))
+        if a != b and None not in (a, b):
+            apart = f"{folder}: {key} of the transformer is {a} and {same} of the {other} {b}"
+            raise ValueError(f"{apart}; take both from the same download.")
     return folder
 
 
-def weight_files(folder: Path, part: str) -> list[Path]:
-    """The safetensors files of a part, whether one or split under an index."""
-    name = PARTS[part][1]
-    index = folder / part / f"{name}.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [name]
-    return [folder / part / name for name in names]
+def instead(path: Path) -> str:
+    """What to do about a weight file that is not there, by what lies in its place."""
+    pieces = sorted(path.parent.glob(f"{path.stem}-*-of-*.safetensors"))
+    if pieces and "-of-" not in path.name:
+        return f"{pieces[0].name} is there, so copy {path.name}.index.json as well"
+    other = [file.name for file in sorted(path.parent.iterdir()) if file.suffix in (".bin", ".pt", ".pth", ".gguf")]
+    if other:
+        return f"{other[0]} is not read, download the safetensors of {DIFFUSERS}"
+    other = [file.name for file in sorted(path.parent.glob("*.safetensors")) if "-of-" not in file.name]
+    return f"{other[0]} lies there under another name" if other else "copy the missing file"
+
+
+def empty(part: str, config: dict) -> nn.Module:
+    """The network of a part by its config: shapes without memory."""
+    import diffusers
+    from accelerate import init_empty_weights
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    with init_empty_weights():
+        if part == "text_encoder":
+            return UMT5EncoderModel(UMT5Config.from_dict(config))
+        return getattr(diffusers, CLASSES[part]).from_config(config)
+
+
+def check_part(folder: Path, part: str, config: dict) -> None:
+    """One part's config and weights: ValueError or RuntimeError in a sentence unless they are the stock network's."""
+    where, wanted = folder / PARTS[part][0], CLASSES[part]
+    named = config.get("_class_name") or (config.get("architectures") or [wanted])[0]
+    if named != wanted:
+        raise ValueError(f"{where} is of a {named}, not of a {wanted}; give a text-to-video folder ({DIFFUSERS}).")
+    if part == "transformer":
+        channels = config.get("in_channels", 16), config.get("out_channels", 16)
+        if channels[0] != channels[1] or any(config.get(k) is not None for k in ("image_dim", "added_kv_proj_dim")):
+            kind = f"{where} is of an image-to-video checkpoint (in_channels {channels[0]}, out_channels {channels[1]})"
+            raise ValueError(f"{kind}; give a text-to-video one ({DIFFUSERS}).")
+    if part == "vae":
+        for key in ("latents_mean", "latents_std"):
+            if not isinstance(values := config.get(key), list) or len(values) != config.get("z_dim", 16):
+                raise ValueError(f"{where} lacks {key} of {config.get('z_dim', 16)} channels; copy it again.")
+    try:
+        net = empty(part, config)
+    except Exception as e:  # whatever a constructor says to values that it was not made for
+        raise ValueError(f"{where} does not describe a {wanted} ({type(e).__name__}); copy it again.") from e
+    ignore = tuple(getattr(net, "_keys_to_ignore_on_load_unexpected", None) or ())
+    check(net, files(folder, name=PARTS[part][1]), ignore)
 
 
 def fingerprint(folder: Path, part: str) -> str:
@@ -67,8 +122,9 @@ def fingerprint(folder: Path, part: str) -> str:
 
     It tells two fine-tunings apart without reading all weights.
     """
-    digest = hashlib.sha256((folder / part / PARTS[part][0]).read_bytes())
-    for path in weight_files(folder, part):
+    config, weights = PARTS[part]
+    digest = hashlib.sha256((folder / part / config).read_bytes())
+    for path in weight_files(folder / part, weights):
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - (1 << 20)))
             digest.update(file.read())

@@ -14,11 +14,11 @@ NEGATIVE = (
 )
 
 
-def read_prompts(path: str | Path) -> list[dict]:
+def read_prompts(path: str | Path, numbered: bool = True) -> list[dict]:
     """The prompts of a file as [{"prompt": str, "seed": int}].
 
-    A prompt without a seed takes its index here, blank lines not counted. Raises ValueError in one sentence with the
-    numbers of the bad lines.
+    A prompt without a seed takes its index here, blank lines not counted (None if not `numbered`). Raises ValueError in
+    one sentence with the numbers of the bad lines.
     """
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
@@ -31,7 +31,7 @@ def read_prompts(path: str | Path) -> list[dict]:
         if not line.strip():
             continue
         try:
-            prompts.append(parse(line, path.suffix == ".jsonl", len(prompts) + len(bad)))
+            prompts.append(parse(line, path.suffix == ".jsonl", len(prompts) + len(bad) if numbered else None))
         except ValueError as e:
             bad.append(f"line {number}: {e}")
     if bad:
@@ -44,7 +44,7 @@ def read_prompts(path: str | Path) -> list[dict]:
     return prompts
 
 
-def parse(line: bytes, is_json: bool, index: int) -> dict:
+def parse(line: bytes, is_json: bool, index: int | None) -> dict:
     """One line as {"prompt", "seed"}; ValueError says what is wrong with it."""
     try:
         entry = {"prompt": line.decode()}
@@ -66,6 +66,6 @@ def parse(line: bytes, is_json: bool, index: int) -> dict:
     # Cc: NUL and the other controls; Cs: half a character, which JSON can write and UTF-8 cannot
     if any(unicodedata.category(char) in ("Cc", "Cs") and char != "\t" for char in prompt):
         raise ValueError("control character")
-    if type(seed) is not int or not 0 <= seed < 2**63:
+    if (seed is not None or "seed" in entry) and (type(seed) is not int or not 0 <= seed < 2**63):
         raise ValueError("seed is not an integer from 0 to 2^63 - 1")
     return {"prompt": prompt, "seed": seed}

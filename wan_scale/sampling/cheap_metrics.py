@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from wan_scale.pictures import read_video
+
 # score: (unit, what it should do)
 MEANING = {
     "temporal_flickering": (
@@ -50,9 +52,9 @@ END = 2.5 / 255  # chroma subsampling and limited range move black and white by 
 
 
 def _check(video: torch.Tensor) -> None:
-    if video.ndim != 4 or video.shape[-1] != 3 or len(video) < 2 or not video.numel() or not video.is_floating_point():
+    if video.ndim != 4 or video.shape[-1] != 3 or not video.numel() or not video.is_floating_point():
         raise ValueError(
-            f"a clip is floats of shape (frames >= 2, height, width, 3), not {video.dtype} of {tuple(video.shape)}."
+            f"a clip is floats of shape (frames, height, width, 3), not {video.dtype} of {tuple(video.shape)}."
         )
     low, high = video.aminmax()
     if not (low >= 0 and high <= 1):  # also true of NaN
@@ -61,19 +63,19 @@ def _check(video: torch.Tensor) -> None:
         )
 
 
-def score_clip(video: torch.Tensor) -> dict[str, float]:
-    """All scores of one clip, video (T, H, W, 3) in [0, 1]; see MEANING.
+def score_clip(video: torch.Tensor) -> dict[str, float | None]:
+    """All scores of one clip, video (T, H, W, 3) in [0, 1]; see MEANING. Those of motion are None for one frame.
 
     Frame by frame, so that a long clip needs no second copy.
     """
     _check(video)
     changes = [(after.float() - before.float()).abs().mean() for before, after in pairwise(video)]
-    change = torch.stack(changes).double()  # (T - 1,)
+    change = torch.stack(changes).double() if changes else None  # (T - 1,)
     clipped = torch.stack([((frame < END) | (frame > 1 - END)).float().mean() for frame in video])
     return {
-        "temporal_flickering": 1 - change.mean().item(),
-        "motion": change.mean().item(),
-        "still": (change < HALF_LEVEL).double().mean().item(),
+        "temporal_flickering": 1 - change.mean().item() if changes else None,
+        "motion": change.mean().item() if changes else None,
+        "still": (change < HALF_LEVEL).double().mean().item() if changes else None,
         "clipped": clipped.mean().item(),
         "colourfulness": float(np.mean([colourfulness(frame) for frame in video])),
     }
@@ -113,33 +115,16 @@ def diversity(clips: Iterable[torch.Tensor]) -> float | None:
     return (2 * squares / (n - 1)) ** 0.5 if n > 1 else None  # the mean over pairs of |a - b|^2 is twice the variance
 
 
-def read_video(path: str | Path) -> torch.Tensor:
-    """The frames of an mp4, (T, H, W, 3) float32 in [0, 1]. RuntimeError if it cannot be decoded to its end."""
-    import imageio.v2 as imageio
-
-    try:
-        with imageio.get_reader(path, "ffmpeg") as reader:
-            meta = reader.get_meta_data()
-            frames = [frame for frame in reader]  # not list(reader): its length is infinite
-    except (OSError, RuntimeError, ValueError, IndexError, KeyError) as error:  # the plugin raises any of them
-        raise RuntimeError(
-            f"{path} is not a readable video ({type(error).__name__}); delete it and sample it again."
-        ) from error
-    announced = round(meta["fps"] * meta["duration"])
-    if len(frames) < max(2, announced - 1):  # a cut file can decode without a word; durations are rounded to 10 ms
-        raise RuntimeError(f"{path} decodes to {len(frames)} frames of {announced}; delete it and sample it again.")
-    return torch.from_numpy(np.stack(frames)).float().div_(255)
-
-
 def score_folder(folder: str | Path) -> dict:
     """Scores of all `{prompt}-{index}.mp4` of a folder; each is decoded once, one clip in memory at a time.
 
-    Returns {"videos": {name: scores}, "prompts": {prompt: {"samples", "diversity"}}, "mean": {score: mean}}, ready for
-    JSON. The mean diversity is over prompts with two samples or more, else None. ValueError for no clip or a wrong
-    name, RuntimeError for a broken one.
+    Returns {"videos": {name: scores}, "prompts": {prompt: {"samples", "diversity"}}, "mean": means(...)}, ready for
+    JSON. ValueError for no clip or a wrong name, RuntimeError for a broken one or seeds of different sizes.
     """
     folder, prompts = Path(folder), {}
     for path in sorted(folder.glob("*.mp4")):
+        if path.name.startswith(".") and path.name.endswith(".tmp.mp4"):  # left by a kill
+            continue
         named = re.fullmatch(r"(.+)-(\d+)\.mp4", path.name, re.DOTALL)
         if not named:
             raise ValueError(f"{path} is not named prompt-index.mp4, as VBench wants it; rename it or move it away.")
@@ -156,12 +141,27 @@ def score_folder(folder: str | Path) -> dict:
             yield clip
 
     for prompt, paths in prompts.items():
-        diversities[prompt] = diversity(decoded(paths))
-    of_clips = [score for score in MEANING if score != "diversity"]
-    mean = {score: float(np.mean([video[score] for video in videos.values()])) for score in of_clips}
-    known = [d for d in diversities.values() if d is not None]
-    return {
+        try:
+            diversities[prompt] = diversity(decoded(paths))
+        except ValueError as e:
+            raise RuntimeError(f"{folder}, {prompt!r}: {e}") from e
+    found = {
         "videos": videos,
         "prompts": {prompt: {"samples": len(prompts[prompt]), "diversity": d} for prompt, d in diversities.items()},
-        "mean": {**mean, "diversity": float(np.mean(known)) if known else None},
     }
+    return {**found, "mean": means(found, list(prompts))}
+
+
+def means(found: dict, prompts: list[str], diverse: list[str] | None = None) -> dict[str, float | None]:
+    """Each score's mean over `prompts`, of each its clips' mean; None where no clip has it.
+
+    Diversity is averaged over `diverse` (default: those of `prompts` with two samples or more).
+    """
+    clips = {}
+    for name, scores in found["videos"].items():
+        clips.setdefault(name.rpartition("-")[0], []).append(scores)
+    mean = lambda values: float(np.mean(known)) if (known := [v for v in values if v is not None]) else None
+    of_clips = [score for score in MEANING if score != "diversity"]
+    result = {score: mean(mean(clip[score] for clip in clips[p]) for p in prompts) for score in of_clips}
+    diverse = prompts if diverse is None else diverse
+    return {**result, "diversity": mean(found["prompts"][p]["diversity"] for p in diverse)}

@@ -27,6 +27,8 @@ from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
+from wan_scale.pictures import comment_of
+
 # dimension: (min, max, weight). A raw score in [0, 1] counts as (score - min) / (max - min), not clamped, so it may
 # leave [0, 1].
 QUALITY = {
@@ -183,10 +185,8 @@ def plan_videos(
 
 
 def missing(folder: str | Path, planned: list[Video]) -> list[Video]:
-    """The planned clips that `folder` does not hold yet (an empty file counts as absent)."""
-    folder = Path(folder)
-    there = {path.name for path in folder.iterdir() if path.stat().st_size} if folder.is_dir() else set()
-    return [video for video in planned if video.name not in there]
+    """The planned clips that `folder` does not hold whole, or holds from another seed."""
+    return [video for video in planned if comment_of(Path(folder) / video.name) != f"seed {video.seed}"]
 
 
 # ---------------------------------------------------------------- what came back

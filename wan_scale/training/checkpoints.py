@@ -30,10 +30,10 @@ def complete(path) -> list[Path]:
 
 
 def sweep(path) -> None:
-    """Remove what a kill left half-written."""
+    """Remove what a kill left half-written, here and in the phase's folder above."""
     if dist.rank() == 0:
-        for left in Path(path).glob("step-*.tmp"):
-            shutil.rmtree(left, ignore_errors=True)
+        for left in (*Path(path).glob("step-*.tmp"), *Path(path).parent.glob("*.tmp")):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def check_room(path, size: int, keep: int) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from wan_scale.data.files import atomic
 from wan_scale.training import kept
 
 
@@ -33,9 +34,8 @@ class Log:
     def __init__(self, path: Path, step: int = 0):
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-        with kept.whole(path) as temporary:
-            good = (line + "\n" for line in lines if 0 <= step_of(line) <= step)
-            temporary.write_text("".join(good), encoding="utf-8")
+        with atomic(path) as file:
+            file.write("".join(line + "\n" for line in lines if 0 <= step_of(line) <= step).encode())
         self.path, self.board, self.full = path, None, False
         try:
             from torch.utils.tensorboard import SummaryWriter

@@ -18,7 +18,9 @@ import warnings
 import torch
 from torch import nn
 
+from wan_scale.data.stored import Stored
 from wan_scale.model import WanNetwork
+from wan_scale.training import weights
 
 
 def adapt(base: WanNetwork, rank: int, scale: float, depth: dict[str, int]) -> WanNetwork:
@@ -100,17 +102,18 @@ def graft(net: WanNetwork, base: WanNetwork, H: int) -> WanNetwork:
     return net
 
 
-def merged(transformer, state: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
-    """The weights that a student without LoRA would have saved.
+def merge(student, device, base: dict[str, Stored], own: dict[str, Stored], scale: float):
+    """Fill a student without LoRA with the weights it would have saved: the base's, the adapter added, and its own.
 
-    That is the folder's transformer with the adapter added to its weights, and what is the student's own.
+    base: the folder's transformer under the student's names. The sum is made in float32, a weight at a time.
     """
-    whole = {f"net.transformer.{name}": p for name, p in transformer.state_dict().items()}
-    for name, B in state.items():
-        if ".adapter." not in name:
-            whole[name] = B
-        elif name.endswith(".B.weight"):
-            A = state[name.replace(".B.weight", ".A.weight")]
+    factors = {name: s for name, s in own.items() if ".adapter." in name}
+    plain, change = base | {name: s for name, s in own.items() if name not in factors}, {}
+    for name in factors:
+        if name.endswith(".B.weight"):
             weight = name.replace(".adapter.", ".").replace("/", ".").replace(".B.weight", ".weight")
-            whole[weight] = torch.addmm(whole[weight], B, A, alpha=scale)
-    return whole
+            A, B = factors[name.replace(".B.weight", ".A.weight")], factors[name]
+            add = lambda w, A=A, B=B: torch.addmm(w.float(), weights.read(B), weights.read(A), alpha=scale)
+            change[weight] = add
+    weights.check(student, plain)
+    return weights.fill(student, device, plain, change)

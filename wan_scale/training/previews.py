@@ -5,18 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from wan_scale.pictures import contact_sheet, decode
-from wan_scale.training import kept
+from wan_scale.training import kept, weights
 
 
 def keep(samples, path: Path, model: str, device, dtype) -> None:
     """Samples (P, 2, C, T, H, W) to `path` and, decoded by the folder's VAE, to a picture beside it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with kept.whole(path) as temporary:
-            save_file({"latents": samples.half().cpu()}, temporary)
+        weights.save({"latents": samples.half().cpu()}, path)
         picture(samples, path.with_suffix(".png"), model, device, dtype)
     except torch.OutOfMemoryError:
         left_out = f"{path.stem}.png is left out, its latents are kept"

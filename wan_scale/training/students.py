@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 import tmd_minimal as tmd
 from wan_scale.config import Wan, WanStudentConfig
@@ -22,7 +21,8 @@ def describe(cfg: Wan, how: WanStudentConfig, layers: int, **more) -> dict:
     """student.json: all that sampling needs to know."""
     nfe = tmd.effective_nfe(how.M, how.N, how.H, layers)
     clip = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
-    return {**asdict(how), **clip, "effective_nfe": nfe, "recipe": cfg.of_the_training(more["phase"]), **more}
+    made = {"recipe": cfg.of_the_training(more["phase"]), "transformer": transformer_of(cfg)}
+    return {**asdict(how), **clip, "effective_nfe": nfe, **made, **more}
 
 
 def save_student(folder: Path, phase: WanPhase, facts: dict) -> None:
@@ -37,16 +37,16 @@ def save_student(folder: Path, phase: WanPhase, facts: dict) -> None:
                 f"{facts['phase']}: weights of the student are not finite ({bad[0]}); it is not saved, train it again."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        with kept.whole(folder / "student.safetensors") as temporary:
-            save_file(whole, temporary)
-            facts |= {"weights": file_sha256(temporary)}
+        weights.save(whole, folder / "student.safetensors")
         describe_finished(folder, facts)
     dist.say(f"{facts['phase']}: done, {folder / 'student.safetensors'}")
     dist.barrier()
 
 
 def describe_finished(folder: Path, facts: dict) -> None:
-    """student.json, whose existence says that the phase is finished."""
+    """student.json, whose existence says that the phase is finished; `facts` get the checksum of its weights."""
+    if (path := folder / "student.safetensors").exists():
+        facts["weights"] = file_sha256(path)
     kept.write(folder / "student.json", facts)
 
 
@@ -55,7 +55,7 @@ def described(folder: Path) -> dict:
     return kept.read(folder / "student.json", AGAIN)
 
 
-def teacher_of(cfg: Wan) -> str:
+def transformer_of(cfg: Wan) -> str:
     """Which transformer this is, wherever its folder lies."""
     return fingerprint(Path(cfg.model), "transformer")
 
@@ -81,7 +81,7 @@ def finished(folder: Path, cfg: Wan, told: bool = True, longer: bool = False) ->
     keys = {key for key, value in mine.items() if facts["recipe"].get(key) != value}
     keys -= {"--micro-batch"}  # how the batch was split is past
     more = keys and keys <= LENGTHS and all(mine[key] > facts["recipe"].get(key, mine[key]) for key in keys)
-    if "teacher" in facts and facts["teacher"] != teacher_of(cfg):
+    if "transformer" in facts and facts["transformer"] != transformer_of(cfg):
         keys.add("--model")
     before = facts.get("start") or {}
     if before and (now := start_of(folder.parent / before["phase"])) and now != before:

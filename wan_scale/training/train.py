@@ -34,7 +34,7 @@ from wan_scale.training.students import (
     load_student,
     save_student,
     start_of,
-    teacher_of,
+    transformer_of,
 )
 
 
@@ -118,7 +118,7 @@ class Training:
             raise ValueError(f"the negative prompt's embedding in {shards} is not finite; make the data again.")
         self.accumulate = accumulation(cfg)
         # what it is trained from, beside the settings; the phase `teacher` is to change the teacher
-        self.origin = {} if name == "teacher" else {"teacher": teacher_of(cfg)}
+        self.origin = {} if name == "teacher" else {"transformer": transformer_of(cfg)}
         if start:
             self.origin |= {"start": start_of(cfg.folder(start))}
         self.config = {**cfg.of_the_training(name), "data": self.reader.identity, **self.origin}
@@ -132,11 +132,16 @@ class Training:
         cfg, teacher = self.cfg, not any(p.requires_grad for p in net.parameters())
         self.fast(net.net if hasattr(net, "net") else net)
         if cfg.lora:
-            return sound(weights.fill(net, self.device).to(self.device))
+            return self.sound(weights.fill(net, self.device)).to(self.device)
         offload = teacher and cfg.offload_teacher
         net = dist.shard(net, cfg.shard_over, offload, cfg.tap_blocks[-1] if teacher else -1)
-        net = sound(weights.fill(net, "cpu" if offload else self.device))
+        net = self.sound(weights.fill(net, "cpu" if offload else self.device))
         return net.to(self.device) if dist.world() == 1 and not offload else net
+
+    def sound(self, net):
+        """The net, its weights finite: others would train to nothing, in silence."""
+        weights.check_finite(net, self.cfg.model)
+        return net
 
     def fast(self, net: WanNetwork) -> None:
         """Attention backend, activation checkpointing and compilation: as the settings say, or as suits this GPU."""
@@ -227,13 +232,6 @@ def draw(student, how: WanStudentConfig, noise, c, seed: int):
     inner = torch.Generator(noise.device).manual_seed(seed)
     grids = {"outer_grid": how.outer_grid, "inner_grid": how.inner_grid}
     return tmd.sample(student, noise, c, generator=inner, target=how.target, field=how.field, outer=how.outer, **grids)
-
-
-def sound(net):
-    """The net; ValueError if one of its weights is not finite: it would train to nothing, in silence."""
-    if bad := [name for name, p in net.named_parameters() if not bool(torch.isfinite(dist.local(p)).all())]:
-        raise ValueError(f"weights that training starts from are not finite ({bad[0]}); fetch or make them again.")
-    return net
 
 
 def alone(cfg: Wan, name: str, work) -> dict:

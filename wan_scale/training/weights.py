@@ -7,64 +7,18 @@ fill(net, device, files(folder))            # and every rank reads its own rows
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from wan_scale.data.files import writing
+from wan_scale.data.stored import Stored, check, files
 from wan_scale.training import dist
-
-NAME = "diffusion_pytorch_model.safetensors"
-
-
-class Stored(NamedTuple):
-    """Where a tensor is."""
-
-    file: Path
-    key: str
-    shape: tuple[int, ...]
-
-
-def files(path: str | Path, prefix: str = "") -> dict[str, Stored]:
-    """The tensors of a safetensors file, or of a diffusers folder of such files, by name with `prefix` before it.
-
-    Reads headers only; RuntimeError where a file is missing or damaged.
-    """
-    path, found = Path(path), {}
-    index = path / f"{NAME}.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [NAME]
-    for file in [path / name for name in names] if path.is_dir() else [path]:
-        try:
-            with safe_open(file, "pt") as stored:
-                where = lambda key: Stored(file, key, tuple(stored.get_slice(key).get_shape()))  # noqa: B023
-                found |= {prefix + key: where(key) for key in stored.keys()}
-        except (OSError, SafetensorError) as e:
-            raise RuntimeError(f"{file} is missing or damaged; fetch or make it again.") from e
-    return found
-
-
-def check(module: nn.Module, stored: dict[str, Stored], ignore: tuple[str, ...] = ()) -> None:
-    """RuntimeError unless `stored` has every parameter of the module, in its shape, and no other.
-
-    Others may be there if one of `ignore` is in their name.
-    """
-    wanted = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    found = {name: s.shape for name, s in stored.items() if name in wanted or not any(part in name for part in ignore)}
-    wrong = [f"{name} is not there" for name in wanted if name not in found]
-    wrong += [f"{name} has no place" for name in found if name not in wanted]
-    wrong += [f"{name} is of shape {found[name]}" for name in wanted if name in found and found[name] != wanted[name]]
-    if wrong:
-        where, more = (
-            next((s.file.parent for s in stored.values()), "the file"),
-            f", and {len(wrong) - 1} more" * (len(wrong) > 1),
-        )
-        raise RuntimeError(
-            f"{where} does not hold the weights of this network ({wrong[0]}{more}); give the folder that belongs to it."
-        )
 
 
 def cast(model, dtype: torch.dtype):
@@ -93,16 +47,16 @@ def skeleton(folder: str | Path, dtype: torch.dtype = torch.float32):
 
 
 @torch.no_grad()
-def fill(module: nn.Module, device, stored: dict[str, Stored] | None = None):
+def fill(module: nn.Module, device, stored: dict[str, Stored] | None = None, change: dict | None = None):
     """Read every parameter that is `stored` (default: module.stored); returns the module.
 
     Of a sharded parameter only this rank's rows are read. A parameter without memory gets it on `device`; the others
-    stay where they are.
+    stay where they are. change: {name: function of what was read}, for parameters that are whole.
     """
-    stored, opened = module.stored if stored is None else stored, {}
+    stored, opened, change = module.stored if stored is None else stored, {}, change or {}
     for path, owner in module.named_modules():
         for name, p in list(owner.named_parameters(recurse=False)):
-            if (s := stored.get(f"{path}.{name}".lstrip("."))) is None:
+            if (s := stored.get(full := f"{path}.{name}".lstrip("."))) is None:
                 continue
             if p.is_meta:
                 p = nn.Parameter(torch.empty_like(p, device=device), requires_grad=p.requires_grad)
@@ -111,8 +65,36 @@ def fill(module: nn.Module, device, stored: dict[str, Stored] | None = None):
                 opened[s.file] = safe_open(s.file, "pt")
             first, last = rows(p)
             if first < last:
-                dist.local(p).copy_(opened[s.file].get_slice(s.key)[first:last])
+                read = opened[s.file].get_slice(s.key)[first:last]
+                dist.local(p).copy_(change[full](read) if full in change else read)
     return module
+
+
+def read(s: Stored) -> torch.Tensor:
+    """One tensor, whole."""
+    with safe_open(s.file, "pt") as file:
+        return file.get_tensor(s.key)
+
+
+def check_finite(module: nn.Module, where) -> None:
+    """RuntimeError if a parameter is NaN or infinite: its videos would show nothing."""
+    bad = [name for name, p in module.named_parameters() if not bool(torch.isfinite(p).all())]
+    if bad:
+        more = f", and {len(bad) - 1} more" * (len(bad) > 1)
+        raise RuntimeError(f"{where} holds weights that are not finite ({bad[0]}{more}); make or copy it again.")
+
+
+def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """A safetensors file, there whole or not at all; RuntimeError where the disk does not take it."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with writing(path):
+            save_file(tensors, temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def rows(p: torch.Tensor) -> tuple[int, int]:

@@ -1,0 +1,127 @@
+"""Files that a run leaves behind, damaged at random: each is told in a sentence or changes no result."""
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("diffusers")
+
+from wan_scale import run
+
+FEW = (
+    "--sample-prompts 1 --clips 2 --stage1-updates 2 --stage2-iterations 5 --data-steps 1 --preview-every 2 "
+    "--shard-size 2 --samples-per-prompt 1 --save-every 2 --global-batch 2"
+).split()
+SAMPLE = "samples/tmd/a red ball-0.mp4"
+# (files, what is taken away before, command, what must come out as before)
+KINDS = [
+    ("data/*", "stage1", "stage1", "stage1/student.safetensors"),
+    ("stage1/checkpoints/*/*", "stage1/student.json", "stage1", "stage1/student.safetensors"),
+    ("stage1/*.jsonl", "stage1/student.json", "stage1", "stage1/student.safetensors"),
+    ("stage1/previews/*", "stage1/student.json", "stage1", "stage1/student.safetensors"),
+    ("stage1/student.*", "stage2", "stage2", "stage2/student.safetensors"),
+    ("stage2/checkpoints/step-00000004/*", "stage2/student.json stage2/checkpoints/step-00000005", "stage2",
+     "stage2/student.safetensors"),
+    ("stage2/student.*", SAMPLE, "sample", SAMPLE),
+    ("tiny-wan/transformer/*", "stage2", "stage2", "stage2/student.safetensors"),
+    ("prompts.txt", "stage1", "stage1", "stage1/student.safetensors"),
+    ("samples/tmd/*.json", "scores.json", "eval", "scores.json"),
+    ("samples/grid.*", "scores.json", "eval", "scores.json"),
+    ("scores.*", "samples/grid.png", "eval", "scores.json"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """OUT of one whole ladder of the tiny preset."""
+    out = tmp_path_factory.mktemp("fuzz") / "out"
+    torch.set_num_threads(1)
+    assert run.main(["--preset", "tiny", "--out", str(out), *FEW]) == 0
+    return out
+
+
+def mutate(draw: random.Random, file: Path, files: list[Path]) -> str:
+    """Damage a file in one of five ways; what was done, in words."""
+    how = draw.choice(["truncate", "flip", "empty", "swap", "dtype"])
+    data = bytearray(file.read_bytes())
+    if how == "swap" and (others := [f for f in files if f != file and f.suffix == file.suffix]):
+        other = draw.choice(others)
+        theirs = other.read_bytes()
+        replace(other, data), replace(file, theirs)
+        return f"{file.name} and {other.name} swapped"
+    if how == "dtype" and file.suffix == ".safetensors":
+        state = load_file(file)
+        name = draw.choice(sorted(state))
+        state[name] = state[name].to(draw.choice([torch.float64, torch.bfloat16, torch.float16, torch.int32]))
+        file.unlink()
+        save_file(state, file, {"format": "pt"})
+        return f"{name} of {file.name} in {state[name].dtype}"
+    if how == "truncate":
+        cut = draw.randrange(len(data) or 1)
+        replace(file, data[:cut])
+        return f"{file.name} cut to {cut} of {len(data)} bytes"
+    if how == "empty" or not data:
+        replace(file, b"")
+        return f"{file.name} emptied"
+    at = draw.randrange(len(data))
+    data[at] ^= 1 << draw.randrange(8)
+    replace(file, data)
+    return f"a bit of byte {at} of {len(data)} in {file.name}"
+
+
+def replace(file: Path, data: bytes) -> None:
+    """A new file in its place: the old one may be linked to the run that was copied."""
+    file.unlink()
+    file.write_bytes(data)
+
+
+def copy(source: str, target: str) -> None:
+    """Large files, which no command changes in place, are linked."""
+    os.link(source, target) if os.path.getsize(source) > 1e6 else shutil.copy2(source, target)
+
+
+def trial(number: int, finished: Path, work: Path, capsys) -> str:
+    """One mutation and the command that meets it: "" or what is wrong about the answer, in words."""
+    draw = random.Random(number)
+    pattern, gone, command, result = KINDS[number % len(KINDS)]
+    shutil.copytree(finished, work, copy_function=copy)
+    try:
+        files = sorted(f for f in work.glob(pattern) if f.is_file())
+        done = mutate(draw, draw.choice(files), files)
+        for name in [gone] if (work / gone).exists() else gone.split():
+            shutil.rmtree(work / name) if (work / name).is_dir() else (work / name).unlink(missing_ok=True)
+        capsys.readouterr()
+        try:
+            status = run.main([command, "--preset", "tiny", "--out", str(work), *FEW])
+        except BaseException as e:  # what a person would see as a traceback
+            return f"{number}: {command} after {done}: {type(e).__name__}: {str(e)[:200]}"
+        told = capsys.readouterr().err
+        if status == 0 and (work / result).read_bytes() == (finished / result).read_bytes():
+            return ""
+        if status == 0:
+            return f"{number}: {command} after {done}: another result in silence"
+        one = told.startswith("wan_scale: ") and told.rstrip().endswith(".") and told.count("\n") == 1
+        return "" if one else f"{number}: {command} after {done}: {told[-500:]}"
+    finally:
+        shutil.rmtree(work)
+
+
+def faults(numbers, finished, tmp_path, capsys) -> list[str]:
+    return [fault for n in numbers if (fault := trial(n, finished, tmp_path / "work", capsys))]
+
+
+def test_some_mutations(finished, tmp_path, capsys):
+    """The first of the 200, as many as half a minute holds."""
+    assert not faults(range(36), finished, tmp_path, capsys)
+
+
+@pytest.mark.slow
+def test_two_hundred_mutations(finished, tmp_path, capsys):
+    """200 random mutations of every kind of file that a run leaves: a sentence or the same result, no traceback."""
+    found = faults(range(200), finished, tmp_path, capsys)
+    assert not found, "\n".join(found)
