@@ -1,8 +1,14 @@
 """Files that a run leaves behind, damaged at random: each is told in a sentence or changes no result."""
 
+import json
+import multiprocessing
 import os
 import random
 import shutil
+import signal
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -12,6 +18,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("diffusers")
 
 from wan_scale import run
+from wan_scale.training.checkpoints import complete
 
 FEW = (
     "--sample-prompts 1 --clips 2 --stage1-updates 2 --stage2-iterations 5 --data-steps 1 --preview-every 2 "
@@ -20,15 +27,17 @@ FEW = (
 SAMPLE = "samples/tmd/a red ball-0.mp4"
 # (files, what is taken away before, command, what must come out as before)
 KINDS = [
-    ("data/*", "stage1", "stage1", "stage1/student.safetensors"),
+    ("data/[ms]*", "stage1", "stage1", "stage1/student.safetensors"),
     ("stage1/checkpoints/*/*", "stage1/student.json", "stage1", "stage1/student.safetensors"),
     ("stage1/*.jsonl", "stage1/student.json", "stage1", "stage1/student.safetensors"),
     ("stage1/previews/*", "stage1/student.json", "stage1", "stage1/student.safetensors"),
     ("stage1/student.*", "stage2", "stage2", "stage2/student.safetensors"),
     ("stage2/checkpoints/step-00000004/*", "stage2/student.json stage2/checkpoints/step-00000005", "stage2",
      "stage2/student.safetensors"),
-    ("stage2/student.*", SAMPLE, "sample", SAMPLE),
+    ("stage2/student.*", "samples/tmd", "sample", SAMPLE),
+    ("samples/tmd/*.json", SAMPLE, "sample", SAMPLE),
     ("tiny-wan/transformer/*", "stage2", "stage2", "stage2/student.safetensors"),
+    ("tiny-wan/[tvs]*/*", "samples/tmd", "sample", None),  # weights of VAE and text encoder may be any
     ("prompts.txt", "stage1", "stage1", "stage1/student.safetensors"),
     ("samples/tmd/*.json", "scores.json", "eval", "scores.json"),
     ("samples/grid.*", "scores.json", "eval", "scores.json"),
@@ -41,7 +50,8 @@ def finished(tmp_path_factory):
     """OUT of one whole ladder of the tiny preset."""
     out = tmp_path_factory.mktemp("fuzz") / "out"
     torch.set_num_threads(1)
-    assert run.main(["--preset", "tiny", "--out", str(out), *FEW]) == 0
+    for command in ([], ["eval"]):  # the ladder names its columns in another order
+        assert run.main([*command, "--preset", "tiny", "--out", str(out), *FEW]) == 0
     return out
 
 
@@ -101,7 +111,7 @@ def trial(number: int, finished: Path, work: Path, capsys) -> str:
         except BaseException as e:  # what a person would see as a traceback
             return f"{number}: {command} after {done}: {type(e).__name__}: {str(e)[:200]}"
         told = capsys.readouterr().err
-        if status == 0 and (work / result).read_bytes() == (finished / result).read_bytes():
+        if status == 0 and (not result or (work / result).read_bytes() == (finished / result).read_bytes()):
             return ""
         if status == 0:
             return f"{number}: {command} after {done}: another result in silence"
@@ -118,6 +128,57 @@ def faults(numbers, finished, tmp_path, capsys) -> list[str]:
 def test_some_mutations(finished, tmp_path, capsys):
     """The first of the 200, as many as half a minute holds."""
     assert not faults(range(36), finished, tmp_path, capsys)
+
+
+def ladder(out: str) -> None:
+    """The whole ladder of the tiny preset, in a process that may be killed."""
+    torch.set_num_threads(1)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        sys.exit(run.main(["--preset", "tiny", "--out", out, "--save-every", "2"]))
+
+
+def saved(out: Path) -> tuple[set[str], dict[str, int]]:
+    """What must not be lost: names of finished files, and the newest checkpoint of each phase."""
+    clips = {f"clip {p.stem[5:]}" for p in out.glob("data/parts/*/clip-*.safetensors")}
+    for path in out.glob("data/shard-*.json"):
+        clips |= {f"clip {clip['id']}" for clip in json.loads(path.read_text(encoding="utf-8"))["clips"]}
+    names = {str(p.relative_to(out)) for p in [*out.glob("stage?/student.json"), *out.glob("samples/*/*.mp4")]}
+    newest = lambda phase: [int(p.name[5:]) for p in complete(out / phase / "checkpoints")][-1:] or [0]
+    return clips | names, {phase: newest(phase)[0] for phase in ("stage1", "stage2")}
+
+
+@pytest.mark.slow
+def test_thirty_kills_lose_nothing(tmp_path):
+    """kill -9 at 30 random moments of `make wan`: what was saved is there, and the run goes on to the same bytes."""
+    processes, draw = multiprocessing.get_context("forkserver"), random.Random(0)
+    processes.set_forkserver_preload(["wan_scale.run", "wan_scale.training.train", "wan_scale.sampling.sample"])
+
+    def run_for(out: Path, seconds: float | None) -> int | None:
+        process = processes.Process(target=ladder, args=(str(out),))
+        process.start()
+        process.join(seconds)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        return process.exitcode
+
+    assert run_for(tmp_path / "whole", None) == 0
+    begun = time.monotonic()
+    assert run_for(tmp_path / "whole", None) == 0  # imports apart, what a finished ladder takes
+    least, kills, rounds = 0.5 * (time.monotonic() - begun), 0, 0
+    result = lambda out: {str(p.relative_to(out)): p.read_bytes() for kind in ("student.safetensors", "*.mp4")
+                          for p in out.rglob(kind) if p.name != "grid.mp4"}  # fmt: skip
+    wanted = result(tmp_path / "whole")
+    while kills < 30:
+        out, before = tmp_path / f"killed-{rounds}", (set(), {"stage1": 0, "stage2": 0})
+        while (status := run_for(out, least + draw.uniform(0, 3) if kills < 30 else None)) == -signal.SIGKILL:
+            kills += 1
+            names, steps = saved(out)
+            assert names >= before[0] and all(steps[phase] >= before[1][phase] for phase in steps), (kills, before)
+            before = names, steps
+        assert status == 0 and result(out) == wanted, (rounds, status)
+        rounds += 1
+    assert not [*tmp_path.rglob("*.tmp")]
 
 
 @pytest.mark.slow

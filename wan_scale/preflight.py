@@ -10,6 +10,7 @@ from wan_scale.cost.sizes import known, tokens
 from wan_scale.data.files import read_json
 from wan_scale.pictures import needs_ffmpeg
 
+SMALL = ("scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json", "tokenizer/tokenizer.json")
 TRAINING = {None, "stage1", "stage2", "kd", "dmd2v", "teacher"}  # None: the ladder
 
 
@@ -17,6 +18,9 @@ def check(cfg: Wan, command: str | None) -> None:
     """ValueError or RuntimeError for what `command` would otherwise meet after hours."""
     config = read_json(Path(cfg.model) / "transformer" / "config.json")
     blocks = known(config)["num_layers"]
+    for path in (Path(cfg.model) / name for name in SMALL):
+        if path.exists():
+            read_json(path)
     if command is None and cfg.videos and not cfg.prompts and not cfg.vbench_info:
         raise ValueError("videos are to train on, but no prompts to sample: give --prompts as well, or one subcommand.")
     if command in (None, "stage1", "stage2") and not 1 <= cfg.H < blocks:

@@ -21,7 +21,7 @@ from wan_scale.data.prompts import NEGATIVE, read_prompts
 from wan_scale.pictures import contact_sheet, needs_ffmpeg, read_video, write_video
 from wan_scale.pipeline import HOW, TMDWanModel, TMDWanPipeline
 from wan_scale.sampling import vbench
-from wan_scale.training import dist, lora, students, weights
+from wan_scale.training import dist, kept, lora, students, weights
 from wan_scale.training.phase import mixed
 from wan_scale.training.train import compute_dtype
 
@@ -189,7 +189,7 @@ def sample(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
         facts = {"M": m, "N": n, "effective_nfe": tmd.effective_nfe(m, n, how.H, layers), "videos": len(times)}
         facts |= {**size, "device": str(device)}
         median = {part: float(np.median([t[part] for t in times])) for part in times[0]}
-        write_json(folder / "timing.json", {**facts, "median_seconds": median})
+        kept.write(folder / "timing.json", {**facts, "median_seconds": median})
     dist.barrier()
     return folder
 
