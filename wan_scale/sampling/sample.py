@@ -171,7 +171,7 @@ def sample(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
     speed.stock(pipe.transformer, **fast) if teacher else pipe.fast(**fast, graphed=cfg.graph != "off")
     size = {"height": cfg.height, "width": cfg.width, "num_frames": cfg.frames}
     guided = {"num_inference_steps": cfg.data_steps, "guidance_scale": cfg.data_guidance, "negative_prompt": NEGATIVE}
-    more = guided if teacher else {"M": M, "N": N}
+    more = guided if teacher else {"M": M, "N": N if pipe.transformer.how.H else None}
     for video in tqdm(todo, desc=f"sample {cfg.student}", disable=None if dist.rank() == 0 else True):
         g = torch.Generator().manual_seed(video.seed)
         frames = pipe(video.prompt, generator=g, **size, **more).frames[0]
@@ -184,7 +184,7 @@ def sample(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
         times.append(getattr(pipe, "seconds", {}))
     if dist.rank() == 0 and not teacher:
         how, layers = pipe.transformer.how, pipe.transformer.layers
-        m, n = how.M if M is None else M, how.N if N is None else N
+        m, n = how.M if M is None else M, how.N if N is None or not how.H else N
         facts = {"M": m, "N": n, "effective_nfe": tmd.effective_nfe(m, n, how.H, layers), "videos": len(times)}
         facts |= {**size, "device": str(device)}
         median = {part: float(np.median([t[part] for t in times])) for part in times[0]}

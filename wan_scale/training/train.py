@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 import tmd_minimal as tmd
 from wan_scale import speed
@@ -192,7 +191,7 @@ class Training:
         self.log.write(phase.step, {"preview": numbers})
         path = self.folder / "previews" / f"step-{phase.step:08d}.safetensors"
         path.parent.mkdir(exist_ok=True)
-        save_file({"latents": samples.half().cpu()}, path)
+        weights.save({"latents": samples.half().cpu()}, path)
         self.picture(samples, path.with_suffix(".png"))
         for words in logs.alarms({**numbers, "accuracy": accuracy, "skipped": phase.skipped}):
             print(f"\nALARM {self.name}, update {phase.step}: {words}.", flush=True)
