@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from wan_scale.config import Wan
-from wan_scale.data.files import atomic, read_json, write_json
+from wan_scale.data.files import atomic, write_json
 from wan_scale.sampling import vbench
 from wan_scale.sampling.cheap_metrics import MEANING, means, score_folder
+from wan_scale.sampling.sample import read_facts
+
+TIMES = {"M": int, "N": int, "effective_nfe": float, "device": str, "median_seconds": dict}
 
 
 def compared(found: dict[str, dict]) -> list[str]:
@@ -29,7 +32,7 @@ def sheet(cfg: Wan, folders: dict[str, Path]) -> str:
     found = {name: score_folder(folder) for name, folder in folders.items()}
     shared = compared(found)
     timed = {name: folder / "timing.json" for name, folder in folders.items()}
-    timing = {name: read_json(file) for name, file in timed.items() if file.exists()}
+    timing = {name: read_facts(file, TIMES) for name, file in timed.items() if file.exists()}
     over = shared or "their own"
     count = lambda scores: sum(scores["prompts"][p]["samples"] for p in shared or scores["prompts"])
     lines = [f"| score | {' | '.join(found)} | what it should do |", "|---" * (len(found) + 2) + "|"]

@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,9 @@ from wan_scale.training.phase import mixed
 from wan_scale.training.train import compute_dtype
 
 WRITTEN = "export.json"  # in an exported folder: the files that export put there
+FACTS = dict.fromkeys(("M", "N", "H", "frames", "height", "width"), int) | {"recipe": dict}
+FACTS |= dict.fromkeys(("fusion", "target", "field", "outer", "phase"), str)
+FACTS |= dict.fromkeys(("outer_shift", "inner_shift", "effective_nfe"), float)
 PHASES = {"tmd": ("stage2", "stage1"), "dmd2v": ("dmd2v", "kd")}  # the last finished phase counts
 
 
@@ -35,8 +39,34 @@ def finished_student(cfg: Wan) -> tuple[Path, dict]:
         raise ValueError(f"the {cfg.student} is the folder {cfg.model}; choose a student (--student tmd or dmd2v).")
     for phase in PHASES[cfg.student]:
         if (cfg.folder(phase) / "student.json").exists():
-            return cfg.folder(phase), read_json(cfg.folder(phase) / "student.json")
+            return cfg.folder(phase), read_facts(cfg.folder(phase) / "student.json", FACTS)
     raise RuntimeError(f"{cfg.out} holds no finished {cfg.student} student; run `{PHASES[cfg.student][0]}` first.")
+
+
+def read_facts(path: Path, kinds: dict[str, type]) -> dict:
+    """A JSON object of ours; ValueError in a sentence where a value is missing or of another kind."""
+    facts = read_json(path)
+    fits = lambda value, kind: isinstance(value, (int, float) if kind is float else kind) and value is not True
+    if wrong := [key for key, kind in kinds.items() if not fits(facts.get(key), kind)]:
+        raise ValueError(f"{path} does not say {wrong[0]}; copy it again, or run again what made it.")
+    return facts
+
+
+@cache
+def digest(path: Path, size: int, changed: int) -> str:
+    """sha256 of a file; read once a process while size and time of its change stay."""
+    return file_sha256(path)
+
+
+def weights_of(folder: Path, facts: dict) -> str:
+    """sha256 of a student's weights; RuntimeError where they are not those that its description was written with."""
+    path = folder / "student.safetensors"
+    if not path.is_file():
+        raise RuntimeError(f"{path} is missing; copy it again, or run the phase that makes it.")
+    found = digest(path, path.stat().st_size, path.stat().st_mtime_ns)
+    if facts.get("sha256", found) != found:
+        raise RuntimeError(f"{path} was damaged or changed after training; copy it again, or run that phase again.")
+    return found
 
 
 def make_model(cfg: Wan, dtype: torch.dtype = torch.float32, device="cpu") -> TMDWanModel:
@@ -48,7 +78,8 @@ def make_model(cfg: Wan, dtype: torch.dtype = torch.float32, device="cpu") -> TM
 
     folder, facts = finished_student(cfg)
     check_folder(cfg.model)
-    made, alpha = facts.get("transformer"), facts["recipe"].get("--lora") and facts["recipe"]["--lora-scale"]
+    weights_of(folder, facts)
+    made, alpha = facts.get("transformer"), facts["recipe"].get("--lora") and facts["recipe"].get("--lora-scale", 0)
     if alpha and made and made != fingerprint(Path(cfg.model), "transformer"):
         other = f"{folder} holds adapters of another transformer than {cfg.model}'s"
         raise RuntimeError(f"{other}; give the --model that they were trained on.")
@@ -140,7 +171,7 @@ def stamp(folder: Path, cfg: Wan, teacher: bool) -> None:
         made |= {"model": Path(cfg.model).resolve().name}
     else:
         place, facts = finished_student(cfg)
-        made |= {"phase": facts["phase"], "student": file_sha256(place / "student.safetensors")}
+        made |= {"phase": facts["phase"], "student": weights_of(place, facts)}
     path = folder / "made.json"
     old = read_json(path) if path.exists() else made
     if other := ", ".join(key for key in made if old.get(key) != made[key]):
@@ -159,6 +190,9 @@ def sample(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
     device, teacher = dist.start(cfg.device), cfg.student == "teacher"
     folder = folder_of(cfg, M, N)
     folder.mkdir(parents=True, exist_ok=True)
+    if dist.rank() == 0:  # of a run that was killed
+        for stale in folder.glob(".*.tmp.mp4"):
+            stale.unlink()
     stamp(folder, cfg, teacher)
     todo = vbench.missing(folder, planned(cfg)[dist.rank() :: dist.world()])
     dist.say(f"sample: {len(todo)} videos to make on this rank, in {folder}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tmd_minimal as tmd
 from wan_scale.config import Wan, WanStudentConfig
-from wan_scale.data.files import read_json, write_json
+from wan_scale.data.files import file_sha256, read_json, write_json
 from wan_scale.data.folders import fingerprint
 from wan_scale.training import dist, weights
 from wan_scale.training.phase import WanPhase
@@ -28,7 +28,7 @@ def save_student(folder: Path, phase: WanPhase, facts: dict) -> None:
     if dist.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         weights.save(whole, folder / "student.safetensors")
-        describe_finished(folder, facts)
+        describe_finished(folder, {**facts, "sha256": file_sha256(folder / "student.safetensors")})
     dist.barrier()
 
 
