@@ -42,7 +42,9 @@ def finished(folder: Path, cfg: Wan, told: bool = True) -> dict | None:
     if not (folder / "student.json").exists():
         return None
     facts, mine = read_json(folder / "student.json"), cfg.of_the_training(folder.name)
-    keys = [key for key, value in mine.items() if facts["recipe"].get(key) != value]
+    if not isinstance(recipe := facts.get("recipe"), dict):
+        raise RuntimeError(f"{folder / 'student.json'} does not say recipe; copy it again, or delete it to train anew.")
+    keys = [key for key, value in mine.items() if recipe.get(key) != value]
     keys = [key for key in keys if key != "--micro-batch"]  # how the batch was split is past
     if keys:
         other = f"{folder} holds a student made with another {', '.join(keys)}"
