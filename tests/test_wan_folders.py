@@ -114,7 +114,6 @@ def test_weights_that_are_not_the_configs(folder, part, name, change, words):
         (DIT, {"image_dim": 1280}, "image-to-video checkpoint"),
         (DIT, {"_class_name": "WanVACETransformer3DModel"}, "is of a WanVACETransformer3DModel, not of a WanTransf"),
         (DIT, {"num_layers": "four"}, "does not describe a WanTransformer3DModel"),
-        (DIT, {"in_channels": 32, "out_channels": 32}, "in_channels of the transformer is 32 and z_dim|is of shape"),
         (VAE, {"latents_mean": None}, "lacks latents_mean of 16 channels; copy it again"),
         (VAE, {"latents_std": [1.0]}, "lacks latents_std of 16 channels; copy it again"),
         (T5, {"architectures": ["T5EncoderModel"]}, "is of a T5EncoderModel, not of a UMT5EncoderModel"),
@@ -132,6 +131,16 @@ def test_a_vae_without_its_statistics(folder):
     path = folder / VAE / "config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "latents_mean"}))
     with pytest.raises(ValueError, match="lacks latents_mean"):
+        check_folder(folder)
+
+
+def test_parts_of_two_downloads(folder, tmp_path):
+    """A text encoder of another width than the transformer reads is refused, though each part is whole."""
+    shutil.rmtree(folder / T5)
+    shutil.copytree(make_tiny(tmp_path / "other", text_dim=48) / T5, folder / T5)
+    with pytest.raises(
+        ValueError, match="text_dim of the transformer is 32 and d_model of the text_encoder 48; take b"
+    ):
         check_folder(folder)
 
 

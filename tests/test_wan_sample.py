@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +51,15 @@ def finish(cfg, phase="stage2"):
     return student
 
 
+def sign(cfg, phase="stage2"):
+    """student.json says which weights it belongs to."""
+    students.describe_finished(cfg.folder(phase), students.described(cfg.folder(phase)))
+
+
+def change_json(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return make_tiny(tmp_path_factory.mktemp("wan") / "tiny")
@@ -73,6 +85,27 @@ def command(cfg, name, *more):
     same = ("model", "out", "prompts", "frames", "height", "width", "samples_per_prompt")
     given = [x for key in same for x in (f"--{key.replace('_', '-')}", str(getattr(cfg, key)))]
     return run.main([name, "--preset", "tiny", *given, *map(str, more)])
+
+
+def clip(value, frames=5, side=32):
+    moving = np.linspace(value, value / 2, frames)[:, None, None, None]
+    return np.broadcast_to(moving, (frames, side, side, 3))
+
+
+@cache
+def mp4(value, frames=5, side=32):
+    """The bytes of a clip: ffmpeg starts once for each."""
+    with tempfile.TemporaryDirectory() as folder:
+        return write_video(clip(value, frames, side), Path(folder) / "a.mp4").read_bytes()
+
+
+def fill_folder(cfg, who, clips):
+    """OUT/samples/who with {name: what mp4() takes}."""
+    folder = cfg.folder("samples", who)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, how in clips.items():
+        (folder / f"{name}.mp4").write_bytes(mp4(*how))
+    return folder
 
 
 @contextmanager
@@ -189,7 +222,7 @@ def test_weights_that_are_not_finite(cfg, capsys, name):
     tensors = load_file(file)
     tensors[name].view(-1)[0] = float("nan")
     save_file(tensors, file)
-    students.describe_finished(file.parent, students.described(file.parent))  # as one that was saved so
+    sign(cfg)
     for work in ("sample", "export"):
         assert command(cfg, work) == 1
         error = capsys.readouterr().err
@@ -216,16 +249,34 @@ def test_frames_that_are_not_finite(cfg, student, monkeypatch, tmp_path):
     assert not [*cfg.folder("samples").rglob("*.mp4")]
 
 
-@pytest.mark.parametrize("name", ["stage2/student.json", "samples/tmd/made.json", "samples/tmd/timing.json"])
-def test_a_small_file_that_is_cut(cfg, capsys, name):
-    """An empty student.json, made.json or timing.json is named in a sentence."""
-    file = cfg.folder(name)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_video(np.zeros((5, 32, 32, 3)), cfg.folder("samples/tmd", "a-0.mp4")) if "timing" in name else None
-    file.write_text("")
-    assert command(cfg, "eval" if "timing" in name else "sample") == 1
-    error = capsys.readouterr().err
-    assert f"{name} is not JSON" in error and error.count("\n") == 1
+DAMAGE = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "a flipped bit": lambda content: content[:-9] + bytes([content[-9] ^ 64]) + content[-8:],
+    "of another kind": lambda content: b"[1, 2]",
+    "an object of nothing": lambda content: b"{}",
+    "other types": lambda content: re.sub(rb'("[MN]"|"student"|"device"): ', rb'\1: null, "x": ', content),
+}
+
+
+@pytest.mark.parametrize("name", ["stage2/student.json", "stage2/student.safetensors", "made.json", "timing.json"])
+def test_a_damaged_file(cfg, capsys, monkeypatch, name):
+    """Empty, cut, flipped or of another kind: what a run leaves behind is named in one sentence, or gives the same."""
+    monkeypatch.setattr(sample.vbench, "missing", lambda folder, planned: [])
+    assert command(cfg, "sample") == 0
+    folder = fill_folder(cfg, "tmd", {"a-0": (0.5,)})
+    times = {"M": 2, "N": 2, "effective_nfe": 3.0, "device": "cpu", "median_seconds": {}}
+    (folder / "timing.json").write_text(json.dumps(times))
+    file = cfg.folder(name) if "/" in name else folder / name
+    whole = file.read_bytes()
+    capsys.readouterr()
+    for what, change in DAMAGE.items():
+        file.write_bytes(changed := change(whole))
+        status = command(cfg, "eval" if "timing" in name else "sample")
+        error = capsys.readouterr().err
+        told = status == 1 and file.stem in error and error.count("\n") == 1 and "Traceback" not in error
+        same = status == 0 and (changed == whole or (what == "a flipped bit" and "timing" in name))
+        assert told or same or "holds videos made with another" in error, (what, status, error)
 
 
 # ---- What it holds while it loads ------------------------------------------------------------------------------------
@@ -308,39 +359,26 @@ def test_what_cannot_be_exported(cfg, tmp_path, capsys):
 # ---- Score sheet -----------------------------------------------------------------------------------------------------
 
 
-def clip(value, frames=5, side=32):
-    moving = np.linspace(value, value / 2, frames)[:, None, None, None]
-    return np.broadcast_to(moving, (frames, side, side, 3))
-
-
-def fill_folder(cfg, who, clips):
-    folder = cfg.folder("samples", who)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, frames in clips.items():
-        write_video(frames, folder / f"{name}.mp4")
-    return folder
-
-
 def test_means_are_over_the_prompts_that_all_have(cfg):
     """Two folders of different prompts are compared over the shared ones, each prompt once, and the sheet counts."""
-    few = {"a-0": clip(0.4), "a-1": clip(0.8), "b-0": clip(0.8)}
+    few = {"a-0": (0.4,), "a-1": (0.8,), "b-0": (0.8,)}
     folders = {
         "tmd": fill_folder(cfg, "tmd", few),
-        "teacher": fill_folder(cfg, "teacher", {**few, "c-0": clip(0.1), "c-1": clip(0.9)}),
+        "teacher": fill_folder(cfg, "teacher", {**few, "c-0": (0.1,), "c-1": (0.9,)}),
     }
     text = evaluate.sheet(cfg, folders)
     found = json.loads(cfg.folder("scores.json").read_text())
     means = [found["cheap"][who]["mean"] for who in folders]
     assert means[0] == means[1] and found["compared"] == ["a", "b"] and means[0]["diversity"] > 0
     assert "| clips | 3 | 3 | of the 2 prompts that all have; left out: 1 of teacher |" in text
-    folders["other"] = fill_folder(cfg, "other", {"d-0": clip(0.5)})
+    folders["other"] = fill_folder(cfg, "other", {"d-0": (0.5,)})
     assert "no prompt is in every folder" in evaluate.sheet(cfg, folders)
 
 
 @pytest.mark.parametrize("frames", [1, 5])
 def test_one_frame_is_a_clip(cfg, frames):
     """Of one frame everything but motion is scored; the picture is drawn as well."""
-    folders = {"tmd": fill_folder(cfg, "tmd", {"a-0": clip(0.4, frames), "a-1": clip(0.8, frames)})}
+    folders = {"tmd": fill_folder(cfg, "tmd", {"a-0": (0.4, frames), "a-1": (0.8, frames)})}
     text = evaluate.sheet(cfg, folders)
     mean = json.loads(cfg.folder("scores.json").read_text())["cheap"]["tmd"]["mean"]
     assert (mean["motion"] is None) == (frames == 1) and mean["diversity"] > 0.1 and "motion" in text
@@ -349,11 +387,11 @@ def test_one_frame_is_a_clip(cfg, frames):
 
 def test_sizes_that_differ(cfg, capsys):
     """Two models' videos of two sizes are scored without a picture; two sizes of one prompt are a sentence."""
-    fill_folder(cfg, "tmd", {"a-0": clip(0.4)})
-    fill_folder(cfg, "teacher", {"a-0": clip(0.4, side=64)})
+    fill_folder(cfg, "tmd", {"a-0": (0.4,)})
+    fill_folder(cfg, "teacher", {"a-0": (0.4, 5, 64)})
     assert command(cfg, "eval") == 0
     assert "no picture: the videos are of 2 sizes" in capsys.readouterr().out
-    fill_folder(cfg, "tmd", {"a-1": clip(0.4, side=64)})
+    fill_folder(cfg, "tmd", {"a-1": (0.4, 5, 64)})
     assert command(cfg, "eval") == 1
     assert "samples/tmd, 'a': clips of shapes" in capsys.readouterr().err
 
@@ -371,7 +409,7 @@ def test_the_readmes_vbench_pair(cfg, tmp_path, capsys):
 
 def test_a_killed_sampling_leaves_no_clip(cfg):
     """The temporary file of a kill is no video to score."""
-    folder = fill_folder(cfg, "tmd", {"a-0": clip(0.4)})
+    folder = fill_folder(cfg, "tmd", {"a-0": (0.4,)})
     (folder / ".77.tmp.mp4").write_bytes(b"half")
     assert "| clips | 1 |" in evaluate.sheet(cfg, {"tmd": folder})
 

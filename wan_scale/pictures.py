@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -67,9 +68,11 @@ def write_video(frames: np.ndarray, path: Path, fps: int = 16, comment: str = ""
     """
     import imageio.v2 as imageio
 
-    temporary = path.with_name(f".{os.getpid()}.tmp.mp4")  # short: path.name may be as long as a name can be
+    # of its own on every host, and short: path.name may be as long as a name can be
+    temporary = path.with_name(f".{hashlib.sha256(path.name.encode()).hexdigest()[:16]}-{os.getpid()}.tmp.mp4")
     # as diffusers' export_to_video, which takes no comment
-    how = {"fps": fps, "quality": 5.0, "macro_block_size": 16, "output_params": ["-metadata", f"comment={comment}"]}
+    how = {"fps": fps, "quality": 5.0, "macro_block_size": 16, "ffmpeg_log_level": "quiet"}
+    how["output_params"] = ["-metadata", f"comment={comment}"]
     try:
         with writing(path):
             with imageio.get_writer(temporary, format="ffmpeg", **how) as video:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from wan_scale.data.files import writing
+
 WORDS = (
     "a the red green blue small big ball cube cat dog runs jumps sits left right up down on in of sea sand snow "
     "still slow fast"
@@ -60,6 +62,7 @@ def make_tiny(folder: str | Path, seed: int = 0, **transformer) -> Path:
     torch.set_rng_state(before)
     temporary = folder.with_name(folder.name + ".tmp")  # a kill leaves no half folder under the real name
     shutil.rmtree(temporary, ignore_errors=True)
-    pipe.save_pretrained(temporary, safe_serialization=True)
-    os.replace(temporary, folder)
+    with writing(folder):
+        pipe.save_pretrained(temporary, safe_serialization=True)
+        os.replace(temporary, folder)
     return folder

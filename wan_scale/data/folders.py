@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from wan_scale.data.files import read_json
 from wan_scale.data.stored import DIFFUSERS, NAME, check, files, weight_files
@@ -23,10 +22,13 @@ PARTS = {  # part of a Wan2.1 folder: (its config, its weights)
 CLASSES = {"text_encoder": "UMT5EncoderModel", "transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
 
 
-def check_folder(folder: str | Path, parts=tuple(PARTS), pipeline: str = "WanPipeline") -> Path:
+def check_folder(
+    folder: str | Path, parts=tuple(PARTS), pipeline: str = "WanPipeline", own: dict | None = None
+) -> Path:
     """The folder's path, if it is a diffusers Wan2.1 folder and `parts` of it are whole and fit their configs exactly.
 
-    Reads headers alone. Else ValueError naming the first bad file, RuntimeError naming the first bad tensor.
+    Reads headers alone. Else ValueError naming the first bad file, RuntimeError naming the first bad tensor. own: of
+    an exported folder, the class of each part that is not the stock one.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -38,11 +40,13 @@ def check_folder(folder: str | Path, parts=tuple(PARTS), pipeline: str = "WanPip
             f"{folder} lacks model_index.json; give a folder in diffusers' layout (Wan2.1-T2V-...-Diffusers)."
         )
     index = read_json(folder / "model_index.json")
-    if index.get("_class_name") != pipeline or (index.get("transformer_2") or [None])[0]:
-        other = f"{folder} holds a {index.get('_class_name')} that is not Wan2.1 text-to-video"
-        if pipeline != "WanPipeline":
-            raise ValueError(f"{folder} holds a {index.get('_class_name')}; give a folder that `export` has made.")
-        raise ValueError(f"{other}; give a WanPipeline of one transformer.")
+    kind = index.get("_class_name")
+    if kind != ("TMDWanPipeline" if own else "WanPipeline") or (index.get("transformer_2") or [None])[0]:
+        if own:
+            raise ValueError(f"{folder} holds a {kind} and no student; give a folder that `export` has made.")
+        raise ValueError(
+            f"{folder} holds a {kind} that is not Wan2.1 text-to-video; give a WanPipeline of one transformer."
+        )
     for part in parts:
         config, weights = PARTS[part]
         if not (folder / part / config).is_file():
@@ -60,8 +64,7 @@ def check_folder(folder: str | Path, parts=tuple(PARTS), pipeline: str = "WanPip
                 raise ValueError(f"{broken}; copy it again.") from e
     configs = {part: read_json(folder / part / PARTS[part][0]) for part in parts if part in CLASSES}
     for part, config in configs.items():
-        if pipeline == "WanPipeline" or part != "transformer":
-            check_part(folder / part, part, config)
+        check_part(folder / part, part, config, (own or {}).get(part))
     for key, other, same in (("in_channels", "vae", "z_dim"), ("text_dim", "text_encoder", "d_model")):
         a, b = (configs.get(part, {}).get(name) for part, name in (("transformer", key), (other, same)))
         if a != b and None not in (a, b):
@@ -82,21 +85,23 @@ def instead(path: Path) -> str:
     return f"{other[0]} lies there under another name" if other else "copy the missing file"
 
 
-def empty(part: str, config: dict) -> nn.Module:
-    """The network of a part by its config: shapes without memory."""
+def stock(part: str):
+    """The class of a part."""
     import diffusers
+    import transformers
+
+    return getattr(transformers if part == "text_encoder" else diffusers, CLASSES[part])
+
+
+def check_part(folder: Path, part: str, config: dict, made_by=None) -> None:
+    """One part's config and weights: ValueError or RuntimeError in a sentence unless they are its class's own.
+
+    made_by: that class, where it is not the stock one.
+    """
     from accelerate import init_empty_weights
-    from transformers import UMT5Config, UMT5EncoderModel
 
-    with init_empty_weights():
-        if part == "text_encoder":
-            return UMT5EncoderModel(UMT5Config.from_dict(config))
-        return getattr(diffusers, CLASSES[part]).from_config(config)
-
-
-def check_part(folder: Path, part: str, config: dict) -> None:
-    """One part's config and weights: ValueError or RuntimeError in a sentence unless they are the stock network's."""
-    where, wanted = folder / PARTS[part][0], CLASSES[part]
+    cls = made_by or stock(part)
+    where, wanted = folder / PARTS[part][0], cls.__name__
     named = config.get("_class_name") or (config.get("architectures") or [wanted])[0]
     if named != wanted:
         raise ValueError(f"{where} is of a {named}, not of a {wanted}; give a text-to-video folder ({DIFFUSERS}).")
@@ -110,7 +115,8 @@ def check_part(folder: Path, part: str, config: dict) -> None:
             if not isinstance(values := config.get(key), list) or len(values) != config.get("z_dim", 16):
                 raise ValueError(f"{where} lacks {key} of {config.get('z_dim', 16)} channels; copy it again.")
     try:
-        net = empty(part, config)
+        with init_empty_weights():
+            net = cls(cls.config_class.from_dict(config)) if part == "text_encoder" else cls.from_config(config)
     except Exception as e:  # whatever a constructor says to values that it was not made for
         raise ValueError(f"{where} does not describe a {wanted} ({type(e).__name__}); copy it again.") from e
     ignore = tuple(getattr(net, "_keys_to_ignore_on_load_unexpected", None) or ())

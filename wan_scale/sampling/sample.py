@@ -141,7 +141,7 @@ def stamp(folder: Path, cfg: Wan, teacher: bool) -> None:
         made |= {"model": Path(cfg.model).resolve().name}
     else:
         facts = finished_student(cfg)[1]
-        made |= {"phase": facts["phase"], "student": facts["weights"]}
+        made |= {"phase": facts["phase"], "student": facts["sha256"]}
     path = folder / "made.json"
     old = read_json(path) if path.exists() else made
     if other := ", ".join(key for key in made if old.get(key) != made[key]):
@@ -160,6 +160,9 @@ def sample(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
     device, teacher = dist.start(cfg.device), cfg.student == "teacher"
     folder = folder_of(cfg, M, N)
     folder.mkdir(parents=True, exist_ok=True)
+    if dist.rank() == 0:  # of a run that was killed
+        for stale in folder.glob(".*.tmp.mp4"):
+            stale.unlink()
     stamp(folder, cfg, teacher)
     todo = vbench.missing(folder, planned(cfg)[dist.rank() :: dist.world()])
     dist.say(f"sample: {len(todo)} videos to make on this rank, in {folder}")
@@ -172,7 +175,7 @@ def sample(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
     speed.stock(pipe.transformer, **fast) if teacher else pipe.fast(**fast, graphed=cfg.graph != "off")
     size = {"height": cfg.height, "width": cfg.width, "num_frames": cfg.frames}
     guided = {"num_inference_steps": cfg.data_steps, "guidance_scale": cfg.data_guidance, "negative_prompt": NEGATIVE}
-    more = guided if teacher else {"M": M, "N": N}
+    more = guided if teacher else {"M": M, "N": N if pipe.transformer.how.H else None}
     for video in tqdm(todo, desc=f"sample {cfg.student}", disable=None if dist.rank() == 0 else True):
         g = torch.Generator().manual_seed(video.seed)
         frames = pipe(video.prompt, generator=g, **size, **more).frames[0]
@@ -185,7 +188,7 @@ def sample(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
         times.append(getattr(pipe, "seconds", {}))
     if dist.rank() == 0 and not teacher:
         how, layers = pipe.transformer.how, pipe.transformer.layers
-        m, n = how.M if M is None else M, how.N if N is None else N
+        m, n = how.M if M is None else M, how.N if N is None or not how.H else N
         facts = {"M": m, "N": n, "effective_nfe": tmd.effective_nfe(m, n, how.H, layers), "videos": len(times)}
         facts |= {**size, "device": str(device)}
         median = {part: float(np.median([t[part] for t in times])) for part in times[0]}

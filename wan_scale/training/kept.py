@@ -8,6 +8,8 @@ from pathlib import Path
 
 from wan_scale.data.files import read_json, write_json
 
+SEAL = "seal"  # the key of a JSON object's own checksum
+
 
 def reason(e: BaseException) -> str:
     """What went wrong, on one line: the system's words where there are any."""
@@ -20,7 +22,7 @@ def digest(value: dict) -> str:
 
 def write(path: Path, value: dict) -> None:
     """A JSON object with the sha256 of its own content, whole or not at all."""
-    write_json(path, {**value, "sha256": digest(value)})
+    write_json(path, {**value, SEAL: digest(value)})
 
 
 def read(path: Path, advice: str) -> dict:
@@ -29,6 +31,6 @@ def read(path: Path, advice: str) -> dict:
         value = read_json(path)
     except (OSError, ValueError, RecursionError) as e:
         raise RuntimeError(f"{path} is not JSON; {advice}.") from e
-    if value.pop("sha256", None) != digest(value):
+    if value.pop(SEAL, None) != digest(value):
         raise RuntimeError(f"{path} is damaged (its checksum differs); {advice}.")
     return value

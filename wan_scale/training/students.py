@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ def save_student(folder: Path, phase: WanPhase, facts: dict) -> None:
 def describe_finished(folder: Path, facts: dict) -> None:
     """student.json, whose existence says that the phase is finished; `facts` get the checksum of its weights."""
     if (path := folder / "student.safetensors").exists():
-        facts["weights"] = file_sha256(path)
+        facts["sha256"] = digest_of(path)
     kept.write(folder / "student.json", facts)
 
 
@@ -62,7 +63,7 @@ def transformer_of(cfg: Wan) -> str:
 
 def start_of(folder: Path) -> dict:
     """What a phase is told of the finished one that it starts from."""
-    return {"phase": folder.name, "weights": described(folder)["weights"]} if finished_there(folder) else {}
+    return {"phase": folder.name, "sha256": described(folder)["sha256"]} if finished_there(folder) else {}
 
 
 def finished_there(folder: Path) -> bool:
@@ -95,7 +96,7 @@ def finished(folder: Path, cfg: Wan, told: bool = True, longer: bool = False) ->
     if keys:
         other = f"{folder} holds a student made with another {', '.join(sorted(keys))}"
         raise RuntimeError(f"{other}; give the same settings or another --out.")
-    if "weights" in facts and not (folder / "student.safetensors").exists():
+    if "sha256" in facts and not (folder / "student.safetensors").exists():
         raise RuntimeError(f"{folder / 'student.safetensors'} is missing; {AGAIN}.")
     if told:
         dist.say(f"{folder.name}: finished, nothing to do.")
@@ -113,12 +114,21 @@ def load_student(folder: Path, student) -> None:
 
 
 def check_weights(folder: Path) -> dict:
-    """The description of a student whose weights are the ones it was saved with; RuntimeError if not. All ranks call.
+    """The description of a student whose weights are the ones it was saved with; RuntimeError if not.
 
-    A second a GB.
+    A second a GB, once.
     """
-    facts = described(folder)
-    same = dist.agreed(dist.rank() == 0 and file_sha256(folder / "student.safetensors") == facts["weights"])
-    if not same:
-        raise RuntimeError(f"{folder / 'student.safetensors'} is damaged (its checksum differs); {AGAIN}.")
+    facts, path = described(folder), folder / "student.safetensors"
+    if not path.exists() or digest_of(path) != facts["sha256"]:
+        raise RuntimeError(f"{path} is missing or damaged (its checksum differs); {AGAIN}.")
     return facts
+
+
+def digest_of(path: Path) -> str:
+    """sha256 of a file, read once a process while its size and the time of its change stay."""
+    return digest(path, path.stat().st_size, path.stat().st_mtime_ns)
+
+
+@cache
+def digest(path: Path, size: int, changed: int) -> str:
+    return file_sha256(path)
