@@ -140,12 +140,14 @@ def stamp(folder: Path, cfg: Wan, teacher: bool) -> None:
         made |= {"steps": cfg.data_steps, "guidance": cfg.data_guidance, "flow_shift": cfg.flow_shift}
         made |= {"model": Path(cfg.model).resolve().name}
     else:
-        facts = finished_student(cfg)[1]
+        facts = students.check_weights(finished_student(cfg)[0])
         made |= {"phase": facts["phase"], "student": facts["sha256"]}
     path = folder / "made.json"
     old = read_json(path) if path.exists() else made
     if other := ", ".join(key for key in made if old.get(key) != made[key]):
         raise RuntimeError(f"{folder} holds videos made with another {other}; move it away to sample anew.")
+    for left in folder.glob(".*.tmp.mp4") if dist.rank() == 0 else ():
+        left.unlink()  # of a kill
     dist.barrier()  # all have looked before one writes
     if dist.rank() == 0:
         write_json(path, made)
