@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import torch
 def read_json(path: Path) -> dict:
     """A JSON object; ValueError in one sentence if the file is missing or broken."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; give a folder that `data` has made.") from None
     except ValueError:
@@ -26,7 +27,7 @@ def read_json(path: Path) -> dict:
 
 @contextmanager
 def atomic(path: Path, temporary: Path | None = None):
-    """A binary file to write; it appears as `path` whole, when the block has ended."""
+    """A binary file to write; it appears as `path` whole at the end of the block. RuntimeError if the disk is full."""
     temporary = temporary or path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -34,6 +35,11 @@ def atomic(path: Path, temporary: Path | None = None):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        full = f"{path} could not be written ({os.strerror(e.errno)})"
+        raise RuntimeError(f"{full}; free some disk and give the same command, which goes on.") from e
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -45,7 +45,12 @@ def check_folder(folder: str | Path, parts=tuple(PARTS)) -> Path:
             raise ValueError(f"{folder} lacks {part}/tokenizer.json or spiece.model; copy the missing file.")
         for path in weight_files(folder, part) if weights else ():
             if not path.is_file():
-                raise ValueError(f"{folder} lacks {part}/{path.name}; copy the missing file.")
+                lacks = path.name
+                if not (folder / part / f"{weights}.index.json").is_file() and any(
+                    path.parent.glob("*-of-*.safetensors")
+                ):
+                    lacks = f"{weights}.index.json, which names the pieces of the weights"
+                raise ValueError(f"{folder} lacks {part}/{lacks}; copy the missing file.")
             try:
                 safe_open(path, "pt")  # reads the header and compares it with the size
             except (SafetensorError, OSError) as e:

@@ -8,7 +8,6 @@ state has to be saved.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 import tmd_minimal as tmd
+from wan_scale.seeds import mixed
 from wan_scale.training import dist
 
 
@@ -199,11 +199,6 @@ class WanPhase(tmd.Phase):
             raise tmd.CheckpointError(f"{found}; delete that folder to go on from the one before it.") from e
         for key in self.KEPT:
             setattr(self, key, state[key])
-
-
-def mixed(seed: int, number: int) -> int:
-    """A seed for micro-batch `number` of a run: hashed, since torch's CPU generator looks at the low 32 bits alone."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest(), "little") >> 1
 
 
 def complete(path) -> list[Path]:
