@@ -175,6 +175,9 @@ def test_split_truncated_and_foreign_weights(tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path / "m")
     part, name = folder / "transformer", "diffusion_pytorch_model.safetensors"
     (part / name).rename(part / "diffusion_pytorch_model-00001-of-00002.safetensors")
+    with pytest.raises(ValueError) as error:
+        check_folder(folder)
+    says(error, f"lacks transformer/{name}.index.json")
     weight_map = {
         "a": "diffusion_pytorch_model-00001-of-00002.safetensors",
         "b": "diffusion_pytorch_model-00002-of-00002.safetensors",
@@ -634,15 +637,22 @@ class WAN:
     )
 
 
+def as_raw(out):
+    """Sidecars with the statistics of the VAE."""
+    vae = json.loads((out / "manifest.json").read_text())
+    [rewrite(path, mean=vae["vae_mean"], std=vae["vae_std"]) for path in out.glob("shard-*.json")]
+
+
 REFUSED = [
     (lambda out: [path.unlink() for path in out.glob("shard-*")], "no finished shard"),
     (lambda out: rewrite(out / "manifest.json", guidance=3.0), "another manifest"),
     (lambda out: rewrite(out / "shard-00002.json", manifest="0"), "another manifest"),
     (lambda out: rewrite(out / "shard-00002.json", latent_shape=[16, 2, 4, 6]), "another shape"),
     (lambda out: rewrite(out / "shard-00000.json", mean=[9.0] * 16), "normalised"),
-    (lambda out: [rewrite(path, mean=WAN.mean, std=WAN.std) for path in out.glob("shard-*.json")], "raw"),
+    (lambda out: as_raw(out), "raw"),
     (lambda out: (out / "shard-00000.json").write_text("{}"), "lacks"),
     (lambda out: (out / "manifest.json").unlink(), "manifest.json is missing"),
+    (lambda out: (out / "shard-00001.json").unlink(), "lacks shard-00001.json, the index of a shard"),
 ]
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
+from wan_scale import run
 from wan_scale.data import published, shards
 from wan_scale.data.files import atomic
 from wan_scale.data.manifest import make_manifest
@@ -378,3 +379,89 @@ def test_without_pyarrow_it_is_asked_for(tiny, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError) as error:
         published.take(tiny, tmp_path / "parquet", tmp_path / "out2", **SIZE)
     says(error, "pip install pyarrow")
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+def command(*args) -> int:
+    return run.main(["--preset", "tiny", *map(str, args)])
+
+
+def published_command(tiny, *args) -> int:
+    size = ("--height", 32, "--width", 48, "--model", tiny, "--global-batch", 2, "--micro-batch", 1)
+    return command(*args, *size, "--preview-every", 0)
+
+
+def test_a_training_on_published_clips_is_that_on_our_own_shards(tiny, tmp_path, capsys):
+    """`data --from`, then stage 1: the student is that of a training on shards of the same clips, bit for bit; without
+    --from the folder is taken as it is; a run of another clip size is refused.
+    """
+    write_rcm(tmp_path / "from", tiny)
+    own(tiny, tmp_path / "own")
+    few = ("--stage1-updates", 3, "--read-ahead")
+    assert published_command(tiny, "data", "--from", tmp_path / "from", "--out", tmp_path / "a") == 0
+    assert "6 clips in 2 files, read in place, 0 dropped" in capsys.readouterr().out
+    assert published_command(tiny, "stage1", "--out", tmp_path / "a", *few, 3) == 0
+    assert published_command(tiny, "stage1", "--out", tmp_path / "b", "--data", tmp_path / "own", *few, 0) == 0
+    student = lambda out: load_file(tmp_path / out / "stage1" / "student.safetensors")
+    assert all(torch.equal(x, student("b")[name]) for name, x in student("a").items())
+    assert published_command(tiny, "data", "--out", tmp_path / "a") == 0
+    assert "its clips are taken as they are" in capsys.readouterr().out
+    assert command("stage2", "--model", tiny, "--out", tmp_path / "a", "--stage1-updates", 0) == 1
+    assert "holds clips of 9 frames of 32 x 48, not of 9 frames of 64 x 64" in capsys.readouterr().err
+
+
+@pytest.fixture
+def ladder(tiny, monkeypatch):
+    """Calls the whole ladder without training and sampling: [(step, prompts)]."""
+    from wan_scale.sampling import sample
+    from wan_scale.training import train
+
+    def call(*args):
+        steps = []
+        for module, name in ((train, "stage1"), (train, "stage2"), (sample, "sample")):
+            monkeypatch.setattr(module, name, lambda cfg, *_, name=name: steps.append((name, cfg.prompts)))
+        monkeypatch.setattr(run, "evaluate", lambda *_: None)
+        monkeypatch.setattr(sample, "planned", lambda cfg: steps.append(("planned", cfg.prompts)))
+        size = ("--frames", 9, "--height", 32, "--width", 48, "--device", "cpu", "--sample-prompts", 2)
+        status = run.main([str(arg) for arg in ("--model", tiny, *size, *args)])
+        return status, [step for step, _ in steps], {prompts for _, prompts in steps}
+
+    return call
+
+
+def test_the_ladder_samples_the_captions_of_its_clips(tiny, tmp_path, capsys, ladder):
+    """With --from and no --prompts the first captions are sampled, from a file that is kept; clips without captions end
+    in a sentence before any training; what was made is taken up again without --from.
+    """
+    write_rcm(tmp_path / "from", tiny)
+    write_fastgen(tmp_path / "bare", tiny)
+    out, file = tmp_path / "out", str(tmp_path / "out" / "captions.jsonl")
+    for given in (("--from", tmp_path / "from"), ()):
+        steps = ["planned", "stage1", "stage2", "sample", "sample"]
+        assert ladder("--out", out, *given) == (0, steps, {file})
+        assert [json.loads(line)["prompt"] for line in open(file, encoding="utf-8")] == PROMPTS[:2]
+    capsys.readouterr()
+    status, steps, _ = ladder("--out", tmp_path / "out2", "--from", tmp_path / "bare")
+    assert (
+        status == 1 and not steps and "have no prompts; give some to sample with --prompts" in capsys.readouterr().err
+    )
+    status, steps, _ = ladder("--out", tmp_path / "out3")
+    assert status == 1 and not steps and "give --model and --prompts (or --from FOLDER)" in capsys.readouterr().err
+
+
+def test_the_ladder_takes_shards_of_another_model(tiny, tmp_path, capsys, ladder):
+    """Shards that another transformer made, named by --data, are trained on as they are, if they are complete."""
+    other = own(tiny, tmp_path / "own")
+    digest = lambda: shards.manifest_digest(json.loads((other / "manifest.json").read_text()))
+    rewrite(other / "manifest.json", transformer="another")
+    for path in other.glob("shard-*.json"):
+        rewrite(path, manifest=digest())
+    (tmp_path / "p.txt").write_text("a cat")
+    given = ("--out", tmp_path / "out", "--data", other, "--prompts", tmp_path / "p.txt")
+    before = contents(other)
+    assert ladder(*given)[1] == ["planned", "stage1", "stage2", "sample", "sample"]
+    assert "its clips are taken as they are" in capsys.readouterr().out and contents(other) == before
+    (other / "shard-00001.json").unlink()
+    assert ladder(*given)[:2] == (1, ["planned"]) and "is unfinished" in capsys.readouterr().err

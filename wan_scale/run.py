@@ -182,7 +182,7 @@ def evaluate(cfg: Wan, folders=None) -> None:
     if dist.rank() == 0:
         print(evaluate.sheet(cfg, folders))
         print(f"{sample.grid(cfg, folders)}\n{cfg.folder('scores.md')}", flush=True)
-        if Path(cfg.model).name == "tiny-wan":
+        if Path(cfg.model).resolve().name == "tiny-wan":
             print("The weights are random: this shows that every step works, not how well.")
 
 

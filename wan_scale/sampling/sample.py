@@ -107,7 +107,7 @@ def stamp(folder: Path, cfg: Wan, teacher: bool) -> None:
     made = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width, "seed": cfg.seed}
     if teacher:
         made |= {"steps": cfg.data_steps, "guidance": cfg.data_guidance, "flow_shift": cfg.flow_shift}
-        made |= {"model": Path(cfg.model).name}
+        made |= {"model": Path(cfg.model).resolve().name}  # "." has no name
     else:
         place, facts = finished_student(cfg)
         made |= {"phase": facts["phase"], "student": file_sha256(place / "student.safetensors")}
