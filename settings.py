@@ -117,7 +117,8 @@ def parser(settings: type[Settings], doc: str, **modes: str) -> argparse.Argumen
         group = about["group"]
         if group not in groups:
             groups[group] = p.add_argument_group(group)
-        flag, more = f"--{f.name.replace('_', '-')}", {"default": argparse.SUPPRESS}
+        # a name with _ behind it is a word of Python's own: from_ is --from
+        flag, more = f"--{f.name.rstrip('_').replace('_', '-')}", {"default": argparse.SUPPRESS, "dest": f.name}
         if f.type == "bool":
             groups[group].add_argument(flag, action="store_true", help=about["help"], **more)
         else:

@@ -322,7 +322,7 @@ def test_a_full_disk_ends_no_training_by_its_log(tmp_path, capsys):
     [("stage1", {"H": 4}, "H is 4; of 4 blocks the flow head may have 1 to 3"),
      (None, {"H": 0}, "H = 0 is the baseline: `dmd2v`"), ("stage2", {"taps": "1,4"}, "taps names block 4"),
      ("kd", {"skip_layer": 4}, "skip_layer is 4"), ("kd", {"data_guidance": 1.0}, "skip_layer is 1 at data_guidance 1"),
-     (None, {"videos": "v"}, "give --prompts as well"), ("stage2", {"context_parallel": 3}, "the 2 heads")],
+     ("stage2", {"context_parallel": 3}, "the 2 heads")],
 )  # fmt: skip
 def test_before_hours_of_data(world, command, given, words):
     """What the transformer's config shows to be impossible is refused before the first clip."""

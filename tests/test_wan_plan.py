@@ -707,6 +707,18 @@ def test_report_of_a_folder_and_of_the_baseline():
     assert "It fits." in text and "72 tokens" in text
 
 
+def test_the_report_leads_with_published_clips():
+    """Before anything else it says what clips need no GPU, with disk, licence and the settings that fit, then what this
+    teacher's own would cost.
+    """
+    text = report("1.3b", gpus=8)
+    head = text[: text.index("Parameters")]
+    assert "250,000 clips of 81 frames of 480x832\n" in head and "2.1 TB; licence CC-BY-NC-4.0" in head
+    assert "77 frames of 448x832; give --frames 77 --height 448 --width 832" in head
+    assert f"500,000 clips of this teacher: {plan('1.3b', gpus=8)['clip hours']:,.1f} GPU-hours" in head
+    assert "give --frames 81" in report("1.3b", gpus=8, frames=77, height=448)
+
+
 def test_the_report_says_what_it_is():
     """The report calls its times estimates at the given rate, and shows the effective NFE of the paper's settings."""
     text = report("1.3b", tflops=350)

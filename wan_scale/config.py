@@ -18,9 +18,10 @@ OF_THE_MACHINE = (
     "model out data prompts videos device precision tf32 checkpointing attn compile save_every "
     "save_minutes preview_every preview_prompts log_every graph context_parallel shard_over offload_teacher gpus "
     "card_gb tflops rates bench_minutes verify data_steps data_guidance sampler clips shard_size kd_clips skip_layer "
-    "student sample_prompts samples_per_prompt vbench_info vbench_results"
+    "from_ from_kind from_check convert read_ahead student sample_prompts samples_per_prompt vbench_info "
+    "vbench_results"
 ).split()
-PATHS = "model data prompts videos rates vbench_info vbench_results".split()
+PATHS = "model data prompts videos from_ rates vbench_info vbench_results".split()
 # Settings that only these phases read: for the others another value is the same run.
 OF_THE_PHASE = {
     "stage1": "stage1_updates stage1_lr stage1_guidance adaptive_c",
@@ -63,6 +64,13 @@ class Wan(Settings):
     prompts: str = option("", "prompt file: one prompt a line, or JSONL with prompt and seed", "data")
     data: str = option("", "folder of latent shards; empty: OUT/data", "data")
     videos: str = option("", "folder of videos with captions, to train on instead of the teacher's own samples", "data")
+    from_: str = option("", "folder of published clips (rCM's, FastVideo's, FastGen's) to train on", "data")
+    from_kind: str = option("", "rcm, fastvideo or fastgen, where --from holds several", "data",
+                            choices=("", "rcm", "fastvideo", "fastgen"))  # fmt: skip
+    from_check: str = option("all", "read all published clips once, or the first of each file", "data",
+                             choices=("all", "first"))  # fmt: skip
+    convert: bool = option(False, "rewrite the clips of --from into shards, instead of reading them in place", "data")
+    read_ahead: int = option(4, "micro-batches that a GPU's data are read ahead", "data", least=0)
     clips: int = option(0, "make only so many clips (0: one for every prompt)", "data", least=0)
     shard_size: int = option(64, "clips a shard", "data", least=1)
     data_steps: int = option(50, "the teacher's sampling steps", "data", least=1)
@@ -158,8 +166,8 @@ class Wan(Settings):
         for name in PATHS:
             setattr(self, name, os.path.expanduser(getattr(self, name)))
         self.model = self.model and os.path.realpath(self.model)  # one folder has one name
-        if self.frames % 4 != 1 or self.frames < 1:
-            raise ValueError(f"frames is {self.frames}; Wan's VAE takes 4 k + 1 frames (81, or 9 for a try).")
+        if self.frames % 4 != 1:
+            raise ValueError(f"frames is {self.frames}; a video of Wan's VAE has 4 k + 1 frames (81, or 9 for a try).")
         if self.height % 16 or self.width % 16 or min(self.height, self.width) < 16:
             size = f"{self.height}x{self.width}"
             raise ValueError(f"clips of {size} do not fit Wan's patches; height and width must be multiples of 16.")
@@ -167,6 +175,8 @@ class Wan(Settings):
             raise ValueError(
                 "with --lora the teacher is the base that all share and stays on the GPU; drop --offload-teacher."
             )
+        if self.from_ and self.videos:
+            raise ValueError("both --from and --videos are given; the clips come from one of them.")
         blocks = self.taps.split(",")
         self.tap_blocks = tuple(int(i) if i.strip().isdecimal() else -1 for i in blocks)
         if self.tap_blocks[0] < 0 or list(self.tap_blocks) != sorted({*self.tap_blocks}):

@@ -21,8 +21,6 @@ def check(cfg: Wan, command: str | None) -> None:
     for path in (Path(cfg.model) / name for name in SMALL):
         if path.exists():
             read_json(path)
-    if command is None and cfg.videos and not cfg.prompts and not cfg.vbench_info:
-        raise ValueError("videos are to train on, but no prompts to sample: give --prompts as well, or one subcommand.")
     if command in (None, "stage1", "stage2") and not 1 <= cfg.H < blocks:
         baseline = "; H = 0 is the baseline: `dmd2v`" if cfg.H == 0 else ""
         raise ValueError(f"H is {cfg.H}; of {blocks} blocks the flow head may have 1 to {blocks - 1}{baseline}.")

@@ -8,7 +8,7 @@ Without a subcommand it runs data, stage1, stage2, sample and eval, and skips wh
 command goes on from the last checkpoint.
 
     plan      parameters, memory, seconds, disk: before anything starts
-    data      latents of the teacher's own samples (or of --videos) and text embeddings, into shards
+    data      clips to train on: published latents (--from FOLDER), the teacher's own samples, or --videos
     stage1    TM-MF pretraining of backbone and flow head
     stage2    DMD2-v with the head rolled out
     kd        the baseline's KD warm-up on teacher pairs (M = 1)
@@ -94,16 +94,73 @@ def tiny_world(cfg: Wan) -> Wan:
 
 
 def make_data(cfg: Wan, kd: bool = False) -> None:
-    """Shards, once: their own manifest says whether they are these."""
+    """Clips, once: their own manifest says whether they are these."""
+    from wan_scale.data import shards
+    from wan_scale.data.lock import only_one
+    from wan_scale.training import dist
+
+    dist.start(cfg.device)
+    out = cfg.folder("kd-pairs") if kd else cfg.shards
+    if not kd and of_others(cfg, out):
+        if not shards.complete(out):
+            raise RuntimeError(f"{out} is unfinished; give the `data` command that began it once more.")
+        dist.say(f"{out} was made by another command; its clips are taken as they are.")
+    else:
+        with only_one(out, dist.rank()):
+            dist.barrier()  # no rank writes before this
+            make_clips(cfg, out, kd)
+            dist.barrier()
+    if dist.rank() == 0:
+        print(shards.summary(out), flush=True)
+
+
+def of_others(cfg: Wan, out: Path) -> bool:
+    """Whether a data folder was made by a command that this one does not repeat.
+
+    It holds published clips or videos, and none are given now; or, named by --data, samples of another transformer.
+    """
+    from wan_scale.data.files import read_json
+    from wan_scale.data.folders import fingerprint
+
+    if cfg.from_ or cfg.videos or not (out / "manifest.json").exists():
+        return False
+    manifest = read_json(out / "manifest.json")
+    if manifest.get("kind") != "teacher":
+        return True
+    return bool(cfg.data) and manifest.get("transformer") != fingerprint(Path(cfg.model), "transformer")
+
+
+def with_prompts(cfg: Wan) -> Wan:
+    """The settings with prompts to sample where none were given: the first captions of the data, in OUT."""
+    from wan_scale.data import shards
+    from wan_scale.data.files import atomic
+    from wan_scale.training import dist
+
+    path = cfg.folder("captions.jsonl")
+    if dist.rank() == 0 and not path.exists():
+        prompts = shards.captions(cfg.shards, cfg.sample_prompts or 64)
+        if not prompts:
+            raise RuntimeError(f"the clips of {cfg.shards} have no prompts; give some to sample with --prompts.")
+        lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts]
+        with atomic(path) as file:
+            file.write("".join(lines).encode())
+    dist.barrier()
+    return replace(cfg, prompts=str(path))
+
+
+def make_clips(cfg: Wan, out: Path, kd: bool) -> None:
+    """This rank's part of a data folder."""
     from wan_scale import speed
-    from wan_scale.data import shards, teacher, videos
+    from wan_scale.data import published, teacher, videos
     from wan_scale.training import dist
 
     device = dist.start(cfg.device)
     where = {"rank": dist.rank(), "world": dist.world(), "device": device}
     clip = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width, "shard_size": cfg.shard_size}
-    out = cfg.folder("kd-pairs") if kd else cfg.shards
-    if cfg.videos and not kd:
+    if cfg.from_ and not kd:
+        how = {"kind": cfg.from_kind, "convert": cfg.convert, "check": cfg.from_check, "limit": cfg.clips or None}
+        published.take(cfg.model, cfg.from_, out, **how, **clip, **where)
+    elif cfg.videos and not kd:
         videos.encode_videos(cfg.model, cfg.videos, out, limit=cfg.clips or None, **clip, **where)
     else:
 
@@ -116,9 +173,6 @@ def make_data(cfg: Wan, kd: bool = False) -> None:
         # choice: KD pairs from noise that the training data have not seen
         own = {"kd": True, "seed_offset": 1_000_000, "skip_layer": None if cfg.skip_layer < 0 else cfg.skip_layer}
         teacher.generate(cfg.model, cfg.prompts, out, **how, **(own if kd else {}), **clip, **where)
-    dist.barrier()
-    if dist.rank() == 0:
-        print(shards.summary(out), flush=True)
 
 
 def evaluate(cfg: Wan, folders=None) -> None:
@@ -132,7 +186,7 @@ def evaluate(cfg: Wan, folders=None) -> None:
     if dist.rank() == 0:
         print(evaluate.sheet(cfg, folders))
         print(f"{sample.grid(cfg, folders)}\n{cfg.folder('scores.md')}", flush=True)
-        if Path(cfg.model).name == "tiny-wan":
+        if Path(cfg.model).resolve().name == "tiny-wan":
             print("The weights are random: this shows that every step works, not how well.")
 
 
@@ -169,6 +223,14 @@ def plan(cfg: Wan, name: str) -> None:
     print(report(model, rates=rates, **cfg.planned()))
 
 
+def lacks_prompts(cfg: Wan, command: str | None) -> bool:
+    """Whether a command has nothing to make clips of, or nothing to sample."""
+    if command == "sample":
+        return not cfg.prompts
+    clips = cfg.prompts or cfg.videos or cfg.from_ or (cfg.shards / "manifest.json").exists()
+    return command in (None, "data") and not clips
+
+
 def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:
     cfg = preset(name or "1.3b", **given)
     if dry:
@@ -181,9 +243,9 @@ def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:
         return bench(cfg, name or "1.3b")
     if name == "tiny":
         cfg = tiny_world(cfg)
-    elif not cfg.model or (not cfg.prompts and not cfg.videos and command in (None, "data", "sample")):
+    elif not cfg.model or lacks_prompts(cfg, command):
         print(NEEDS)
-        raise RuntimeError("give --model and --prompts, or --preset tiny.")
+        raise RuntimeError("give --model and --prompts (or --from FOLDER), or --preset tiny.")
     from wan_scale import preflight
     from wan_scale.data.folders import check_folder, free_memory
     from wan_scale.sampling import sample
@@ -194,7 +256,7 @@ def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:
     dist.start(cfg.device)
     if command in (None, "data", "stage1", "stage2", "kd", "dmd2v", "teacher"):
         train.accumulation(cfg)  # before hours of data
-    if not command:
+    if not command and (cfg.prompts or cfg.vbench_info):
         sample.planned(cfg)
     m, n = given.get("M"), given.get("N")  # sampling may differ from training only where the command line says so
     steps = {
@@ -211,6 +273,9 @@ def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:
     for step in (command,) if command else ("data", "stage1", "stage2"):
         steps[step]()
         free_memory()  # or the next phase would find the last one's nets on the GPU
+        if step == "data" and not command and not (cfg.prompts or cfg.vbench_info):
+            cfg = with_prompts(cfg)
+            sample.planned(cfg)
     if not command:
         evaluate(cfg, {who: sample.sample(replace(cfg, student=who)) for who in ("tmd", "teacher")})
     dist.stop()  # not after an error: torchrun ends the other ranks, which may wait in a collective

@@ -87,11 +87,11 @@ def write_shards(out: str | Path, clips: int, seed: int = 0, shard_size: int = 5
         "text_dim": CODE.shape[1], "latent_shape": [1, WORLD.frames, WORLD.size, WORLD.size], "normalisation": "vae",
         "vae_mean": [MEAN], "vae_std": [STD], "kd": False, "shard_size": shard_size, "prompts": clips, "seed": seed,
     }  # fmt: skip
-    open_out(out, manifest)
+    open_out(out, manifest, records)
     texts = {out / "negative.safetensors": {"negative": embed(EMPTY_PROMPT)}}
     for k, start in enumerate(range(0, clips, shard_size)):
-        if not finished(out, k):
-            ids = range(start, min(start + shard_size, clips))
+        ids = range(start, min(start + shard_size, clips))
+        if not finished(out, k, len(ids)):
             texts[out / "parts" / f"{k:05d}" / "text.safetensors"] = {str(i): embed(records[i]["prompt"]) for i in ids}
     for path, tensors in texts.items():  # fill() embeds only what is not there, so it needs no text encoder
         path.parent.mkdir(parents=True, exist_ok=True)

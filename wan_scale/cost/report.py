@@ -11,6 +11,11 @@ from wan_scale.cost.plan import advice, duration, plan
 from wan_scale.cost.sizes import GB
 from wan_scale.cost.work import UNITS
 
+PUBLISHED = (  # clips that `data --from` reads: name, number, (frames, height, width), what else to know
+    ("rCM, Wan2.1 14B", 250_000, (81, 480, 832), "2.1 TB; licence CC-BY-NC-4.0: not for commercial use"),
+    ("FastVideo Wan-Syn", 600_000, (77, 448, 832), "raw latents, normalised on reading; see its page for the licence"),
+)
+
 
 def report(model: str | dict = "1.3b", **settings) -> str:
     """The plan as text: what it needs, whether it fits and what to change, how long it takes. `settings` are plan's."""
@@ -57,6 +62,7 @@ def report(model: str | dict = "1.3b", **settings) -> str:
         f"Activation checkpointing: {mode}{chosen}.",
         f"A block {kept} for the backward pass.",
         "",
+        *data(p),
         "Parameters",
         f"  teacher        {million(p['parameters']['total']):>12}   {L} blocks of {million(p['parameters']['block'])}",
         f"  student        {million(p['student']['total']):>12}   the teacher and {million(added)} of the flow head",
@@ -95,9 +101,19 @@ def report(model: str | dict = "1.3b", **settings) -> str:
         lines += [f"  M = {m}, N = {j}: {duration(t):>9}   effective NFE {tmd.effective_nfe(m, j, H, L):.2f}"]
     lines += [
         f"  teacher, 50 x 2: {duration(p['teacher sampling'])}",
-        "",
-        f"Data: {p['clips']:,} clips take {p['clip bytes'] / GB:,.4g} GB "
-        "(latents in fp16, text embeddings in bf16 at full length).",
-        f"Generating them with this teacher takes {p['clip hours']:,.1f} GPU-hours more.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def data(p: dict) -> list[str]:
+    """Where the clips come from, in lines: published ones that need no GPU, or this teacher's own."""
+    total = sum(p["hours"].values()) * p["settings"]["gpus"]
+    lines = ["Data: start from published clips, which no GPU has to make", "  data --from FOLDER     read in place"]
+    for name, clips, (frames, height, width), more in PUBLISHED:
+        size = (frames, height, width)
+        these = size == tuple(p["settings"][key] for key in ("frames", "height", "width"))
+        fits = "" if these else f"; give --frames {frames} --height {height} --width {width}"
+        lines += [f"    {name:<21}{clips:,} clips of {frames} frames of {height}x{width}{fits}", f"{'':<25}{more}"]
+    made = f"{p['clips']:,} clips of this teacher: {p['clip hours']:,.1f} GPU-hours (training takes {total:,.0f})"
+    size = f"{p['clip bytes'] / GB:,.4g} GB, latents in fp16, text embeddings in bf16 at full length"
+    return [*lines, f"  data --prompts FILE    {made}", f"{'':<25}{size}", ""]

@@ -39,6 +39,12 @@ def broken(x: torch.Tensor) -> str | None:
 MEAN_BOUND, STD_BOUNDS = 2.0, (0.02, 4.0)
 
 
+def channel_statistics(x: torch.Tensor) -> dict:
+    """{"mean", "std"} by channel of a latent x (C, T, H, W), as lists."""
+    flat = x.double().flatten(1)
+    return {"mean": flat.mean(1).tolist(), "std": flat.std(1, correction=0).tolist()}
+
+
 def pooled_statistics(sidecars: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation by channel over all clips of the given sidecars: (C,), (C,) float64."""
     sidecars = [s for s in sidecars if s["clips"]]
@@ -49,18 +55,23 @@ def pooled_statistics(sidecars: list[dict]) -> tuple[torch.Tensor, torch.Tensor]
     return total, ((n * (std**2 + mean**2)).sum(0) / n.sum() - total**2).clamp_min(0).sqrt()
 
 
-def check_normalised(mean: torch.Tensor, std: torch.Tensor, vae_mean, vae_std) -> None:
-    """ValueError if latents with these statistics (C,) look raw, or like nothing that a teacher can have made.
+def look_raw(mean: torch.Tensor, std: torch.Tensor, vae_mean, vae_std) -> bool:
+    """Whether latents with these statistics (C,) are raw: they have the VAE's mean and std, normalised ones 0 and 1.
 
-    The raw latents of a VAE have its mean and std, normalised ones 0 and 1. What is nearer, over all channels, decides.
+    What is nearer, over all channels, decides.
     """
 
     def distance(m, s):
         return (((mean - m) / s) ** 2 + (std.clamp_min(1e-6) / s).log() ** 2).mean()
 
     vae_mean, vae_std = torch.as_tensor(vae_mean, dtype=mean.dtype), torch.as_tensor(vae_std, dtype=mean.dtype)
+    return bool(distance(vae_mean, vae_std) < min(1, distance(torch.zeros_like(mean), torch.ones_like(std))))
+
+
+def check_normalised(mean: torch.Tensor, std: torch.Tensor, vae_mean, vae_std) -> None:
+    """ValueError if latents with these statistics (C,) look raw, or like nothing that a teacher can have made."""
     fix = "store (z - latents_mean) / latents_std of the VAE"
-    if distance(vae_mean, vae_std) < min(1, distance(torch.zeros_like(mean), torch.ones_like(std))):
+    if look_raw(mean, std, vae_mean, vae_std):
         raise ValueError(f"the latents look raw: their channels have the VAE's own means and deviations; {fix}.")
     good = lambda m, s: abs(m) <= MEAN_BOUND and STD_BOUNDS[0] <= s <= STD_BOUNDS[1]  # False for NaN
     bad = [i for i, (m, s) in enumerate(zip(mean, std)) if not good(m, s)]

@@ -39,7 +39,7 @@ def writing(path: Path):
 
 @contextmanager
 def atomic(path: Path, temporary: Path | None = None):
-    """A binary file to write; it appears as `path` whole, when the block has ended."""
+    """A binary file to write; it appears as `path` whole at the end of the block. RuntimeError if the disk is full."""
     temporary = temporary or path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path):

@@ -13,6 +13,7 @@ from wan_scale.data.folders import fingerprint
 from wan_scale.data.prompts import NEGATIVE
 
 LABELS = {"model", "versions"}  # for people: a renamed model folder or a newer library is no other data
+GROWING = {"prompts", "prompts_sha256"}  # how many clips, and which: more may come behind those that are there
 
 
 def make_manifest(folder: Path, kind: str, frames: int, height: int, width: int, **rest) -> dict:
@@ -49,21 +50,43 @@ def make_manifest(folder: Path, kind: str, frames: int, height: int, width: int,
 
 def manifest_digest(manifest: dict) -> str:
     """sha256 of what a folder's manifest promises."""
-    kept = {key: value for key, value in manifest.items() if key not in LABELS}
+    kept = {key: value for key, value in manifest.items() if key not in LABELS | GROWING}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def open_out(out: str | Path, manifest: dict) -> Path:
-    """Make the folder and its manifest; ValueError naming what differs if it holds another."""
+def records_digest(records: list[dict]) -> str:
+    """sha256 of what the clips are made of: prompts and seeds, or names of videos and captions."""
+    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
+
+
+def open_out(out: str | Path, manifest: dict, records: list[dict] | None = None) -> Path:
+    """Make the folder and its manifest, to which the number and digest of `records` are added.
+
+    It may be there already, also with fewer records, if they are the first of these. ValueError naming what differs.
+    """
+    if records is not None:
+        manifest |= {"prompts": len(records), "prompts_sha256": records_digest(records)}
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "manifest.json"
     if path.exists():
         old = read_json(path)
-        differs = sorted(key for key in {*old, *manifest} - LABELS if old.get(key) != manifest.get(key))
+        differs = sorted(key for key in {*old, *manifest} - LABELS - GROWING if old.get(key) != manifest.get(key))
         if differs:
             told = ", ".join(f"{key} ({str(old.get(key))[:40]}, now {str(manifest.get(key))[:40]})" for key in differs)
             raise ValueError(f"{out} was made with another {told}; give the same settings or another folder.")
+        if records is not None and any(old.get(key) != manifest[key] for key in GROWING):
+            n = old.get("prompts", 0)
+            if n > len(records):
+                raise ValueError(
+                    f"{out} was made for {n} clips, now {len(records)}; ask for as many, or give another folder."
+                )
+            if records_digest(records[:n]) != old.get("prompts_sha256"):
+                first = f"its {n} prompts or videos are not the first {n} of these"
+                raise ValueError(
+                    f"{out} was made from others ({first}); put new ones at the end, or give another folder."
+                )
+            write_json(path, manifest)
     else:
         write_json(path, manifest)
     return out

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import json
-import tarfile
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from wan_scale.data.checks import check_normalised, pooled_statistics
 from wan_scale.data.files import file_sha256, read_json
 from wan_scale.data.manifest import manifest_digest
+from wan_scale.data.sources import COPY, InPlace
 from wan_scale.data.text import pad_text
 
 AGAIN = "delete it and its .json and run `data` again"
@@ -28,17 +25,24 @@ class Reader:
     batch(step * W * n + r * n, n): the global batch is the same for every W, and a resume needs nothing but the step.
 
     At the start sizes, manifest and channel statistics are checked. With `verify`, so is a shard's sha256 at its first
-    use (about a second a GB). Raises ValueError in one sentence. `identity` names the exact data: keep it in
-    checkpoints.
+    use (about a second a GB). Published clips that were indexed in place (published.py) are read from their own files,
+    and compared with their checksums each time. Raises ValueError in one sentence. `identity` names the exact data:
+    keep it in checkpoints. size: the run's (frames, height, width), which must be the clips'.
     """
 
     def __init__(self, folder: str | Path, *, seed: int = 0, device="cpu", text_length: int | None = None,
-                 verify: bool = True):  # fmt: skip
+                 verify: bool = True, size: tuple[int, int, int] | None = None):  # fmt: skip
         self.folder, self.seed, self.device, self.verify = Path(folder), seed, device, verify
         paths = sorted(self.folder.glob("shard-*.json"))
         if not paths:
             raise ValueError(f"{self.folder} holds no finished shard; run `data` first.")
         self.manifest = read_json(self.folder / "manifest.json")
+        lost = {path.stem for path in self.folder.glob("shard-*.safetensors")} - {path.stem for path in paths}
+        if lost:
+            raise ValueError(f"{self.folder} lacks {min(lost)}.json, the index of a shard; run `data` again.")
+        check_size(self.folder, self.manifest, size)
+        self.in_place = "format" in self.manifest
+        where = Path(read_json(self.folder / "source.json")["folder"]) if self.in_place else self.folder
         self.text_length = text_length or self.manifest["text_length"]
         digest, self.latent_shape = manifest_digest(self.manifest), tuple(self.manifest["latent_shape"])
         self.shards, self.clips = [], []  # sidecars less their clips; (shard, clip id) of every clip
@@ -56,12 +60,14 @@ class Reader:
             if sidecar["manifest"] != digest:
                 other = f"{path.name} was made under another manifest than {self.folder / 'manifest.json'}"
                 raise ValueError(f"{other}; keep one a folder.")
-            shard = self.folder / sidecar["file"]
-            size = shard.stat().st_size if shard.exists() else 0
-            if size != sidecar["bytes"]:
-                raise ValueError(f"{shard} is truncated or missing ({size} of {sidecar['bytes']} bytes); {AGAIN}.")
+            shard = where / sidecar["file"]
+            there = shard.stat().st_size if shard.exists() else 0
+            if there != sidecar["bytes"]:
+                again = f"{COPY} and run `data --from` again" if self.in_place else AGAIN
+                raise ValueError(f"{shard} is truncated or missing ({there} of {sidecar['bytes']} bytes); {again}.")
             self.clips += [(len(self.shards), clip["id"]) for clip in sidecar["clips"]]
-            self.shards.append({key: sidecar[key] for key in ("file", "sha256")})
+            places = places_of(sidecar["clips"]) if self.in_place else None
+            self.shards.append({"path": shard, "sha256": sidecar["sha256"], "places": places})
             sidecars.append({key: sidecar[key] for key in ("mean", "std")} | {"clips": range(len(sidecar["clips"]))})
         if not self.clips:
             raise ValueError(f"{self.folder} holds no clip that passed the filter; look at its summary.")
@@ -69,7 +75,8 @@ class Reader:
         check_normalised(self.mean, self.std, self.manifest["vae_mean"], self.manifest["vae_std"])
         digests = "".join([digest, *(shard["sha256"] for shard in self.shards)])
         self.identity = hashlib.sha256(digests.encode()).hexdigest()
-        self.handle = lru_cache(maxsize=8)(self.open)  # open shards; a handle maps its file, reads only what is asked
+        # open shards: a handle maps its file and reads only what is asked, but Parquet's keeps a whole row group
+        self.handle = lru_cache(maxsize=1 if self.manifest.get("format") == "fastvideo" else 8)(self.open)
         self.verified: set[int] = set()
         self.order = lru_cache(maxsize=2)(self.permutation)  # a batch may straddle two epochs
 
@@ -78,7 +85,9 @@ class Reader:
 
     def open(self, shard: int):
         """Handle of a shard, its checksum compared at the first use."""
-        path, wanted = self.folder / self.shards[shard]["file"], self.shards[shard]["sha256"]
+        path, wanted, places = (self.shards[shard][key] for key in ("path", "sha256", "places"))
+        if self.in_place:
+            return InPlace(path, self.manifest, places)
         if self.verify and shard not in self.verified and file_sha256(path) != wanted:
             raise ValueError(f"{path} is corrupted (its checksum differs); {AGAIN}.")
         self.verified.add(shard)
@@ -101,26 +110,43 @@ class Reader:
         places = [divmod(p, len(self)) for p in range(position, position + n)]
         return [self.clips[int(self.order(epoch)[i])] for epoch, i in places]
 
-    def tensor(self, name: str, shard: int, clip) -> torch.Tensor:
-        """One tensor of a clip, float32."""
-        return self.handle(shard).get_tensor(f"{name}.{clip}").float()
+    def tensor(self, name: str, shard: int, clip: int) -> torch.Tensor:
+        """One tensor of a clip, float32; ValueError if it is not finite, which no learning rate would help."""
+        try:
+            x = self.handle(shard).get_tensor(f"{name}.{clip}").float()
+        except SafetensorError as e:
+            path = self.shards[shard]["path"]
+            raise ValueError(f"{path} is corrupted ({name} of clip {clip}: {type(e).__name__}); {AGAIN}.") from e
+        if not bool(x.isfinite().all()):
+            again = COPY if self.in_place else AGAIN
+            bad = f"{self.shards[shard]['path']} holds a {name} that is not finite (clip {clip})"
+            raise ValueError(f"{bad}: the data are broken, not the training; {again}.")
+        return pad_text(x, self.text_length) if name == "text" else x
 
-    def read(self, name: str, where: list) -> torch.Tensor:
-        """Tensors `name` of the given clips, float32: (n, ...)."""
-        tensors = (self.tensor(name, shard, clip) for shard, clip in where)
-        return torch.stack([pad_text(t, self.text_length) if name == "text" else t for t in tensors]).to(self.device)
+    def read(self, names: tuple[str, ...], position: int, n: int, host: bool) -> list[torch.Tensor]:
+        """Tensors of n samples from `position` on, float32: (n, ...) each, one for each name.
 
-    def batch(self, position: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        On this reader's device; host: in host memory, pinned where the device is a GPU.
+        """
+        clips = [[self.tensor(name, *where) for name in names] for where in self.at(position, n)]
+        found = [torch.stack(tensors) for tensors in zip(*clips)]
+        if not host:
+            return self.move(found)
+        return [x.pin_memory() for x in found] if torch.device(self.device).type == "cuda" else found
+
+    def move(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What `read` left in host memory, on this reader's device."""
+        return [x.to(self.device, non_blocking=True) for x in tensors]
+
+    def batch(self, position: int, n: int, host: bool = False) -> list[torch.Tensor]:
         """Latents x (n, C, T, H, W) and text c (n, text_length, text_dim), float32, of n samples from `position` on."""
-        where = self.at(position, n)
-        return self.read("latent", where), self.read("text", where)
+        return self.read(("latent", "text"), position, n, host)
 
-    def pairs(self, position: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def pairs(self, position: int, n: int, host: bool = False) -> list[torch.Tensor]:
         """(noise, x, c) of the teacher's own trajectories: x is where the teacher's ODE takes the noise."""
         if not self.manifest["kd"]:
             raise ValueError(f"{self.folder} holds no noise; run `data` with kd into another folder.")
-        where = self.at(position, n)
-        return self.read("noise", where), self.read("latent", where), self.read("text", where)
+        return self.read(("noise", "latent", "text"), position, n, host)
 
     @property
     def negative(self) -> torch.Tensor:
@@ -136,69 +162,21 @@ class Reader:
         return pad_text(text.float(), self.text_length).to(self.device)
 
 
-FASTGEN = {"latent": "latent.pth", "text": "txt_emb.pth", "noise": "noise.pth"}  # members of a clip, after its key
+def check_size(folder: Path, manifest: dict, size: tuple[int, int, int] | None) -> None:
+    """ValueError if the clips are not of the run's (frames, height, width)."""
+    has = tuple(manifest.get(key) for key in ("frames", "height", "width"))
+    if size and None not in has and has != tuple(size):
+        told = lambda size: "{} frames of {} x {}".format(*size)
+        fits = "--frames {} --height {} --width {}".format(*has)
+        raise ValueError(f"{folder} holds clips of {told(has)}, not of {told(size)}; give {fits}, or other data.")
 
 
-class FastGenShards(Reader):
-    """FastGen's WebDataset shards through the same batches.
-
-    They are *.tar with <key>.latent.pth, <key>.txt_emb.pth and, for pairs, <key>.noise.pth. `negative` is a file with
-    the negative prompt's embedding (.pth or .npy). `vae_mean` and `vae_std` (C,) are those of the VAE that made the
-    latents: the statistics of the first 64 clips are checked by them. There are no checksums to verify.
-    """
-
-    def __init__(self, folder: str | Path, negative: str | Path, *, vae_mean, vae_std, seed: int = 0, device="cpu",
-                 text_length: int = 512):  # fmt: skip
-        self.folder, self.seed, self.device, self.text_length = Path(folder), seed, device, text_length
-        self.paths, self.clips, self.members, digest = sorted(self.folder.glob("*.tar")), [], {}, hashlib.sha256()
-        for shard, path in enumerate(self.paths):
-            try:
-                with tarfile.open(path, "r:") as tar:  # r: is uncompressed, whose members can be read in place
-                    members = {member.name: (member.offset_data, member.size) for member in tar if member.isfile()}
-            except (tarfile.TarError, OSError) as e:
-                raise ValueError(f"{path} is truncated or no tar ({type(e).__name__}); copy it again.") from e
-            end = "." + FASTGEN["latent"]
-            keys = [name.removesuffix(end) for name in members if name.endswith(end)]
-            for key in keys:
-                if f"{key}.{FASTGEN['text']}" not in members:
-                    raise ValueError(
-                        f"{path} holds {key}.{FASTGEN['latent']} without its {FASTGEN['text']}; copy it again."
-                    )
-                self.clips.append((shard, key))
-            self.members |= {(shard, name): place for name, place in members.items()}
-            digest.update(json.dumps([path.name, members]).encode())
-        if not self.clips:
-            raise ValueError(
-                f"{self.folder} holds no tar with {FASTGEN['latent']}; give a folder of FastGen's video latents."
-            )
-        self.manifest = {"kd": all((shard, f"{key}.{FASTGEN['noise']}") in self.members for shard, key in self.clips)}
-        self.identity, self.order = digest.hexdigest(), lru_cache(maxsize=2)(self.permutation)
-        self.empty = self.decode(Path(negative).read_bytes(), str(negative))
-        first = torch.stack([self.tensor("latent", *clip) for clip in self.clips[:64]])
-        channels = first.double().transpose(0, 1).flatten(1)
-        self.latent_shape, self.mean, self.std = tuple(first[0].shape), channels.mean(1), channels.std(1)
-        check_normalised(self.mean, self.std, vae_mean, vae_std)
-
-    def decode(self, data: bytes, name: str) -> torch.Tensor:
-        """A tensor from the bytes of a .pth or .npy file, float32 without a leading 1; never runs code from it."""
-        try:
-            if name.endswith(".npy"):
-                x = torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
-            else:
-                x = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            x = x.float()
-        except Exception as e:  # unpickling raises nearly anything
-            raise ValueError(f"{name} of {self.folder} holds no tensor ({type(e).__name__}); copy it again.") from e
-        return x[0] if len(x) == 1 and x.ndim in (3, 5) else x
-
-    def tensor(self, name: str, shard: int, key: str) -> torch.Tensor:
-        """One tensor of a clip, read from its place in the tar."""
-        member = f"{key}.{FASTGEN[name]}"
-        offset, size = self.members[shard, member]
-        with open(self.paths[shard], "rb") as file:
-            file.seek(offset)
-            return self.decode(file.read(size), member)
-
-    @property
-    def negative(self) -> torch.Tensor:
-        return pad_text(self.empty, self.text_length).to(self.device)
+def places_of(clips: list[dict]) -> dict[str, torch.Tensor]:
+    """{name: (ids, 3)} of an index's clips: the place of a tensor and its CRC-32, -1 where it was not read."""
+    found = {}
+    for name in {"latent", "text", "noise"} & (clips[0].keys() if clips else set()):
+        found[name] = torch.full((clips[-1]["id"] + 1, 3), -1)
+        for clip in clips:
+            *place, crc = clip[name]
+            found[name][clip["id"]] = torch.tensor([*place, -1 if crc is None else crc])
+    return found

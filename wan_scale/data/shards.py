@@ -24,8 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from wan_scale.data.checks import Dropped, broken, pooled_statistics
-from wan_scale.data.files import HashedFile, atomic, read_json, write_json, write_safetensors
+from wan_scale.data.checks import Dropped, broken, channel_statistics, pooled_statistics
+from wan_scale.data.files import HashedFile, atomic, file_sha256, read_json, write_json, write_safetensors
 from wan_scale.data.folders import free_memory
 from wan_scale.data.manifest import manifest_digest, open_out
 from wan_scale.data.text import encode_text, pad_text
@@ -33,10 +33,17 @@ from wan_scale.data.text import encode_text, pad_text
 DTYPES = {"latent": ("F16", torch.float16), "text": ("BF16", torch.bfloat16), "noise": ("F32", torch.float32)}
 
 
-def finished(out: Path, k: int) -> bool:
-    """Whether shard k has its sidecar and its full size."""
+def whole(out: Path, k: int) -> dict | None:
+    """The sidecar of shard k, if the shard is there in its full size."""
     sidecar, shard = out / f"shard-{k:05d}.json", out / f"shard-{k:05d}.safetensors"
-    return sidecar.exists() and shard.exists() and shard.stat().st_size == read_json(sidecar).get("bytes")
+    found = read_json(sidecar) if sidecar.exists() and shard.exists() else {}
+    return found if found.get("bytes") == (shard.stat().st_size if found else 0) else None
+
+
+def finished(out: Path, k: int, clips: int) -> bool:
+    """Whether shard k holds all its `clips`, those dropped included."""
+    found = whole(out, k)
+    return bool(found) and len(found["clips"]) + len(found["dropped"]) == clips
 
 
 def check_disk(out: Path, manifest: dict, records: list[dict], world: int) -> None:
@@ -47,8 +54,8 @@ def check_disk(out: Path, manifest: dict, records: list[dict], world: int) -> No
         tokens = min(manifest["text_length"], len(record["prompt"].encode()) // 3 + 2)
         return latent * (6 if manifest["kd"] else 2) + tokens * manifest["text_dim"] * 2
 
-    todo = [k for k in range(-(-len(records) // size)) if not finished(out, k)]
-    need = [sum(clip_bytes(record) for record in records[k * size : (k + 1) * size]) for k in todo]
+    shards = [records[i : i + size] for i in range(0, len(records), size)]
+    need = [sum(map(clip_bytes, shard)) for k, shard in enumerate(shards) if not finished(out, k, len(shard))]
     needed = sum(need) + sum(sorted(need)[-world:])  # a shard being packed lies there twice
     for path in out.glob("parts/*/*.safetensors"):  # of a run that was stopped
         with suppress(FileNotFoundError):  # or of another rank, which may just pack it
@@ -63,11 +70,12 @@ def check_disk(out: Path, manifest: dict, records: list[dict], world: int) -> No
 
 
 def fill(folder: Path, out: str | Path, manifest: dict, records: list[dict], load, *, rank: int, world: int,
-         device) -> int:  # fmt: skip
+         device, text_of=None) -> int:  # fmt: skip
     """Make this rank's unfinished shards; returns the number of clips made.
 
     load() -> make(record, text (text_length, text_dim)) -> {"latent": x, "noise": x_1}. `load` is called after the text
-    encoder is gone; `make` may raise Dropped.
+    encoder is gone; `make` may raise Dropped. text_of(record) -> (n, text_dim): a text that needs no text encoder.
+    Shards of fewer clips than now asked for get the others, and keep what they have.
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} is not one of {world} ranks; give 0 <= rank < world.")
@@ -75,20 +83,22 @@ def fill(folder: Path, out: str | Path, manifest: dict, records: list[dict], loa
     if size < 1:
         raise ValueError(f"shard_size is {size}; give at least 1.")
     check_disk(Path(out), manifest, records, world)
-    out = open_out(out, manifest)
+    out = open_out(out, manifest, records)
     ids_of = lambda k: range(k * size, min((k + 1) * size, len(records)))
     shards = {k: ids_of(k) for k in range(rank, -(-len(records) // size), world)}
     texts = {out / "negative.safetensors": {"negative": manifest["negative_prompt"]}}
     for k in list(shards):
         folder_k = out / "parts" / f"{k:05d}"
-        if finished(out, k):
+        if finished(out, k, len(shards[k])):
             shutil.rmtree(folder_k, ignore_errors=True)  # a kill may have come between the sidecar and this
             del shards[k]
             continue
         folder_k.mkdir(parents=True, exist_ok=True)
         for stale in folder_k.glob("*.tmp"):
             stale.unlink()
-        texts[folder_k / "text.safetensors"] = {str(i): records[i]["prompt"] for i in shards[k]}
+        unpack(out, k, shards[k])
+        if not text_of:
+            texts[folder_k / "text.safetensors"] = {str(i): records[i]["prompt"] for i in shards[k]}
     encode_text(folder, texts, device=device, max_length=manifest["text_length"], progress=rank == 0)
 
     made, make = 0, None
@@ -96,6 +106,9 @@ def fill(folder: Path, out: str | Path, manifest: dict, records: list[dict], loa
     with tqdm(total=clips, desc="clips", disable=quiet, mininterval=0.5) as bar:
         for k, ids in shards.items():
             folder_k = out / "parts" / f"{k:05d}"
+            if text_of and not (folder_k / "text.safetensors").exists():
+                with atomic(folder_k / "text.safetensors") as file:
+                    file.write(save({str(i): text_of(records[i]).to(torch.bfloat16) for i in ids}))
             for i in ids:
                 part = folder_k / f"clip-{i}.safetensors"
                 if not part.exists():
@@ -107,15 +120,44 @@ def fill(folder: Path, out: str | Path, manifest: dict, records: list[dict], loa
                         reason = broken(tensors["latent"])
                     except Dropped as e:
                         reason = str(e)
-                    kept = {} if reason else {key: x.to(DTYPES[key][1]).contiguous() for key, x in tensors.items()}
-                    with atomic(part) as file:
-                        file.write(save(kept, {"dropped": reason} if reason else None))
+                    write_part(part, {} if reason else tensors, reason)
                     made += 1
                 bar.update()
             pack(out, k, ids, manifest, records)
     del make
     free_memory()
     return made
+
+
+def write_part(part: Path, tensors: dict, reason: str | None) -> None:
+    """A finished clip, or why it was dropped."""
+    kept = {key: x.to(DTYPES[key][1]).contiguous() for key, x in tensors.items()}
+    with atomic(part) as file:
+        file.write(save(kept, {"dropped": reason} if reason else None))
+
+
+def unpack(out: Path, k: int, ids: range) -> None:
+    """Parts of shard k from the shard itself, where it is whole but of fewer clips than `ids`; its text is made anew.
+
+    The shard stays until the larger one takes its place.
+    """
+    folder_k, found = out / "parts" / f"{k:05d}", whole(out, k)
+    if found and file_sha256(out / found["file"]) != found["sha256"]:
+        found = None  # damaged: its clips are made again
+    text = folder_k / "text.safetensors"
+    if text.exists():
+        with safe_open(text, "pt") as file:
+            if set(file.keys()) != {str(i) for i in ids}:
+                text.unlink()  # a stopped run was asked for fewer
+    if not found:
+        return
+    with safe_open(out / found["file"], "pt") as shard:
+        names = set(shard.keys())
+        for clip in (*found["clips"], *found["dropped"]):
+            i, part = clip["id"], folder_k / f"clip-{clip['id']}.safetensors"
+            if not part.exists():
+                kept = {key: shard.get_tensor(f"{key}.{i}") for key in ("latent", "noise") if f"{key}.{i}" in names}
+                write_part(part, kept, clip.get("reason"))
 
 
 def pack(out: Path, k: int, ids: range, manifest: dict, records: list[dict]) -> None:
@@ -144,8 +186,7 @@ def pack(out: Path, k: int, ids: range, manifest: dict, records: list[dict]) -> 
         with safe_open(folder_k / f"clip-{i}.safetensors", "pt") as part:
             x = part.get_tensor(name)
         if name == "latent":
-            flat = x.double().flatten(1)
-            statistics.append({"clips": [i], "mean": flat.mean(1).tolist(), "std": flat.std(1, correction=0).tolist()})
+            statistics.append({"clips": [i], **channel_statistics(x)})
         return x
 
     with atomic(shard, folder_k / "shard.tmp") as file:
@@ -159,22 +200,44 @@ def pack(out: Path, k: int, ids: range, manifest: dict, records: list[dict]) -> 
     shutil.rmtree(folder_k)
 
 
+def sidecars_of(out: Path) -> list[dict]:
+    return [read_json(path) for path in sorted(out.glob("shard-*.json"))]
+
+
+def complete(out: Path) -> bool:
+    """Whether every shard of the manifest is finished; of published clips, whether any file is indexed."""
+    manifest = read_json(out / "manifest.json")
+    if "format" in manifest:
+        return any(out.glob("shard-*.json"))
+    n, size = manifest["prompts"], manifest["shard_size"]
+    return all(finished(out, k, min(size, n - k * size)) for k in range(-(-n // size)))
+
+
+def captions(out: str | Path, n: int) -> list[str]:
+    """The first n different prompts of a folder's clips."""
+    found = {clip.get("prompt", ""): 0 for sidecar in sidecars_of(Path(out)) for clip in sidecar["clips"]}
+    return [prompt for prompt in found if prompt][:n]
+
+
 def summary(out: str | Path) -> str:
     """A folder's clips, what was dropped and why, its size and the statistics by channel, in a few lines."""
     out = Path(out)
-    manifest = read_json(out / "manifest.json")
-    sidecars = [read_json(path) for path in sorted(out.glob("shard-*.json"))]
+    manifest, sidecars = read_json(out / "manifest.json"), sidecars_of(out)
     clips, reasons = sum(len(sidecar["clips"]) for sidecar in sidecars), {}
     for sidecar in sidecars:
         for clip in sidecar["dropped"]:
             reasons[clip["reason"]] = reasons.get(clip["reason"], 0) + 1
     why = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items()))
     dropped = f"{sum(reasons.values())} dropped" + f" ({why})" * bool(why)
-    shards = -(-manifest["prompts"] // manifest["shard_size"])
+    if "format" in manifest:
+        where = f"{clips} clips in {len(sidecars)} files, read in place"
+    else:
+        shards = -(-manifest["prompts"] // manifest["shard_size"])
+        where = f"{clips} clips of {manifest['prompts']} in {len(sidecars)} of {shards} shards"
     shape = " x ".join(map(str, manifest["latent_shape"]))
+    gb = sum(sidecar["bytes"] for sidecar in sidecars) / 1e9
     lines = [
-        f"{out.name}: {clips} clips of {manifest['prompts']} in {len(sidecars)} of {shards} shards, {dropped}, "
-        f"{sum(sidecar['bytes'] for sidecar in sidecars) / 1e9:.3g} GB",
+        f"{out.name}: {where}, {dropped}, {gb:.3g} GB",
         f"latents {shape} from {manifest['model']} ({manifest['kind']}), normalised by the VAE",
     ]
     if clips:

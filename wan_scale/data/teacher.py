@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from wan_scale.data.manifest import make_manifest
 from wan_scale.data.prompts import read_prompts
 from wan_scale.data.shards import fill
 from wan_scale.data.text import pad_text
+from wan_scale.seeds import generator
 
 
 def generate(folder, prompts_file, out, *, rank=0, world=1, steps=50, guidance=5.0, flow_shift=3.0, sampler="unipc",
@@ -41,8 +41,7 @@ def generate(folder, prompts_file, out, *, rank=0, world=1, steps=50, guidance=5
     manifest = make_manifest(
         folder, "teacher", frames, height, width, sampler=sampler, steps=steps, guidance=guidance,
         flow_shift=flow_shift, skip_layer=skip_layer, seed_offset=seed_offset, kd=kd,
-        dtype=str(dtype).removeprefix("torch."), shard_size=shard_size, prompts=len(records),
-        prompts_sha256=hashlib.sha256(Path(prompts_file).read_bytes()).hexdigest(),
+        dtype=str(dtype).removeprefix("torch."), shard_size=shard_size,
     )  # fmt: skip
 
     def load():
@@ -51,7 +50,7 @@ def generate(folder, prompts_file, out, *, rank=0, world=1, steps=50, guidance=5
         sample = load_teacher(folder, manifest, negative, device, dtype, fast)
 
         def make(record, text):
-            g = torch.Generator().manual_seed(record["seed"] + seed_offset)  # as WanPipeline draws, on the CPU
+            g = generator(record["seed"] + seed_offset)  # as WanPipeline draws, on the CPU
             noise = torch.randn(1, *manifest["latent_shape"], generator=g)
             x = sample(noise, text)[0].float().cpu()
             return {"latent": x, "noise": noise[0]} if kd else {"latent": x}

@@ -49,6 +49,11 @@ def encode_text(folder: str | Path, files: dict[Path, dict[str, str]], *, device
                 batch = keys[i : i + TEXT_BATCH]
                 how = {"do_classifier_free_guidance": False, "max_sequence_length": max_length, "device": device}
                 padded, _ = pipe.encode_prompt([texts[key] for key in batch], **how)
+                if not bool(padded.isfinite().all()):
+                    broken = (
+                        f"the text encoder of {folder} gives values that are not finite (for {texts[batch[0]]!r}, say)"
+                    )
+                    raise RuntimeError(f"{broken}; copy its weights again.")
                 for key, rows in zip(batch, padded.to("cpu", torch.bfloat16)):
                     true = rows.ne(0).any(1).nonzero()  # padding is exactly zero
                     embedded[key] = rows[: int(true.max()) + 1 if len(true) else 1].clone()

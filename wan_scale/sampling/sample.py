@@ -21,8 +21,8 @@ from wan_scale.data.prompts import NEGATIVE, read_prompts
 from wan_scale.pictures import contact_sheet, needs_ffmpeg, read_video, write_video
 from wan_scale.pipeline import HOW, TMDWanModel, TMDWanPipeline
 from wan_scale.sampling import vbench
+from wan_scale.seeds import mixed
 from wan_scale.training import dist, kept, lora, students, weights
-from wan_scale.training.phase import mixed
 from wan_scale.training.train import compute_dtype
 
 WRITTEN = "export.json"  # in an exported folder: the files that export put there
@@ -138,7 +138,7 @@ def stamp(folder: Path, cfg: Wan, teacher: bool) -> None:
     made = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
     if teacher:
         made |= {"steps": cfg.data_steps, "guidance": cfg.data_guidance, "flow_shift": cfg.flow_shift}
-        made |= {"model": Path(cfg.model).resolve().name}
+        made |= {"model": Path(cfg.model).resolve().name}  # "." has no name
     else:
         facts = students.check_weights(finished_student(cfg)[0])
         made |= {"phase": facts["phase"], "student": facts["sha256"]}

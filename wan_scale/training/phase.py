@@ -8,7 +8,6 @@ state has to be saved.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import signal
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 import tmd_minimal as tmd
+from wan_scale.seeds import mixed
 from wan_scale.training import checkpoints, dist
 
 # How long a phase is: a finished one may go on to more of them.
@@ -230,8 +230,3 @@ def told_to_stop(listen: bool):
         yield asked
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-
-
-def mixed(seed: int, number: int) -> int:
-    """A seed for micro-batch `number` of a run: hashed, since torch's CPU generator looks at the low 32 bits alone."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest(), "little") >> 1

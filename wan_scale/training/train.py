@@ -19,13 +19,15 @@ from wan_scale import speed
 from wan_scale.config import Wan, WanStudentConfig
 from wan_scale.cost.plan import plan
 from wan_scale.cost.sizes import GB
+from wan_scale.data.ahead import Ahead
 from wan_scale.data.folders import check_folder
 from wan_scale.data.lock import only_one
 from wan_scale.data.reader import Reader
 from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels, load_transformer
 from wan_scale.preflight import check_taps
+from wan_scale.seeds import mixed
 from wan_scale.training import dist, logs, lora, previews, ulysses, weights
-from wan_scale.training.phase import Feed, WanPhase, mixed
+from wan_scale.training.phase import Feed, WanPhase
 from wan_scale.training.students import (
     check_weights,
     describe,
@@ -112,7 +114,8 @@ class Training:
         size = sum(file.stat().st_size for file in Path(shards).glob("shard-*.safetensors"))
         verify = cfg.verify or size < 50e9  # every rank reads a shard whole to check it: hours for terabytes
         order = mixed(cfg.seed, name in ("stage2", "dmd2v"))  # stage 2 meets the clips in another order than stage 1
-        self.reader = Reader(shards, seed=order, device=self.device, verify=verify)
+        clip = (cfg.frames, cfg.height, cfg.width)
+        self.reader = Reader(shards, seed=order, device=self.device, verify=verify, size=clip)
         self.c_neg = self.reader.negative
         if not bool(torch.isfinite(self.c_neg).all()):
             raise ValueError(f"the negative prompt's embedding in {shards} is not finite; make the data again.")
@@ -167,10 +170,12 @@ class Training:
 
     def run(self, train, how, read=None) -> WanPhase:
         """Run train(feed, ...), a loop of tmd_minimal, in this GPU's precision. read: the reader's batch or pairs."""
+        cfg = self.cfg
+        stride = dist.world() // cfg.context_parallel * cfg.micro_batch  # samples of all ranks at once
         named = lambda position, n: " or ".join(f"shard {k}, clip {i}" for k, i in self.reader.at(position, n))
-        feed = Feed(read or self.reader.batch, named)
-        make = partial(WanPhase, feed=feed, accumulate=self.accumulate, context=self.cfg.context_parallel,
-                       minutes=self.cfg.save_minutes, verify=self.cfg.verify)  # fmt: skip
+        feed = Feed(Ahead(self.reader, read or self.reader.batch, stride, cfg.read_ahead), named)
+        make = partial(WanPhase, feed=feed, accumulate=self.accumulate, context=cfg.context_parallel,
+                       minutes=cfg.save_minutes, verify=cfg.verify)  # fmt: skip
         if self.cfg.lora:  # GPU memory is what it is about, and the EMA moves once an update
             make = partial(make, ema_on="cpu")
         kept = {"path": str(self.folder / "checkpoints"), "save_every": self.cfg.save_every, "config": self.config}
