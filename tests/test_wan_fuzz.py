@@ -126,8 +126,8 @@ def faults(numbers, finished, tmp_path, capsys) -> list[str]:
 
 
 def test_some_mutations(finished, tmp_path, capsys):
-    """The first of the 200, as many as half a minute holds."""
-    assert not faults(range(36), finished, tmp_path, capsys)
+    """The first of the 200: two of each kind."""
+    assert not faults(range(2 * len(KINDS)), finished, tmp_path, capsys)
 
 
 def ladder(out: str) -> None:

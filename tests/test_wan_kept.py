@@ -173,16 +173,6 @@ def test_a_phase_that_learnt_nothing_is_not_done(tmp_path):
     assert phase_of(2, rates=[1.0, float("inf")]).skipped == 1
 
 
-def test_data_that_are_not_finite_are_told_as_data():
-    """NaN that comes from the data names the clip; it is no reason to lower the rate."""
-    batch = lambda position, n: (torch.ones(n, 3), torch.full((n, 2), float("nan") if position else 0.0))
-    feed = Feed(batch, lambda position, n: f"shard 0, clip {position}")
-    feed(1)
-    feed.number = 7
-    with pytest.raises(ValueError, match="the data hold a number that is not finite, in shard 0, clip 7; delete it"):
-        feed(1)
-
-
 # ---- A whole phase ---------------------------------------------------------------------------------------------------
 
 

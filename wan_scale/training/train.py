@@ -172,8 +172,7 @@ class Training:
         """Run train(feed, ...), a loop of tmd_minimal, in this GPU's precision. read: the reader's batch or pairs."""
         cfg = self.cfg
         stride = dist.world() // cfg.context_parallel * cfg.micro_batch  # samples of all ranks at once
-        named = lambda position, n: " or ".join(f"shard {k}, clip {i}" for k, i in self.reader.at(position, n))
-        feed = Feed(Ahead(self.reader, read or self.reader.batch, stride, cfg.read_ahead), named)
+        feed = Feed(Ahead(self.reader, read or self.reader.batch, stride, cfg.read_ahead))
         make = partial(WanPhase, feed=feed, accumulate=self.accumulate, context=cfg.context_parallel,
                        minutes=cfg.save_minutes, verify=cfg.verify)  # fmt: skip
         if self.cfg.lora:  # GPU memory is what it is about, and the EMA moves once an update
