@@ -366,6 +366,29 @@ def test_a_file_that_changes_or_goes_is_told(tiny, tmp_path, kind):
     Reader(out).batch(0, 6)
 
 
+DAMAGED = [  # file, what is written there by key, or None: the key is gone; words
+    ("manifest.json", {"latent_shape": "x"}, "latent_shape"),
+    ("manifest.json", {"kd": None}, "kd"),
+    ("source.json", {"folder": 3}, "names no folder"),
+    ("shard-shard00000.tar.json", {"mean": [[]]}, "mean"),
+    ("shard-shard00000.tar.json", {"clips": [{"id": 0}]}, "places of its clips"),
+    ("shard-shard00000.tar.json", {"clips": [{"id": 0, "latent": 3, "text": [0, 1, 2]}]}, "places of its clips"),
+    ("shard-shard00000.tar.json", {"clips": [{"id": 0, "latent": [0, 10**12, 2], "text": [0, 1, 2]}]}, "truncated"),
+    ("shard-shard00000.tar.json", {"dropped": [{"id": "x"}]}, "dropped"),
+]
+
+
+@pytest.mark.parametrize("name, changes, words", DAMAGED)
+def test_a_damaged_index_is_a_sentence(tiny, tmp_path, name, changes, words):
+    """Fields of another type, or gone, and places that cannot be."""
+    write_rcm(tmp_path / "from", tiny)
+    published.take(tiny, tmp_path / "from", tmp_path / "out", **SIZE)
+    rewrite(tmp_path / "out" / name, **changes)
+    with pytest.raises(ValueError) as error:
+        Reader(tmp_path / "out").batch(0, 6)
+    says(error, words)
+
+
 def test_without_pyarrow_it_is_asked_for(tiny, tmp_path, monkeypatch):
     """A sentence, and only where Parquet files are read."""
     import sys

@@ -21,10 +21,11 @@ import torch
 from tqdm import tqdm
 
 from wan_scale.data.checks import broken, channel_statistics, look_raw, pooled_statistics
-from wan_scale.data.files import read_json, write_json
+from wan_scale.data.files import write_json
 from wan_scale.data.folders import check_folder
 from wan_scale.data.manifest import make_manifest, manifest_digest, open_out
 from wan_scale.data.shards import fill
+from wan_scale.data.sidecars import read_sidecar
 from wan_scale.data.sources import COPY, ready, source, source_files
 from wan_scale.data.text import encode_text
 
@@ -133,14 +134,14 @@ def indexed(out: Path, name: str, path: Path, digest: str, n: int | None, check:
     """Whether a file has its sidecar, of its present size and of the n clips wanted; ValueError if it has more."""
     if not sidecar_of(out, name).exists():
         return n == 0
-    sidecar = read_json(sidecar_of(out, name))
+    sidecar = read_sidecar(sidecar_of(out, name))
     same = sidecar.get("manifest") == digest and sidecar.get("bytes") == path.stat().st_size
-    if not same or (check == "all" and sidecar["check"] != "all"):
+    if not same or (check == "all" and sidecar.get("check") != "all"):
         return False
     has = len(sidecar["clips"]) + len(sidecar["dropped"])
     if n is not None and has > n:
         raise ValueError(f"{out} holds more clips than asked for; give --clips as before, or another folder.")
-    return has == (sidecar["of"] if n is None else n)
+    return has == (sidecar.get("of") if n is None else n)
 
 
 def index(path: Path, name: str, manifest: dict, n: int | None, check: str) -> dict:
