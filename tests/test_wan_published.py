@@ -226,12 +226,14 @@ def test_the_filter_counts_what_it_drops(tiny, tmp_path):
     """A clip with NaN, a still one and a text with inf are left out with their reasons, in place and converted."""
     found = clips()
     found[0][0][0, 0, 0, 0] = torch.nan
+    found[5][1][0, 0] = torch.inf
     found[3] = (found[3][0][:, :1].expand(SHAPE).contiguous(), found[3][1])
     write_rcm(tmp_path / "from", tiny, found)
     for convert in (False, True):
         out = tmp_path / f"out{convert}"
         published.take(tiny, tmp_path / "from", out, convert=convert, **SIZE)
-        assert len(Reader(out)) == 4 and "2 dropped (1 non-finite, 1 static)" in summary(out)
+        assert len(Reader(out)) == 3
+        assert "3 dropped (1 non-finite, 1 non-finite text, 1 static)" in summary(out)
 
 
 def test_raw_and_normalised_are_told_apart(tiny, tmp_path):

@@ -52,7 +52,8 @@ def check_disk(out: Path, manifest: dict, records: list[dict], world: int) -> No
     size, latent = manifest["shard_size"], torch.Size(manifest["latent_shape"]).numel()
 
     def clip_bytes(record):  # English takes about four bytes a token, so three leave some room
-        tokens = min(manifest["text_length"], len(record["prompt"].encode()) // 3 + 2)
+        length = manifest["text_length"]
+        tokens = min(length, len(record["prompt"].encode()) // 3 + 2) if record["prompt"] else length
         return latent * (6 if manifest["kd"] else 2) + tokens * manifest["text_dim"] * 2
 
     shards = [records[i : i + size] for i in range(0, len(records), size)]
