@@ -325,3 +325,14 @@ def test_videos_of_the_tiny_preset_pass_the_filter(tmp_path, capsys):
     assert "1 clips of 1" in capsys.readouterr().out
     assert command("data", "--preset", "tiny", "--frames", "1", "--out", tmp_path / "x") == 1
     assert "frames is 1; a video" in capsys.readouterr().err
+
+
+def test_a_model_folder_is_the_same_by_every_path(tiny, tmp_path, monkeypatch):
+    """Samples of the teacher in "." are taken up when its folder is given by its absolute path."""
+    from wan_scale.sampling import sample
+
+    monkeypatch.chdir(tiny)
+    for model in (".", str(tiny), f"../{tiny.name}"):
+        sample.stamp(tmp_path, run.preset("tiny", model=model), teacher=True)
+    with pytest.raises(RuntimeError, match="another model"):
+        sample.stamp(tmp_path, run.preset("tiny", model=str(tmp_path)), teacher=True)

@@ -226,12 +226,14 @@ def test_the_filter_counts_what_it_drops(tiny, tmp_path):
     """A clip with NaN, a still one and a text with inf are left out with their reasons, in place and converted."""
     found = clips()
     found[0][0][0, 0, 0, 0] = torch.nan
+    found[5][1][0, 0] = torch.inf
     found[3] = (found[3][0][:, :1].expand(SHAPE).contiguous(), found[3][1])
     write_rcm(tmp_path / "from", tiny, found)
     for convert in (False, True):
         out = tmp_path / f"out{convert}"
         published.take(tiny, tmp_path / "from", out, convert=convert, **SIZE)
-        assert len(Reader(out)) == 4 and "2 dropped (1 non-finite, 1 static)" in summary(out)
+        assert len(Reader(out)) == 3
+        assert "3 dropped (1 non-finite, 1 non-finite text, 1 static)" in summary(out)
 
 
 def test_raw_and_normalised_are_told_apart(tiny, tmp_path):
@@ -364,6 +366,29 @@ def test_a_file_that_changes_or_goes_is_told(tiny, tmp_path, kind):
     source.rename(tmp_path / "moved")
     assert published.take(tiny, tmp_path / "moved", out, **SIZE) == 0
     Reader(out).batch(0, 6)
+
+
+DAMAGED = [  # file, what is written there by key, or None: the key is gone; words
+    ("manifest.json", {"latent_shape": "x"}, "latent_shape"),
+    ("manifest.json", {"kd": None}, "kd"),
+    ("source.json", {"folder": 3}, "names no folder"),
+    ("shard-shard00000.tar.json", {"mean": [[]]}, "mean"),
+    ("shard-shard00000.tar.json", {"clips": [{"id": 0}]}, "places of its clips"),
+    ("shard-shard00000.tar.json", {"clips": [{"id": 0, "latent": 3, "text": [0, 1, 2]}]}, "places of its clips"),
+    ("shard-shard00000.tar.json", {"clips": [{"id": 0, "latent": [0, 10**12, 2], "text": [0, 1, 2]}]}, "truncated"),
+    ("shard-shard00000.tar.json", {"dropped": [{"id": "x"}]}, "dropped"),
+]
+
+
+@pytest.mark.parametrize("name, changes, words", DAMAGED)
+def test_a_damaged_index_is_a_sentence(tiny, tmp_path, name, changes, words):
+    """Fields of another type, or gone, and places that cannot be."""
+    write_rcm(tmp_path / "from", tiny)
+    published.take(tiny, tmp_path / "from", tmp_path / "out", **SIZE)
+    rewrite(tmp_path / "out" / name, **changes)
+    with pytest.raises(ValueError) as error:
+        Reader(tmp_path / "out").batch(0, 6)
+    says(error, words)
 
 
 def test_without_pyarrow_it_is_asked_for(tiny, tmp_path, monkeypatch):

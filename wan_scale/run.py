@@ -2,7 +2,7 @@
 
     python wan_scale/run.py --preset tiny                        # the whole ladder on a laptop, nothing to download
     python wan_scale/run.py plan --preset 1.3b --gpus 8          # does it fit, how long does it take
-    torchrun --nproc-per-node 8 wan_scale/run.py --preset 1.3b --model Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt
+    torchrun --nproc-per-node 8 wan_scale/run.py --preset 1.3b --model Wan2.1-T2V-1.3B-Diffusers --from wan-clips
 
 Without a subcommand it runs data, stage1, stage2, sample and eval, and skips what is finished. After a stop the same
 command goes on from the last checkpoint.
@@ -43,7 +43,9 @@ COMMANDS = ("plan", "data", "stage1", "stage2", "kd", "dmd2v", "sample", "export
 NEEDS = """Nothing was started: this reproduction needs three things that are not here.
 
   weights   a Wan2.1-T2V folder in the Hugging Face layout (tens of GB with its text encoder), given with --model
-  prompts   one a line, given with --prompts (the paper: 500k VidProM prompts, extended by Qwen2.5-7B)
+  clips     published ones, given with --from FOLDER (wan_scale/README.md says which), or prompts, one a line, given
+            with --prompts, of which the teacher makes clips: many times the cost of training
+            (the paper: 500k VidProM prompts, extended by Qwen2.5-7B)
   GPUs      see `python wan_scale/run.py plan --preset 1.3b --gpus 8`
 
 To see every step run now on this machine, with a tiny random Wan and nothing to download (about a minute):

@@ -15,16 +15,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from wan_scale.data.checks import broken, channel_statistics, look_raw, pooled_statistics
-from wan_scale.data.files import read_json, write_json
+from wan_scale.data.checks import Dropped, broken, channel_statistics, look_raw, pooled_statistics
+from wan_scale.data.files import write_json
 from wan_scale.data.folders import check_folder
 from wan_scale.data.manifest import make_manifest, manifest_digest, open_out
 from wan_scale.data.shards import fill
+from wan_scale.data.sidecars import read_sidecar
 from wan_scale.data.sources import COPY, ready, source, source_files
 from wan_scale.data.text import encode_text
 
@@ -133,14 +135,14 @@ def indexed(out: Path, name: str, path: Path, digest: str, n: int | None, check:
     """Whether a file has its sidecar, of its present size and of the n clips wanted; ValueError if it has more."""
     if not sidecar_of(out, name).exists():
         return n == 0
-    sidecar = read_json(sidecar_of(out, name))
+    sidecar = read_sidecar(sidecar_of(out, name))
     same = sidecar.get("manifest") == digest and sidecar.get("bytes") == path.stat().st_size
-    if not same or (check == "all" and sidecar["check"] != "all"):
+    if not same or (check == "all" and sidecar.get("check") != "all"):
         return False
     has = len(sidecar["clips"]) + len(sidecar["dropped"])
     if n is not None and has > n:
         raise ValueError(f"{out} holds more clips than asked for; give --clips as before, or another folder.")
-    return has == (sidecar["of"] if n is None else n)
+    return has == (sidecar.get("of") if n is None else n)
 
 
 def index(path: Path, name: str, manifest: dict, n: int | None, check: str) -> dict:
@@ -178,10 +180,11 @@ def index(path: Path, name: str, manifest: dict, n: int | None, check: str) -> d
 
 def converted(folder, files: list[Path], out, manifest: dict, limit: int | None, **where) -> int:
     """Rewrite the clips into our own shards, as if `data` had made them."""
-    opened = {path: source(path, manifest["source"]) for path in files}
+    kind = manifest["source"]
+    opened = lru_cache(maxsize=2)(lambda path: source(path, kind))  # a shard's clips lie in one file or two
     records, places, seen = [], [], set()
     for path in files:
-        for clip in opened[path].scan() if not limit or len(records) < limit else ():
+        for clip in source(path, kind).scan() if not limit or len(records) < limit else ():
             records.append({"prompt": clip["prompt"], "key": clip["key"], "file": path.name})
             places.append((path, clip))
     records = [{**record, "place": i} for i, record in enumerate(records[:limit])]
@@ -189,12 +192,17 @@ def converted(folder, files: list[Path], out, manifest: dict, limit: int | None,
     def read(record: dict, part: str):
         path, clip = places[record["place"]]
         if path not in seen:
-            check_stored(path, head(opened[path], [clip], manifest), manifest)
+            check_stored(path, head(opened(path), [clip], manifest), manifest)
             seen.add(path)
         if part not in clip:
             raise ValueError(f"{path} holds {clip['key']} without its {part}, which others have; {COPY}.")
-        return ready(opened[path].read(part, clip[part])[0], part, manifest, f"{path} (clip {clip['key']})")
+        return ready(opened(path).read(part, clip[part])[0], part, manifest, f"{path} (clip {clip['key']})")
 
     parts = ("latent", "noise") if manifest["kd"] else ("latent",)
-    load = lambda: lambda record, text: {part: read(record, part) for part in parts}
-    return fill(folder, out, manifest, records, load, text_of=lambda record: read(record, "text"), **where)
+
+    def make(record, text):
+        if not text.isfinite().all():
+            raise Dropped("non-finite text")
+        return {part: read(record, part) for part in parts}
+
+    return fill(folder, out, manifest, records, lambda: make, text_of=lambda record: read(record, "text"), **where)

@@ -12,10 +12,9 @@ from safetensors import SafetensorError, safe_open
 from wan_scale.data.checks import check_normalised, pooled_statistics
 from wan_scale.data.files import file_sha256, read_json
 from wan_scale.data.manifest import manifest_digest
+from wan_scale.data.sidecars import AGAIN, read_manifest, read_sidecar
 from wan_scale.data.sources import COPY, InPlace
 from wan_scale.data.text import pad_text
-
-AGAIN = "delete it and its .json and run `data` again"
 
 
 class Reader:
@@ -36,24 +35,19 @@ class Reader:
         paths = sorted(self.folder.glob("shard-*.json"))
         if not paths:
             raise ValueError(f"{self.folder} holds no finished shard; run `data` first.")
-        self.manifest = read_json(self.folder / "manifest.json")
+        self.manifest = read_manifest(self.folder)
         lost = {path.stem for path in self.folder.glob("shard-*.safetensors")} - {path.stem for path in paths}
         if lost:
             raise ValueError(f"{self.folder} lacks {min(lost)}.json, the index of a shard; run `data` again.")
         check_size(self.folder, self.manifest, size)
         self.in_place = "format" in self.manifest
-        where = Path(read_json(self.folder / "source.json")["folder"]) if self.in_place else self.folder
+        where = source_of(self.folder) if self.in_place else self.folder
         self.text_length = text_length or self.manifest["text_length"]
         digest, self.latent_shape = manifest_digest(self.manifest), tuple(self.manifest["latent_shape"])
         self.shards, self.clips = [], []  # sidecars less their clips; (shard, clip id) of every clip
         sidecars = []
         for path in paths:
-            sidecar = read_json(path)
-            missing = {"file", "bytes", "sha256", "manifest", "latent_shape", "clips", "mean", "std"} - sidecar.keys()
-            if missing:
-                raise ValueError(
-                    f"{path} lacks {', '.join(sorted(missing))}; delete it and its shard and run `data` again."
-                )
+            sidecar = read_sidecar(path)
             if tuple(sidecar["latent_shape"]) != self.latent_shape:
                 shapes = f"{tuple(sidecar['latent_shape'])}, the manifest says {self.latent_shape}"
                 raise ValueError(f"{path.name} holds latents of another shape ({shapes}); keep one shape a folder.")
@@ -66,7 +60,7 @@ class Reader:
                 again = f"{COPY} and run `data --from` again" if self.in_place else AGAIN
                 raise ValueError(f"{shard} is truncated or missing ({there} of {sidecar['bytes']} bytes); {again}.")
             self.clips += [(len(self.shards), clip["id"]) for clip in sidecar["clips"]]
-            places = places_of(sidecar["clips"]) if self.in_place else None
+            places = places_of(path, sidecar["clips"], self.manifest["kd"]) if self.in_place else None
             self.shards.append({"path": shard, "sha256": sidecar["sha256"], "places": places})
             sidecars.append({key: sidecar[key] for key in ("mean", "std")} | {"clips": range(len(sidecar["clips"]))})
         if not self.clips:
@@ -171,12 +165,23 @@ def check_size(folder: Path, manifest: dict, size: tuple[int, int, int] | None) 
         raise ValueError(f"{folder} holds clips of {told(has)}, not of {told(size)}; give {fits}, or other data.")
 
 
-def places_of(clips: list[dict]) -> dict[str, torch.Tensor]:
+def source_of(folder: Path) -> Path:
+    """Where the published files of a folder are."""
+    found = read_json(folder / "source.json").get("folder")
+    if not isinstance(found, str):
+        raise ValueError(f"{folder / 'source.json'} names no folder; run `data --from` again.")
+    return Path(found)
+
+
+def places_of(path: Path, clips: list[dict], kd: bool) -> dict[str, torch.Tensor]:
     """{name: (ids, 3)} of an index's clips: the place of a tensor and its CRC-32, -1 where it was not read."""
-    found = {}
-    for name in {"latent", "text", "noise"} & (clips[0].keys() if clips else set()):
-        found[name] = torch.full((clips[-1]["id"] + 1, 3), -1)
-        for clip in clips:
-            *place, crc = clip[name]
-            found[name][clip["id"]] = torch.tensor([*place, -1 if crc is None else crc])
-    return found
+    last, found = max((clip["id"] for clip in clips), default=-1), {}
+    try:
+        for name in ("latent", "text", "noise") if kd else ("latent", "text"):
+            rows = [[clip["id"], *clip[name][:2], -1 if clip[name][2] is None else clip[name][2]] for clip in clips]
+            rows = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4)
+            found[name] = torch.full((last + 1, 3), -1)
+            found[name][rows[:, 0]] = rows[:, 1:]
+        return found
+    except (TypeError, KeyError, IndexError, ValueError, RuntimeError) as e:
+        raise ValueError(f"{path} is damaged (places of its clips); delete it and run `data --from` again.") from e

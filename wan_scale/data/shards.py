@@ -25,9 +25,10 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from wan_scale.data.checks import Dropped, broken, channel_statistics, pooled_statistics
-from wan_scale.data.files import HashedFile, atomic, file_sha256, read_json, write_json, write_safetensors
+from wan_scale.data.files import HashedFile, atomic, file_sha256, write_json, write_safetensors
 from wan_scale.data.folders import free_memory
 from wan_scale.data.manifest import manifest_digest, open_out
+from wan_scale.data.sidecars import read_manifest, read_sidecar, read_sidecars
 from wan_scale.data.text import encode_text, pad_text
 
 DTYPES = {"latent": ("F16", torch.float16), "text": ("BF16", torch.bfloat16), "noise": ("F32", torch.float32)}
@@ -36,7 +37,7 @@ DTYPES = {"latent": ("F16", torch.float16), "text": ("BF16", torch.bfloat16), "n
 def whole(out: Path, k: int) -> dict | None:
     """The sidecar of shard k, if the shard is there in its full size."""
     sidecar, shard = out / f"shard-{k:05d}.json", out / f"shard-{k:05d}.safetensors"
-    found = read_json(sidecar) if sidecar.exists() and shard.exists() else {}
+    found = read_sidecar(sidecar) if sidecar.exists() and shard.exists() else {}
     return found if found.get("bytes") == (shard.stat().st_size if found else 0) else None
 
 
@@ -51,7 +52,8 @@ def check_disk(out: Path, manifest: dict, records: list[dict], world: int) -> No
     size, latent = manifest["shard_size"], torch.Size(manifest["latent_shape"]).numel()
 
     def clip_bytes(record):  # English takes about four bytes a token, so three leave some room
-        tokens = min(manifest["text_length"], len(record["prompt"].encode()) // 3 + 2)
+        length = manifest["text_length"]
+        tokens = min(length, len(record["prompt"].encode()) // 3 + 2) if record["prompt"] else length
         return latent * (6 if manifest["kd"] else 2) + tokens * manifest["text_dim"] * 2
 
     shards = [records[i : i + size] for i in range(0, len(records), size)]
@@ -200,13 +202,9 @@ def pack(out: Path, k: int, ids: range, manifest: dict, records: list[dict]) -> 
     shutil.rmtree(folder_k)
 
 
-def sidecars_of(out: Path) -> list[dict]:
-    return [read_json(path) for path in sorted(out.glob("shard-*.json"))]
-
-
 def complete(out: Path) -> bool:
     """Whether every shard of the manifest is finished; of published clips, whether any file is indexed."""
-    manifest = read_json(out / "manifest.json")
+    manifest = read_manifest(out)
     if "format" in manifest:
         return any(out.glob("shard-*.json"))
     n, size = manifest["prompts"], manifest["shard_size"]
@@ -215,14 +213,14 @@ def complete(out: Path) -> bool:
 
 def captions(out: str | Path, n: int) -> list[str]:
     """The first n different prompts of a folder's clips."""
-    found = {clip.get("prompt", ""): 0 for sidecar in sidecars_of(Path(out)) for clip in sidecar["clips"]}
+    found = {clip.get("prompt", ""): 0 for sidecar in read_sidecars(out) for clip in sidecar["clips"]}
     return [prompt for prompt in found if prompt][:n]
 
 
 def summary(out: str | Path) -> str:
     """A folder's clips, what was dropped and why, its size and the statistics by channel, in a few lines."""
     out = Path(out)
-    manifest, sidecars = read_json(out / "manifest.json"), sidecars_of(out)
+    manifest, sidecars = read_manifest(out), read_sidecars(out)
     clips, reasons = sum(len(sidecar["clips"]) for sidecar in sidecars), {}
     for sidecar in sidecars:
         for clip in sidecar["dropped"]:

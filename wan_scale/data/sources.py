@@ -135,7 +135,8 @@ class Tar:
         try:
             if self.file is None:
                 self.file = open(self.path, "rb")
-            data = os.pread(self.file.fileno(), size, offset)
+            there = 0 <= offset and 0 <= size <= os.fstat(self.file.fileno()).st_size - offset
+            data = os.pread(self.file.fileno(), size, offset) if there else b""
             while data and len(data) < size:  # one call reads at most 2 GB
                 more = os.pread(self.file.fileno(), size - len(data), offset + len(data))
                 data = data + more if more else b""
@@ -180,7 +181,7 @@ class Parquet:
             if group is None:
                 return self.file.schema_arrow.names, self.file.num_row_groups
             return self.file.read_row_group(group, columns=columns)
-        except (ArrowException, OSError) as e:
+        except (ArrowException, OSError, IndexError) as e:
             raise ValueError(unreadable(self.path, e)) from e
 
     def scan(self) -> list[dict]:
@@ -216,6 +217,8 @@ class Parquet:
                 ]
                 self.group = (None, None)  # not two in memory
                 self.group = group, self.table(group, parts)
+            if not 0 <= row < self.group[1].num_rows:
+                raise ValueError(f"{self.path} has no row {row} in group {group}; {COPY} and run `data --from` again.")
             cell = {what: self.group[1].column(f"{column}_{what}")[row] for what in ("bytes", "shape", "dtype")}
         shape, told = cell["shape"].as_py() or [], str(cell["dtype"].as_py()).removeprefix("torch.")
         data = cell["bytes"].as_buffer() if cell["bytes"].is_valid else b""
