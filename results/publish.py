@@ -47,7 +47,7 @@ CLAIMS = {  # the paper's, in short; C5 and C9 to C12 as far as a rung has rows 
 
 
 def load(name: str) -> dict:
-    return json.loads((RESULTS / name).read_text())
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
 def front() -> dict[str, str]:
@@ -126,7 +126,7 @@ def plans() -> dict[str, str]:
         rows.append(
             f"| {what} | {gpus} of {size} GB | {p['checkpointing']} | {peak:.0f} | {fits} | {times} | {costs} |"
         )
-    shapes = json.loads((RESULTS / "wan_shapes/scores.json").read_text())["models"]
+    shapes = json.loads((RESULTS / "wan_shapes/scores.json").read_text(encoding="utf-8"))["models"]
     keys = ("total", "quality", "semantic", "motion", "diversity")
     judged = [f"| model | effective NFE | {' | '.join(keys)} |", "|---" * (len(keys) + 2) + "|"]
     for name, m in shapes.items():
@@ -140,7 +140,7 @@ def plans() -> dict[str, str]:
 
 def benchmarks() -> str:
     """wan_scale/BENCHMARKS.md from the JSON files of `run.py bench`."""
-    records = [json.loads(file.read_text()) for file in sorted(wan_bench.RESULTS.glob("*.json"))]
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(wan_bench.RESULTS.glob("*.json"))]
     return (
         "# Measured on GPUs\n\nWritten by `make publish` from [`bench_results/`](bench_results).\n\n"
         + wan_bench.markdown(records)
@@ -162,7 +162,9 @@ def poorer(run: Path, result: Path) -> bool:
     """Whether `run` is of claims that lack a row which was published: it was made from a part of the jobs."""
     new, old = run.parent / "claims.json", result.parent / "claims.json"
     measured = lambda file: {
-        (r["claim"], r["setting"]) for r in json.loads(file.read_text())["rows"] if r["verdict"] != "not run"
+        (r["claim"], r["setting"])
+        for r in json.loads(file.read_text(encoding="utf-8"))["rows"]
+        if r["verdict"] != "not run"
     }
     return run.parent.name.startswith("claims") and old.exists() and new.exists() and not measured(new) >= measured(old)
 
@@ -201,8 +203,8 @@ def main() -> None:
     weights()
     pages = {"README.md": front, "toys/README.md": rungs, "RESULTS.md": tables, "wan_scale/README.md": plans}
     for page, found in pages.items():
-        Path(page).write_text(fill(Path(page).read_text(), found()))
-    Path("wan_scale/BENCHMARKS.md").write_text(benchmarks())
+        Path(page).write_text(fill(Path(page).read_text(encoding="utf-8"), found()), encoding="utf-8")
+    Path("wan_scale/BENCHMARKS.md").write_text(benchmarks(), encoding="utf-8")
 
 
 if __name__ == "__main__":
