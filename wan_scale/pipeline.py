@@ -45,7 +45,7 @@ class TMDWanModel(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, transformer: dict, how: dict, recipe: dict | None = None):
         super().__init__()
-        net = WanNetwork(WanTransformer3DModel(**transformer))
+        net = WanNetwork(WanTransformer3DModel.from_config(transformer))  # leaves out what a newer version has added
         self.how = WanStudentConfig(**{key: how[key] for key in HOW})
         self.student = tmd.TMDStudent(net, self.how.H, self.how.fusion) if self.how.H else tmd.PlainStudent(net)
         self.sampler = None  # of fast()
