@@ -23,9 +23,7 @@ PARTS = {  # part of a Wan2.1 folder: (its config, its weights)
 CLASSES = {"text_encoder": "UMT5EncoderModel", "transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
 
 
-def check_folder(
-    folder: str | Path, parts=tuple(PARTS), pipeline: str = "WanPipeline", own: dict | None = None
-) -> Path:
+def check_folder(folder: str | Path, parts=tuple(PARTS), own: dict | None = None) -> Path:
     """The folder's path, if it is a diffusers Wan2.1 folder and `parts` of it are whole and fit their configs exactly.
 
     Reads headers alone. Else ValueError naming the first bad file, RuntimeError naming the first bad tensor. own: of
@@ -42,7 +40,7 @@ def check_folder(
         )
     index = read_json(folder / "model_index.json")
     kind = index.get("_class_name")
-    if kind != ("TMDWanPipeline" if own else "WanPipeline") or (index.get("transformer_2") or [None])[0]:
+    if kind != ("TMDWanPipeline" if own else "WanPipeline") or index.get("transformer_2") not in (None, [None, None]):
         if own:
             raise ValueError(f"{folder} holds a {kind} and no student; give a folder that `export` has made.")
         raise ValueError(
