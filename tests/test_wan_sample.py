@@ -331,8 +331,9 @@ def test_export_touches_its_own_files_alone(cfg, capsys):
     piece = final / "transformer" / "diffusion_pytorch_model-00001-of-00002.safetensors"
     piece.write_bytes(b"of an earlier export")
     listed = json.loads((final / "export.json").read_text())
-    (final / "export.json").write_text(json.dumps({**listed, str(piece.relative_to(final)): ""}))
-    assert sample.export(cfg) == final and not piece.exists()
+    (final / "export.json").write_text(json.dumps({**listed, str(piece.relative_to(final)): "", "../beside": ""}))
+    (final.parent / "beside").write_text("mine")
+    assert sample.export(cfg) == final and not piece.exists() and (final.parent / "beside").exists()
     assert "edited" not in capsys.readouterr().out
     (final / "README.md").write_text("mine")
     assert sample.export(cfg) == final and "README.md was edited and stays" in capsys.readouterr().out

@@ -325,7 +325,8 @@ def replace_files(new: Path, final: Path) -> None:
     stale = {str(f.relative_to(final)) for part in parts for f in final.glob(f"{part}/*model*.safetensors*")}
     (final / index).unlink(missing_ok=True)
     for name in ({*old} if old else stale) - {*files, card}:
-        (final / name).unlink(missing_ok=True)
+        if (final / name).resolve().is_relative_to(final.resolve()):  # the list is a file that anyone may edit
+            (final / name).unlink(missing_ok=True)
     final.mkdir(parents=True, exist_ok=True)
     write_json(listed, {**old, **written})
     for name in sorted(files, key=lambda name: name == index):
