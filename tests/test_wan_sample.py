@@ -378,13 +378,12 @@ def test_means_are_over_the_prompts_that_all_have(cfg):
     assert "no prompt is in every folder" in evaluate.sheet(cfg, folders)
 
 
-@pytest.mark.parametrize("frames", [1, 5])
-def test_one_frame_is_a_clip(cfg, frames):
+def test_one_frame_is_a_clip(cfg):
     """Of one frame everything but motion is scored; the picture is drawn as well."""
-    folders = {"tmd": fill_folder(cfg, "tmd", {"a-0": (0.4, frames), "a-1": (0.8, frames)})}
+    folders = {"tmd": fill_folder(cfg, "tmd", {"a-0": (0.4, 1), "a-1": (0.8, 1)})}
     text = evaluate.sheet(cfg, folders)
     mean = json.loads(cfg.folder("scores.json").read_text())["cheap"]["tmd"]["mean"]
-    assert (mean["motion"] is None) == (frames == 1) and mean["diversity"] > 0.1 and "motion" in text
+    assert mean["motion"] is None and mean["diversity"] > 0.1 and "motion" in text
     assert sample.grid(cfg, folders).endswith("grid.png")
 
 
