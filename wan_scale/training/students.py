@@ -22,13 +22,14 @@ def describe(cfg: Wan, how: WanStudentConfig, layers: int, **more) -> dict:
 
 
 def save_student(folder: Path, phase: WanPhase, facts: dict) -> None:
-    """The EMA as safetensors, then its description, which says that the phase is finished."""
+    """The EMA as safetensors, then its description, which says that the phase is finished; adds "sha256" to `facts`."""
     whole = dist.whole(phase.ema.named)
     dist.say(f"{facts['phase']}: done, {folder / 'student.safetensors'}")
     if dist.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         weights.save(whole, folder / "student.safetensors")
-        describe_finished(folder, {**facts, "sha256": file_sha256(folder / "student.safetensors")})
+        facts["sha256"] = file_sha256(folder / "student.safetensors")
+        describe_finished(folder, facts)
     dist.barrier()
 
 
