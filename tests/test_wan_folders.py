@@ -138,9 +138,7 @@ def test_parts_of_two_downloads(folder, tmp_path):
     """A text encoder of another width than the transformer reads is refused, though each part is whole."""
     shutil.rmtree(folder / T5)
     shutil.copytree(make_tiny(tmp_path / "other", text_dim=48) / T5, folder / T5)
-    with pytest.raises(
-        ValueError, match="text_dim of the transformer is 32 and d_model of the text_encoder 48; take b"
-    ):
+    with pytest.raises(ValueError, match="text_dim of the transformer is 32 and d_model of the text_encoder 48"):
         check_folder(folder)
 
 
@@ -209,7 +207,7 @@ def test_a_tokenizer_that_does_not_belong(folder, tmp_path):
     words = folder / "tokenizer" / "tokenizer.json"
     whole = words.read_text()
     words.write_text(whole[:100])
-    with pytest.raises(ValueError, match="tokenizer cannot be read"):
+    with pytest.raises(ValueError, match="tokenizer cannot be loaded"):
         encode_text(folder, job)
     content = json.loads(whole)
     content["model"]["vocab"] |= {f"word{i}": len(content["model"]["vocab"]) + i for i in range(50)}

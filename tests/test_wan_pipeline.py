@@ -1,7 +1,11 @@
 """The student's pipeline beside diffusers' own: every call gives the same kind of result, or one sentence."""
 
 import json
+import random
 import shutil
+import traceback
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,3 +222,49 @@ def test_a_student_without_a_head_has_no_inner_steps(cfg):
         pipe("a ball", N=3, **SIZE)
     timing = json.loads((sample.sample(cfg, N=3) / "timing.json").read_text())
     assert (timing["N"], timing["effective_nfe"]) == (1, 2.0)
+
+
+def mutated(file, others, r):
+    """Damage a file; returns how."""
+    whole, how = file.read_bytes(), r.choice(["cut", "empty", "flip", "swap", "json", "json"])
+    i = r.randrange(len(whole))
+    content = {
+        "cut": whole[:i],
+        "empty": b"",
+        "flip": whole[:i] + bytes([whole[i] ^ 1 << r.randrange(8)]) + whole[i + 1 :],
+    }
+    if how == "swap":
+        content["swap"] = r.choice(others).read_bytes()
+    if how == "json" and file.suffix == ".json":
+        values = json.loads(whole)
+        key = r.choice(list(values))
+        values.pop(key)
+        if r.random() < 0.6:
+            values[key] = r.choice(["x", None, -1, 0, [], {}, 1e9, True])
+        content["json"] = json.dumps(values).encode()
+    file.write_bytes(content.get(how, b"\0"))
+    return how
+
+
+@pytest.mark.parametrize("rounds", [4, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["model", "export"])
+def test_damaged_folders(cfg, tmp_path, kind, rounds):
+    """Any file of a model folder or an export cut, emptied, flipped, swapped or with another value: a video or one
+    sentence of this repository.
+    """
+    r, source = random.Random(rounds), Path(cfg.model) if kind == "model" else cfg.folder("export")
+    files = [f.relative_to(source) for f in sorted(source.rglob("*")) if f.suffix in (".json", ".safetensors")]
+    for i in range(rounds):
+        folder = shutil.copytree(source, tmp_path / str(i))
+        file = r.choice(files)
+        how = mutated(folder / file, [source / other for other in files if other != file], r)
+        try:
+            if kind == "model":
+                pipe = sample.make_pipeline(replace(cfg, model=str(folder)), torch.device("cpu"))
+            else:
+                pipe = load(TMDWanPipeline, folder)
+            pipe("a red ball", generator=g(0), output_type="latent", **SIZE)
+        except (ValueError, RuntimeError, OSError) as e:
+            last = traceback.extract_tb(e.__traceback__)[-1].filename
+            assert "\n" not in str(e) and "wan_scale" in last, (file, how, str(e))
+        shutil.rmtree(folder)

@@ -28,7 +28,7 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 import tmd_minimal as tmd
 from wan_scale import speed
 from wan_scale.config import WanStudentConfig
-from wan_scale.data.folders import PARTS, check_folder
+from wan_scale.data.folders import PARTS, check_folder, check_words, loading
 from wan_scale.model import WanNetwork
 from wan_scale.pictures import decode
 
@@ -45,7 +45,7 @@ class TMDWanModel(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, transformer: dict, how: dict, recipe: dict | None = None):
         super().__init__()
-        net = WanNetwork(WanTransformer3DModel(**transformer))
+        net = WanNetwork(WanTransformer3DModel.from_config(transformer))  # leaves out what a newer version has added
         self.how = WanStudentConfig(**{key: how[key] for key in HOW})
         self.student = tmd.TMDStudent(net, self.how.H, self.how.fusion) if self.how.H else tmd.PlainStudent(net)
         self.sampler = None  # of fast()
@@ -105,7 +105,11 @@ class TMDWanPipeline(WanPipeline):
         if Path(folder).is_dir() and not how.get("variant"):
             parts = [part for part in PARTS if part not in how]
             check_folder(folder, parts, own={"transformer": TMDWanModel})
-        return super().from_pretrained(folder, **how)
+        with loading(folder):
+            pipe = super().from_pretrained(folder, **how)
+        if pipe.tokenizer is not None and pipe.text_encoder is not None:
+            check_words(folder, pipe.tokenizer, pipe.text_encoder)
+        return pipe
 
     def load_lora_weights(self, *_, **__):
         """Not for a student."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,9 +23,7 @@ PARTS = {  # part of a Wan2.1 folder: (its config, its weights)
 CLASSES = {"text_encoder": "UMT5EncoderModel", "transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
 
 
-def check_folder(
-    folder: str | Path, parts=tuple(PARTS), pipeline: str = "WanPipeline", own: dict | None = None
-) -> Path:
+def check_folder(folder: str | Path, parts=tuple(PARTS), own: dict | None = None) -> Path:
     """The folder's path, if it is a diffusers Wan2.1 folder and `parts` of it are whole and fit their configs exactly.
 
     Reads headers alone. Else ValueError naming the first bad file, RuntimeError naming the first bad tensor. own: of
@@ -41,7 +40,7 @@ def check_folder(
         )
     index = read_json(folder / "model_index.json")
     kind = index.get("_class_name")
-    if kind != ("TMDWanPipeline" if own else "WanPipeline") or (index.get("transformer_2") or [None])[0]:
+    if kind != ("TMDWanPipeline" if own else "WanPipeline") or index.get("transformer_2") not in (None, [None, None]):
         if own:
             raise ValueError(f"{folder} holds a {kind} and no student; give a folder that `export` has made.")
         raise ValueError(
@@ -62,9 +61,10 @@ def check_folder(
             except (SafetensorError, OSError) as e:
                 broken = f"{folder / part / path.name} is truncated or not safetensors ({type(e).__name__})"
                 raise ValueError(f"{broken}; copy it again.") from e
-    configs = {part: read_json(folder / part / PARTS[part][0]) for part in parts if part in CLASSES}
+    configs = {part: read_json(folder / part / PARTS[part][0]) for part in parts}
     for part, config in configs.items():
-        check_part(folder / part, part, config, (own or {}).get(part))
+        if part in CLASSES:
+            check_part(folder / part, part, config, (own or {}).get(part))
     for key, other, same in (("in_channels", "vae", "z_dim"), ("text_dim", "text_encoder", "d_model")):
         a, b = (configs.get(part, {}).get(name) for part, name in (("transformer", key), (other, same)))
         if a != b and None not in (a, b):
@@ -102,7 +102,8 @@ def check_part(folder: Path, part: str, config: dict, made_by=None) -> None:
 
     cls = made_by or stock(part)
     where, wanted = folder / PARTS[part][0], cls.__name__
-    named = config.get("_class_name") or (config.get("architectures") or [wanted])[0]
+    named = config.get("_class_name") or config.get("architectures") or wanted
+    named = named[0] if isinstance(named, list) else named
     if named != wanted:
         raise ValueError(f"{where} is of a {named}, not of a {wanted}; give a text-to-video folder ({DIFFUSERS}).")
     if part == "transformer":
@@ -114,6 +115,9 @@ def check_part(folder: Path, part: str, config: dict, made_by=None) -> None:
         for key in ("latents_mean", "latents_std"):
             if not isinstance(values := config.get(key), list) or len(values) != config.get("z_dim", 16):
                 raise ValueError(f"{where} lacks {key} of {config.get('z_dim', 16)} channels; copy it again.")
+        packed = [config.get(f"scale_factor_{axis}", default) for axis, default in (("temporal", 4), ("spatial", 8))]
+        if [*packed, config.get("patch_size")] != [4, 8, None]:
+            raise ValueError(f"{where} does not pack 4 frames of 8x8 pixels, as Wan2.1 does; copy it again.")
     try:
         with init_empty_weights():
             net = cls(cls.config_class.from_dict(config)) if part == "text_encoder" else cls.from_config(config)
@@ -121,6 +125,26 @@ def check_part(folder: Path, part: str, config: dict, made_by=None) -> None:
         raise ValueError(f"{where} does not describe a {wanted} ({type(e).__name__}); copy it again.") from e
     ignore = tuple(getattr(net, "_keys_to_ignore_on_load_unexpected", None) or ())
     check(net, files(folder, name=PARTS[part][1]), ignore)
+
+
+@contextmanager
+def loading(folder: str | Path):
+    """Within, a library loads from the folder; ValueError in one sentence where it cannot, whatever it raises."""
+    try:
+        yield
+    except Exception as e:  # transformers, tokenizers and diffusers raise all kinds for a file that they do not know
+        why = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200] if str(e).strip() else 'no reason given'}"
+        raise ValueError(f"{folder} cannot be loaded ({why}); copy or make it again.") from e
+
+
+def check_words(folder: str | Path, tokenizer, encoder) -> None:
+    """ValueError where the tokenizer cannot pad, or knows more words than the text encoder has embeddings."""
+    if tokenizer.pad_token is None:
+        raise ValueError(f"{Path(folder) / 'tokenizer'} names no pad_token; copy tokenizer_config.json again.")
+    words, known = len(tokenizer), encoder.config.vocab_size
+    if words > known:
+        told = f"{Path(folder) / 'tokenizer'} has {words} words and the text encoder {known}"
+        raise ValueError(f"{told}; take both from the same download.")
 
 
 def fingerprint(folder: Path, part: str) -> str:

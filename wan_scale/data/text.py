@@ -10,7 +10,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from wan_scale.data.files import atomic
-from wan_scale.data.folders import check_folder, free_memory
+from wan_scale.data.folders import check_folder, check_words, free_memory, loading
 
 TEXT_BATCH = 8  # prompts encoded at once
 
@@ -33,13 +33,9 @@ def encode_text(folder: str | Path, files: dict[Path, dict[str, str]], *, device
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     own = {"subfolder": "text_encoder", "dtype": dtype, "local_files_only": True}
     encoder = UMT5EncoderModel.from_pretrained(folder, **own).to(device).eval()
-    try:
+    with loading(folder / "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
-    except Exception as e:  # the tokenizers library raises a bare Exception
-        raise ValueError(f"{folder / 'tokenizer'} cannot be read ({type(e).__name__}); copy it again.") from e
-    if len(tokenizer) > encoder.config.vocab_size:
-        sizes = f"{folder / 'tokenizer'} has {len(tokenizer)} words and the text encoder {encoder.config.vocab_size}"
-        raise ValueError(f"{sizes}; take both from the same download.")
+    check_words(folder, tokenizer, encoder)
     pipe = WanPipeline(tokenizer=tokenizer, text_encoder=encoder, vae=None, scheduler=None, transformer=None)
     prompts, quiet = sum(map(len, files.values())), None if progress else True
     with torch.no_grad(), tqdm(total=prompts, desc="text", disable=quiet, mininterval=0.5) as bar:

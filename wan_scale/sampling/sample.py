@@ -16,7 +16,7 @@ import tmd_minimal as tmd
 from wan_scale import speed
 from wan_scale.config import Wan
 from wan_scale.data.files import file_sha256, read_json, write_json, writing
-from wan_scale.data.folders import check_folder, fingerprint
+from wan_scale.data.folders import check_folder, check_words, fingerprint, loading
 from wan_scale.data.prompts import NEGATIVE, read_prompts
 from wan_scale.pictures import contact_sheet, needs_ffmpeg, read_video, write_video
 from wan_scale.pipeline import HOW, TMDWanModel, TMDWanPipeline
@@ -78,13 +78,16 @@ def make_pipeline(cfg: Wan, device, teacher: bool = False, dtype: torch.dtype | 
     check_folder(cfg.model)
     dtype = dtype or compute_dtype(cfg, device)
     student = None if teacher else make_model(cfg, dtype, device)
-    vae = AutoencoderKLWan.from_pretrained(cfg.model, subfolder="vae", dtype=torch.float32)  # as Wan's authors decode
+    with loading(cfg.model):
+        # float32, as Wan's authors decode
+        vae = AutoencoderKLWan.from_pretrained(cfg.model, subfolder="vae", dtype=torch.float32)
+        own = {} if teacher else {"transformer": None}
+        pipe = WanPipeline.from_pretrained(cfg.model, vae=vae, dtype=dtype, **own)
+    check_words(cfg.model, pipe.tokenizer, pipe.text_encoder)
     if teacher:
-        pipe = WanPipeline.from_pretrained(cfg.model, vae=vae, dtype=dtype)
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=cfg.flow_shift)
     else:
-        parts = WanPipeline.from_pretrained(cfg.model, transformer=None, vae=vae, dtype=dtype).components
-        keep = {key: parts[key] for key in ("tokenizer", "text_encoder", "vae", "scheduler")}
+        keep = {key: pipe.components[key] for key in ("tokenizer", "text_encoder", "vae", "scheduler")}
         pipe = TMDWanPipeline(**keep, transformer=student)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -294,7 +297,8 @@ def replace_files(new: Path, final: Path) -> None:
     stale = {str(f.relative_to(final)) for part in parts for f in final.glob(f"{part}/*model*.safetensors*")}
     (final / index).unlink(missing_ok=True)
     for name in ({*old} if old else stale) - {*files, card}:
-        (final / name).unlink(missing_ok=True)
+        if (final / name).resolve().is_relative_to(final.resolve()):  # the list is a file that anyone may edit
+            (final / name).unlink(missing_ok=True)
     final.mkdir(parents=True, exist_ok=True)
     write_json(listed, {**old, **written})
     for name in sorted(files, key=lambda name: name == index):
