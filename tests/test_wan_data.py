@@ -619,6 +619,7 @@ def test_a_corrupted_shard_is_named_and_not_read(made, tmp_path):
         (out / "shard-00001.safetensors").write_bytes(shard)
 
     out = changed(made, tmp_path, flip)
+    lost = Reader(out)
     with pytest.raises(ValueError) as error:
         Reader(out).batch(0, 5)
     says(error, "shard-00001.safetensors", "corrupted", "delete it and its .json and run `data` again")
@@ -627,6 +628,10 @@ def test_a_corrupted_shard_is_named_and_not_read(made, tmp_path):
     with pytest.raises(ValueError) as error:
         Reader(out)
     says(error, "shard-00001.safetensors", "truncated")
+    (out / "shard-00001.safetensors").unlink()
+    with pytest.raises(ValueError) as error:
+        lost.batch(0, 5)
+    says(error, "shard-00001.safetensors", "is gone")
 
 
 class WAN:

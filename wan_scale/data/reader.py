@@ -82,13 +82,13 @@ class Reader:
         path, wanted, places = (self.shards[shard][key] for key in ("path", "sha256", "places"))
         if self.in_place:
             return InPlace(path, self.manifest, places)
-        if self.verify and shard not in self.verified and file_sha256(path) != wanted:
-            raise ValueError(f"{path} is corrupted (its checksum differs); {AGAIN}.")
-        self.verified.add(shard)
         try:
+            if self.verify and shard not in self.verified and file_sha256(path) != wanted:
+                raise ValueError(f"{path} is corrupted (its checksum differs); {AGAIN}.")
+            self.verified.add(shard)
             return safe_open(path, "pt")
         except (SafetensorError, OSError) as e:
-            raise ValueError(f"{path} is corrupted ({type(e).__name__}); {AGAIN}.") from e
+            raise ValueError(f"{path} is gone or corrupted ({type(e).__name__}); {AGAIN}.") from e
 
     def permutation(self, epoch: int) -> torch.Tensor:
         """Order of the clips in an epoch: (len,)."""
