@@ -223,6 +223,8 @@ def grid(cfg: Wan, folders: dict[str, Path], prompts: int = 4) -> str:
     contact_sheet(rows, path)
     # prompts across, models down
     moving = np.concatenate([np.concatenate([clips[name, who] for name in names], 2) for who in folders], 1)
+    for left in path.parent.glob(".*.tmp.mp4"):
+        left.unlink()  # of a kill
     write_video(moving, path.with_suffix(".mp4"))
     return str(path)
 
