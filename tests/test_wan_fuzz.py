@@ -27,7 +27,7 @@ FEW = (
 SAMPLE = "samples/tmd/a red ball-0.mp4"
 # (files, what is taken away before, command, what must come out as before)
 KINDS = [
-    ("data/[ms]*", "stage1", "stage1", "stage1/student.safetensors"),
+    ("data/[mns]*", "stage1", "stage1", "stage1/student.safetensors"),
     ("stage1/checkpoints/*/*", "stage1/student.json", "stage1", "stage1/student.safetensors"),
     ("stage1/*.jsonl", "stage1/student.json", "stage1", "stage1/student.safetensors"),
     ("stage1/previews/*", "stage1/student.json", "stage1", "stage1/student.safetensors"),
@@ -40,6 +40,7 @@ KINDS = [
     ("tiny-wan/[tvs]*/*", "samples/tmd", "sample", None),  # weights of VAE and text encoder may be any
     ("prompts.txt", "stage1", "stage1", "stage1/student.safetensors"),
     ("samples/tmd/*.json", "scores.json", "eval", "scores.json"),
+    ("samples/tmd/*.mp4", "scores.json", "eval", "scores.json"),
     ("samples/grid.*", "scores.json", "eval", "scores.json"),
     ("scores.*", "samples/grid.png", "eval", "scores.json"),
 ]  # fmt: skip

@@ -78,11 +78,10 @@ def write_video(frames: np.ndarray, path: Path, fps: int = 16, comment: str = ""
             with imageio.get_writer(temporary, format="ffmpeg", **how) as video:
                 for frame in frames:
                     video.append_data((frame * 255).astype(np.uint8))
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
             # ffmpeg may fail without a word: the file says whether it did
             if (whole := len(decoded(temporary))) != len(frames):
                 raise OSError(f"{whole} of {len(frames)} frames arrived")
+            seal(temporary)
             os.replace(temporary, path)
     except RuntimeError as e:
         room = f"{shutil.disk_usage(path.parent).free / 1e6:.3g} MB are free"
@@ -91,6 +90,25 @@ def write_video(frames: np.ndarray, path: Path, fps: int = 16, comment: str = ""
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+SEAL = (46).to_bytes(4, "big") + b"freesha256"  # a box that players skip; the digest of all before it follows
+
+
+def seal(path: Path) -> None:
+    """Append the sha256 of an mp4 to it, so that a byte that changes later is noticed."""
+    with open(path, "rb+") as file:
+        file.write(SEAL + hashlib.sha256(file.read()).digest())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def check_seal(path: Path) -> None:
+    """RuntimeError if a byte of a sealed mp4 is another. Other mp4s (VBench's, say) pass."""
+    data = path.read_bytes()
+    body, tail = data[:-46], data[-46:]
+    if tail.startswith(SEAL) and hashlib.sha256(body).digest() != tail[len(SEAL) :]:
+        raise RuntimeError(f"{path} is damaged (its checksum differs); delete it and sample it again.")
 
 
 def decoded(path: str | Path) -> list[np.ndarray]:
@@ -114,7 +132,9 @@ def decoded(path: str | Path) -> list[np.ndarray]:
 
 def read_video(path: str | Path) -> torch.Tensor:
     """The frames of an mp4, (T, H, W, 3) float32 in [0, 1]. RuntimeError if it cannot be decoded to its end."""
-    return torch.from_numpy(np.stack(decoded(path))).float().div_(255)
+    frames = decoded(path)
+    check_seal(Path(path))
+    return torch.from_numpy(np.stack(frames)).float().div_(255)
 
 
 def comment_of(path: Path) -> str | None:

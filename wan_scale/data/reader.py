@@ -14,7 +14,7 @@ from wan_scale.data.files import file_sha256, read_json
 from wan_scale.data.manifest import manifest_digest
 from wan_scale.data.sidecars import AGAIN, read_manifest, read_sidecar
 from wan_scale.data.sources import COPY, InPlace
-from wan_scale.data.text import pad_text
+from wan_scale.data.text import pad_text, read_negative
 
 
 class Reader:
@@ -145,15 +145,7 @@ class Reader:
     @property
     def negative(self) -> torch.Tensor:
         """Embedding of the negative prompt: (text_length, text_dim) float32."""
-        path = self.folder / "negative.safetensors"
-        try:
-            with safe_open(path, "pt") as file:
-                text = file.get_tensor("negative")
-        except (SafetensorError, OSError) as e:
-            raise ValueError(
-                f"{path} is missing or corrupted ({type(e).__name__}); delete it and run `data` again."
-            ) from e
-        return pad_text(text.float(), self.text_length).to(self.device)
+        return read_negative(self.folder, self.text_length).float().to(self.device)
 
 
 def check_size(folder: Path, manifest: dict, size: tuple[int, int, int] | None) -> None:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 import tmd_minimal as tmd
 from wan_scale.data.files import read_json
@@ -14,7 +13,7 @@ from wan_scale.data.folders import check_folder
 from wan_scale.data.manifest import make_manifest
 from wan_scale.data.prompts import read_prompts
 from wan_scale.data.shards import fill
-from wan_scale.data.text import pad_text
+from wan_scale.data.text import read_negative
 from wan_scale.seeds import generator
 
 
@@ -45,8 +44,7 @@ def generate(folder, prompts_file, out, *, rank=0, world=1, steps=50, guidance=5
     )  # fmt: skip
 
     def load():
-        with safe_open(Path(out) / "negative.safetensors", "pt") as file:
-            negative = pad_text(file.get_tensor("negative"), manifest["text_length"])
+        negative = read_negative(out, manifest["text_length"])
         sample = load_teacher(folder, manifest, negative, device, dtype, fast)
 
         def make(record, text):

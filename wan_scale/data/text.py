@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
@@ -55,9 +57,31 @@ def encode_text(folder: str | Path, files: dict[Path, dict[str, str]], *, device
                     embedded[key] = rows[: int(true.max()) + 1 if len(true) else 1].clone()
                 bar.update(len(batch))
             with atomic(path) as file:
-                file.write(save(embedded))
+                file.write(save(embedded, {"sha256": digest(embedded)}))
     del pipe, encoder, tokenizer
     free_memory()
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """sha256 of tensors by name, in order of name."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode() + tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def read_negative(folder: Path, length: int) -> torch.Tensor:
+    """The negative prompt's embedding in a data folder, padded: (length, text_dim). ValueError if it was damaged."""
+    path = Path(folder) / "negative.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            text, told = file.get_tensor("negative"), (file.metadata() or {}).get("sha256")
+    except (SafetensorError, OSError) as e:
+        broken = f"{path} is missing or corrupted ({type(e).__name__})"
+        raise ValueError(f"{broken}; delete it and run `data` again.") from e
+    if told != digest({"negative": text}):
+        raise ValueError(f"{path} is damaged (its checksum differs); delete it and run `data` again.")
+    return pad_text(text, length)
 
 
 def pad_text(text: torch.Tensor, length: int) -> torch.Tensor:
