@@ -1,20 +1,21 @@
-# `make toy` (train and draw, about 3 minutes), `make video` (about 25), `make wan` (about 1) and `make test`. Each makes .venv itself.
+# `make toy` (train and draw, about 3 minutes), `make video` (about 12), `make wan` (about 1) and `make test`. Each makes .venv itself.
 PYTHON ?= python3
 VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 WAN    := $(VENV)/.installed-wan
 
-.PHONY: toy video video-teacher wan test quick-test slow claims video-claims bench bench-gpu tutorials publish lint clean
+.PHONY: toy video video-teacher wan test quick-test slow claims video-sweep video-claims bench bench-gpu tutorials publish lint clean
 
 toy: $(STAMP)            ## train teacher, baseline and TMD on two spirals and draw them
 	$(RUN) toy_2d.py --resume
 
-video: $(STAMP)          ## the same on tiny videos with prompts: teacher, baseline, TMD, contact sheet
+video: $(STAMP)          ## the same on tiny videos with prompts: baseline, TMD, contact sheet (the teacher is in results/)
 	$(RUN) toy_video.py
 
-video-teacher: $(STAMP)  ## the teacher of tiny videos, trained once (hours on a core, resumable)
+video-teacher: $(STAMP)  ## the teachers of tiny videos, trained once (two to three hours on a core, resumable)
 	$(RUN) -m toys.video_teacher
+	$(RUN) -m toys.video_teacher --frames 12
 
 wan: $(WAN)              ## the whole of wan_scale/ on a tiny random Wan: data, both stages, mp4s, score sheet
 	$(RUN) wan_scale/run.py --preset tiny
@@ -33,7 +34,10 @@ slow: $(WAN)             ## the tests marked slow: default-sized runs
 claims: $(STAMP)         ## the paper's claims in the plane, three seeds (about an hour, resumable)
 	$(RUN) toy_2d.py --claims
 
-video-claims: $(STAMP)   ## the paper's claims on moving shapes, three seeds (a night on two cores, resumable)
+video-sweep: $(STAMP)    ## stage 2's rate and GAN weight on moving shapes, the same few values for both methods (resumable)
+	$(RUN) toy_video.py --sweep
+
+video-claims: $(STAMP)   ## the paper's claims on moving shapes, five seeds (a night on two cores, resumable)
 	$(RUN) toy_video.py --claims
 
 bench: $(STAMP)          ## steps per second of every stage against their matmuls alone

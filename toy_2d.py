@@ -41,10 +41,10 @@ def run(cfg: Toy, resume: bool = False, progress: bool = True) -> dict:
     record.samples["data"] = ladder.x
 
     # ---- The teacher: flow matching (tmd.train_teacher). In 50 steps it draws the data, in one a blob at their mean.
-    teacher, phase = ladder.fit_teacher(checkpoints, save_every=ladder.save_every, progress=progress)
+    teacher, facts = ladder.fit_teacher(checkpoints, save_every=ladder.save_every, progress=progress)
     per_step = 2 if cfg.guidance != 1 and cfg.conditional else 1  # guidance runs the network twice a step
     for steps in (50, 4, 2, 1):
-        record.teacher(teacher, phase, steps, f"teacher, {steps} step{'s' * (steps > 1)}", per_step)
+        record.teacher(teacher, facts, steps, f"teacher, {steps} step{'s' * (steps > 1)}", per_step)
     plane_pictures.draw_samples(record.samples, record.models, folder / "samples.png")
     print(f"first picture after {record.seconds:.0f} s: {folder}/samples.png (data and teacher; the students follow)")
 

@@ -1,6 +1,6 @@
-"""Transition Matching Distillation on tiny videos with prompts: at most 25 minutes on two CPU cores.
+"""Transition Matching Distillation on tiny videos with prompts: at most 12 minutes on two CPU cores.
 
-    python toy_video.py                  # moving shapes: teacher, stage 1, stage 2, the DMD2-v baseline, pictures
+    python toy_video.py                  # moving shapes: stage 1, stage 2, the DMD2-v baseline, pictures
     python toy_video.py --size small     # sized for a GPU
     python toy_video.py --M 2 --out runs/toy_video/M2   # two transitions; other settings want a folder of their own
     python toy_video.py --prompts "bright ring circle, dim cross bounce"   # what the contact sheet shows
@@ -51,24 +51,19 @@ def run(cfg: ToyVideo, resume: bool = True, progress: bool = True) -> dict:
     # ---- The data: clips rendered on the fly, so the ruler knows every valid clip.
     record.keep("data", "data", lambda: ladder.x, None)
 
-    # ---- The teacher: flow matching with prompts (tmd.train_teacher). Guidance runs the network twice a step.
+    # ---- The teacher: flow matching with prompts (tmd.train_teacher), trained once and kept in results/video_teacher;
+    # with --own-teacher it is trained here. Guidance runs the network twice a step.
     per_step = 1 if cfg.guidance == 1 else 2
 
-    def preview(phase, terms):
-        """A first picture a third of the way through the teacher's training."""
-        if phase.step == -(-cfg.teacher_updates // 3):
-            n, title = len(PROMPTS), f"teacher at {phase.step} updates, 50 x {per_step}"
-            clips = {"data": ladder.x[:n], "teacher": ladder.teacher_samples(phase.ema, 50, n)}
-            clips = {name: x.cpu().numpy() for name, x in clips.items()}
-            told = {"data": record.models["data"], "teacher": {"title": title, "effective_nfe": 50.0 * per_step}}
-            rows = [PROMPTS.index(prompt) for prompt in cfg.shown()]
-            video_pictures.draw_sheet(clips, told, rows, cfg.shown(), folder / "preview.png")
-            picture = f"{folder}/preview.png (the teacher, a third of the way)"
-            print(f"first picture after {record.seconds:.0f} s: {picture}", flush=True)
-
-    teacher, phase = ladder.fit_teacher(checkpoints, save_every=ladder.save_every, on_step=preview, progress=progress)
+    teacher, facts = ladder.fit_teacher(checkpoints, save_every=ladder.save_every, progress=progress)
+    clips, rows = {"data": ladder.x[: len(PROMPTS)]}, [PROMPTS.index(prompt) for prompt in cfg.shown()]
+    clips["teacher"] = ladder.teacher_samples(teacher, 50, len(PROMPTS))
+    told = {"data": record.models["data"], "teacher": {"title": f"teacher, 50 x {per_step}", "effective_nfe": None}}
+    clips = {name: x.cpu().numpy() for name, x in clips.items()}
+    video_pictures.draw_sheet(clips, told, rows, cfg.shown(), folder / "preview.png")
+    print(f"first picture after {record.seconds:.0f} s: {folder}/preview.png (data and teacher)", flush=True)
     for steps in (50, 4, 2, 1):
-        record.teacher(teacher, phase, steps, f"teacher, {steps} x {per_step}", per_step)
+        record.teacher(teacher, facts, steps, f"teacher, {steps} x {per_step}", per_step)
     save({})
     told = f"{folder}/contact_sheet.png (data and teacher; the students follow)"
     print(f"after {record.seconds:.0f} s: {told}", flush=True)
@@ -97,6 +92,7 @@ MODES = {
     "restart": "throw the folder's checkpoints away and start again",
     "redraw": "only draw the pictures again from the saved numbers",
     "claims": "measure the paper's claims on moving shapes (see toys/claims_video.py)",
+    "sweep": "stage 2's rate and GAN weight, the same few values for both methods, on a seed of its own",
     "bench": "measure seconds per update and per sample (see toys/bench.py)",
 }
 
@@ -116,8 +112,10 @@ def main(argv: list[str] | None = None) -> int:
 
     def work():
         torch.set_num_threads(mode["threads"])
-        if (mode["claims"] or mode["bench"]) and (surplus := ", ".join(sorted(set(args) - {"out", "size"}))):
-            raise ValueError(f"--claims and --bench have settings of their own; leave out {surplus}.")
+        if (mode["claims"] or mode["sweep"] or mode["bench"]) and (
+            surplus := ", ".join(sorted(set(args) - {"out", "size"}))
+        ):
+            raise ValueError(f"--claims, --sweep and --bench have settings of their own; leave out {surplus}.")
         if mode["only"] and not mode["claims"]:
             raise ValueError("--only names students of --claims; give --claims as well.")
         size, quick = args.get("size") or default_size(), mode["quick"]
@@ -128,6 +126,9 @@ def main(argv: list[str] | None = None) -> int:
             only = tuple(name.strip() for name in mode["only"].split(",") if name.strip())
             out = cfg.out if "out" in args else f"runs/toy_video/claims-{size}{'-quick' * quick}"
             claims_video.run(out, size, quick=quick, only=only)
+        elif mode["sweep"]:
+            out = cfg.out if "out" in args else f"runs/toy_video/sweep-{size}{'-quick' * quick}"
+            claims_video.run_sweep(out, size, quick)
         elif mode["bench"]:
             out, sampled = cfg.out if "out" in args else "runs/toy_video", [(1, 1), (1, 2), (1, 4), (2, 2), (2, 4)]
             bench.run(VideoLadder, cfg, out, sampled, n=32, repeats=3 if quick else 20)

@@ -11,10 +11,12 @@ import shutil
 from pathlib import Path
 
 import tmd_minimal as tmd
-from toys import bench, claims, claims_2d, claims_video, plane_pictures, video_pictures
+from toys import bench, claims_2d, claims_video, plane_pictures, verdicts, video_pictures
+from toys.video_teacher import RECIPES
 from wan_scale.config import preset
 from wan_scale.cost import benchmarks as wan_bench
 from wan_scale.cost import plan as wan
+from wan_scale.data import waiting
 
 RUNS, RESULTS = Path("runs"), Path("results")
 PLANE = ("metrics.json", "samples.png", "inner_flow.png", "curves.png", "transition.gif")
@@ -28,6 +30,12 @@ COPIES = {  # results: runs
     **{f"toy_video/{name}": f"toy_video/claims-tiny/{name}" for name in ("claims.json", "claims.md")},
     "toy_video/claims_quality_vs_nfe.png": "toy_video/claims-tiny/quality_vs_nfe.png",
     "toy_video/bench.json": "toy_video/bench.json",
+    **{f"toy_video/{name}": f"toy_video/sweep-tiny/claims.{name.split('.')[1]}" for name in ("sweep.json", "sweep.md")},
+    **{
+        f"video_teacher/{frames}-frames/{name}": f"video_teacher/{frames}-frames/{name}"
+        for frames in RECIPES
+        for name in ("teacher.safetensors", "teacher.json")
+    },
     "wan_shapes/scores.json": "wan-shapes/scores.json",
 }
 
@@ -78,8 +86,10 @@ def overview() -> str:
         )
         counts = {
             what: sum(v.startswith(what) for v in verdicts)
-            for what in ("holds", "does not hold", "inconclusive", "not run")
+            for what in ("holds", "does not hold", "level", "inconclusive", "not run")
         }
+        if waiting := sum(v.endswith("seeds") for v in verdicts):
+            counts["being run"] = waiting
         return (
             ", ".join(f"{what} {n}" for what, n in counts.items() if n) or "-"
         ) + f" ({exact} of them by exact oracles)" * bool(exact)
@@ -96,16 +106,16 @@ def tables() -> dict[str, str]:
     """Every table of RESULTS.md."""
     costs = lambda rows: bench.markdown(rows) + "\n" + bench.rollout_cost(rows) + "\n"
     return {
-        "claims": claims.claims_table(claims_2d.RUNG, load("toy_2d/claims.json")),
+        "claims": verdicts.claims_table(claims_2d.RUNG, load("toy_2d/claims.json")),
         "bench": costs(load("toy_2d/bench.json")),
-        "video-claims": claims.claims_table(claims_video.rung("tiny"), load("toy_video/claims.json")),
+        "video-claims": verdicts.claims_table(claims_video.rung("tiny"), load("toy_video/claims.json")),
         "video-students": "\n".join(claims_video.measured(load("toy_video/claims.json"))),
         "video-bench": costs(load("toy_video/bench.json")),
     }
 
 
 def plans() -> dict[str, str]:
-    """The tables of wan_scale/README.md: what two presets take, by plan.py's arithmetic; students on moving shapes."""
+    """The tables of wan_scale/README.md: what presets take, by plan.py; students on moving shapes; waiting for data."""
     rows = [
         "| | GPUs | checkpointing | GB per GPU | fits | stage 1 | stage 2 (M = 2) | GPU-hours "
         "| 500k clips, GPU-hours | disk |",
@@ -135,7 +145,8 @@ def plans() -> dict[str, str]:
             + " | ".join(f"{m[k]:.3f}" for k in keys[1:])
             + " |"
         )
-    return {"plan": "\n".join(rows) + "\n", "shapes": "\n".join(judged) + "\n"}
+    waits = waiting.table([load(f"wan_waiting/{size}.json") for size in ("full", "tiny")])
+    return {"plan": "\n".join(rows) + "\n", "shapes": "\n".join(judged) + "\n", "waiting": waits}
 
 
 def benchmarks() -> str:
@@ -148,9 +159,9 @@ def benchmarks() -> str:
 
 
 def weights() -> None:
-    """results/toy_video/weights.pt: EMAs of `make video`'s networks in half precision, for tiny_video.published()."""
+    """results/toy_video/weights.pt: EMAs of `make video`'s students in half precision, for tiny_video.published()."""
     folder = RUNS / "toy_video/tiny/checkpoints"
-    names = {"teacher": "teacher", "stage1": "tmd.stage1", "tmd": "tmd.stage2", "dmd2v": "dmd2v.stage2"}
+    names = {"stage1": "tmd.stage1", "tmd": "tmd.stage2", "dmd2v": "dmd2v.stage2"}
     if all((folder / f"{file}.pt").exists() for file in names.values()):
         average = lambda file: {
             key: value.half() for key, value in tmd.safe_load(folder / f"{file}.pt")["parts"]["ema"].items()
@@ -164,7 +175,7 @@ def poorer(run: Path, result: Path) -> bool:
     measured = lambda file: {
         (r["claim"], r["setting"])
         for r in json.loads(file.read_text(encoding="utf-8"))["rows"]
-        if r["verdict"] != "not run"
+        if r["verdict"] != "not run" and not r["verdict"].endswith("seeds")
     }
     return run.parent.name.startswith("claims") and old.exists() and new.exists() and not measured(new) >= measured(old)
 

@@ -11,11 +11,12 @@ from torch.testing import assert_close
 import tmd_minimal as tmd
 import toy_video
 from toys import claims, claims_video, tiny_video, video_net, video_pictures
+from toys.ladder import deepened
 from toys.moving_shapes import EMPTY, MOTIONS, World
 
-TINY = ("--frames 6 --pixels 12 --patch-frames 2 --patch-pixels 4 --width 16 --depth 3 --H 1 --heads 2 --taps 0,1 "
-        "--teacher-updates 2 --stage1-updates 2 --iterations 5 --batch 4 --samples 120 --kd-count 8 --kd-steps 2 --N 2 "
-        "--curve 1").split()  # fmt: skip
+TINY = ("--own-teacher --frames 6 --pixels 12 --patch-frames 2 --patch-pixels 4 --width 16 --depth 3 --H 1 --heads 2 "
+        "--taps 0,1 --teacher-updates 2 --stage1-updates 2 --iterations 5 --batch 4 --samples 120 --kd-count 8 "
+        "--kd-steps 2 --N 2 --curve 1").split()  # fmt: skip
 
 
 def network(**kw):
@@ -341,15 +342,22 @@ def test_out_of_memory_says_which_size_to_try(tmp_path, capsys, monkeypatch):
 
 def test_every_claim_names_jobs_that_exist():
     """Each row compares two known jobs, every job resolves, and the claims asked for are all there."""
+    known = {*claims_video.JOBS, *(f"teacher {steps}" for steps in claims_video.rung("tiny").teacher_steps)}
     for _, _, a, b, phase in claims_video.CLAIMS:
-        assert a in claims_video.JOBS and b in claims_video.JOBS and (a != b or "/" in phase)
-    assert {"C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "C10"} <= {row[0] for row in claims_video.CLAIMS}
+        assert a in known and b in known and (a != b or "/" in phase)
+    assert len({row[2:] for row in claims_video.CLAIMS}) == len(claims_video.CLAIMS), "no row twice"
+    assert {"room", "bound", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "C10"} <= {
+        row[0] for row in claims_video.CLAIMS
+    }
     rung = claims_video.rung("tiny")
-    budgets = set()
+    budgets = {}
     for name in claims_video.JOBS:
-        cfg, _, one, two, kd, _ = rung.plan(name, 0, False)
-        budgets.add((cfg.frames, (one.updates if one else 0) + kd + two.iterations))
-    assert len({b for f, b in budgets if f == 8}) == 1, "students of one table make the same number of updates"
+        _, _, one, two, kd, _ = rung.plan(name, 0, False)
+        budgets.setdefault("long" in name, set()).add((one.updates if one else 0) + kd + two.iterations)
+    assert all(len(b) == 1 for b in budgets.values()), "students of one table make the same number of updates"
+    assert max(budgets[True]) - 300 == 4 * (max(budgets[False]) - 300)
+    used = {name for row in claims_video.CLAIMS for name in row[2:4]}
+    assert used >= set(claims_video.JOBS), "no job without a row"
 
 
 def test_claims_run_and_resume(tmp_path, inline, monkeypatch):
@@ -373,7 +381,40 @@ def test_claims_run_and_resume(tmp_path, inline, monkeypatch):
 
 def test_dropped_words_are_the_empty_word():
     """The run's negative prompt is three empty words, which no clip is drawn for."""
-    bench = tiny_video.VideoLadder(tiny_video.ToyVideo(frames=6, pixels=12, samples=120))
+    bench = tiny_video.VideoLadder(tiny_video.ToyVideo(samples=120))
     assert bench.c_neg.tolist() == [EMPTY] * 3
     c = World(6, 12).draw(200, torch.Generator().manual_seed(0))[1]
     assert not (c == EMPTY).any()
+
+
+def test_blocks_added_to_a_baseline_change_nothing_at_first_and_then_learn(g):
+    """The depth control starts as the teacher, bit for bit, with as many blocks as asked for; its new blocks train."""
+    net, (x, t, c) = network(), clips(g)
+    for part in net.modules():  # a trained network's gates are open
+        if isinstance(part, torch.nn.Linear):
+            torch.nn.init.normal_(part.weight, std=0.1)
+    deep = deepened(net, 3)
+    assert len(deep.blocks) == len(net.blocks) + 3 and len(net.blocks) == 4
+    assert torch.equal(deep(x, t, c), net(x, t, c))
+    deep.requires_grad_(True)(x, t, c).square().mean().backward()
+    assert all(deep.blocks[-1].get_parameter(name).grad.abs().sum() > 0 for name in ("mlp.2.weight", "attn.out.weight"))
+
+
+def test_the_share_of_y_1_tells_a_sampler_from_a_map():
+    """A student that ignores y_1 has share 0, one that is only y_1 has share 1, half and half is half."""
+    ladder = tiny_video.VideoLadder(tiny_video.ToyVideo(samples=120))
+
+    class Mixed(torch.nn.Module):
+        def __init__(self, share):
+            super().__init__()
+            self.share = share
+
+        def features(self, x_t, t, c):
+            return x_t
+
+        def head(self, y_s, s, r, m):  # y_hat = y_s - s u, so that x_hat = x_1 - y_hat mixes x_1 and y_1
+            return m - (1 - self.share) ** 0.5 * m - self.share**0.5 * y_s
+
+    how = ladder.cfg.student_config(N=1)
+    for share in (0.0, 0.5, 1.0):
+        assert claims_video.share_of_y_1(ladder, Mixed(share), how) == pytest.approx(share, abs=0.03)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import tmd_minimal as tmd
-from toys import video_teacher
+from settings import write_json
+from toys import tiny_video, video_teacher
 from toys.moving_shapes import FIRST, MOTIONS, World
 from toys.planar import PlanarNet
 
@@ -62,8 +63,67 @@ def test_the_command_writes_its_curve_and_goes_on(tmp_path, capsys, monkeypatch)
     assert video_teacher.main(command) == 0
     curve = json.loads((tmp_path / "curve.json").read_text())["curve"]
     assert [point["updates"] for point in curve] == [1, 2] and {"loss", "total", "laws"} <= curve[0].keys()
+    stamp = (tmp_path / "teacher.safetensors").read_bytes()
     assert video_teacher.main(command) == 0  # finished
+    assert (tmp_path / "teacher.safetensors").read_bytes() == stamp
     capsys.readouterr()
     assert video_teacher.main([*command[:2], "--updates", "3"]) == 1 and "updates" in capsys.readouterr().err
     assert video_teacher.main(["--out", str(tmp_path / "x"), "--every", "0"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_finished_teacher_is_the_ema_and_a_changed_byte_is_refused(tmp_path):
+    """teacher.safetensors holds the weights given, teacher.json their hash; other bytes are one sentence."""
+    net, folder = tiny_video.VideoLadder(tiny_video.ToyVideo(samples=120)).network(), tmp_path / "8-frames"
+    folder.mkdir()
+    write_json(folder / "curve.json", {"recipe": {}, "curve": []})
+    video_teacher.save_weights(net, folder, 8)
+    loaded, facts = video_teacher.load_weights(8, tmp_path)
+    assert all(torch.equal(loaded[name], value) for name, value in net.state_dict().items())
+    assert facts["clips"]["frames"] == 8
+    data = bytearray((folder / "teacher.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "teacher.safetensors").write_bytes(data)
+    with pytest.raises(RuntimeError, match="is not the file"):
+        video_teacher.load_weights(8, tmp_path)
+
+
+def test_the_published_teacher_is_worth_distilling():
+    """It meets the bar that room to fail needs, at the last update of its recipe."""
+    facts = video_teacher.load_weights(8)[1]
+    recipe, score = video_teacher.RECIPES[8], facts["curve"][-1]
+    assert facts["recipe"] == recipe and score["updates"] == recipe["updates"]
+    assert score["total"] >= 0.85 and min(score[key] for key in ("quality", "semantic", "motion")) >= 0.8
+    assert score["diversity"] >= 0.9
+
+
+def test_the_published_teacher_starts_every_run(tmp_path):
+    """The default run trains no teacher: same weights whatever the seed, and the ruler finds what it was asked for."""
+    draws = []
+    for seed in (0, 1):
+        ladder = tiny_video.VideoLadder(tiny_video.ToyVideo(samples=120, seed=seed))
+        teacher, facts = ladder.fit_teacher(tmp_path)
+        draws.append(teacher.patch.weight)
+    assert (
+        torch.equal(*draws) and facts["updates"] == video_teacher.RECIPES[8]["updates"] and not list(tmp_path.iterdir())
+    )
+    c = ladder.c[:120]
+    clips = tmd.sample_teacher(teacher, ladder.x_1[:120], c, ladder.c_neg, grid=tmd.make_grid(4, 1.0), guidance=2.0)
+    assert ladder.ruler.score(clips, c)["semantic"] > 0.8
+
+
+@pytest.mark.parametrize(
+    "other, words",
+    [
+        ({"width": 64}, "--width 96"),
+        ({"frames": 10}, "frames is 10"),
+        ({"modes": "free"}, "--modes few"),
+        ({"patch_frames": 4}, "patch-frames 2"),
+    ],
+)
+def test_other_clips_want_an_own_teacher(other, words):
+    """Settings that the published teacher does not fit are one sentence that names them and the way out."""
+    with pytest.raises(ValueError) as error:
+        tiny_video.ToyVideo(**other)
+    assert words in str(error.value) and "--own-teacher" in str(error.value)
+    tiny_video.ToyVideo(own_teacher=True, **other)

@@ -4,6 +4,8 @@
   one real update and replayed on ready-made tensors; attention counts as its two, convolutions are left out. The gap
   between the two is what everything else costs: elementwise work, launch overhead, AdamW.
 - On one and on two CPU threads, each in a process of its own, one after the other, with its peak memory.
+- Two calls of the teacher beside one call of twice the batch. Where one is faster, guidance and the discriminator's
+  real and fake clips should share a call.
 - The student update with N = 1 stands beside the one with N steps. Claim C12: rollout costs (N-1) H / L of a forward
   and backward.
 """
@@ -119,6 +121,13 @@ def stages(bench: Ladder, sampled: list[tuple[int, int]], n: int) -> dict:
         more = {"taps": bench.taps, "step": step, **neg}
         f = one_step(tmd.train_stage2, make(), frozen, bench.discriminator(), bench.data, h, two, **more)
         updates[f"stage 2, {name}, {kind} update"] = f
+    x, c = bench.data(cfg.batch, torch.Generator(bench.device).manual_seed(0))
+    t, twice = torch.full((len(x),), 0.5, device=bench.device), lambda z: None if z is None else torch.cat([z, z])
+    calls = {"teacher's velocity": lambda x, t, c: frozen(x, t, c)}
+    calls["teacher's features"] = lambda x, t, c: frozen.taps(x, t, c, bench.taps)
+    for what, call in calls.items():  # guidance, and the real and fake clips of the discriminator, could share a call
+        updates[f"{what}, two calls"] = torch.no_grad()(lambda call=call: (call(x, t, c), call(x, t, c)))
+        updates[f"{what}, one of twice the batch"] = torch.no_grad()(lambda call=call: call(*map(twice, (x, t, c))))
     for name, M, N in [("DMD2-v", 1, 1)] + [("TMD", M, N) for M, N in sampled]:
         h, student = cfg.student_config(M=M, N=N), dmd_student() if name == "DMD2-v" else tmd_student()
         updates[f"sampling {n}, {name} M={M} N={N}"] = lambda s=student, h=h: bench.student_samples(s, h, n)

@@ -9,11 +9,12 @@ import torch
 
 import tmd_minimal as tmd
 from toys import claims
-from toys.claims import SEEDS, Rung, show, summary, verdict
+from toys.claims import Rung
 from toys.drawing import BLUE, GREY, INK, ORANGE, pyplot
 from toys.oracles import ExactStudent, GaussianMixture
 from toys.planar import _CENTRES, sliced_wasserstein
 from toys.plane import QUICK, PlanarLadder, Toy
+from toys.verdicts import SEEDS, show, summary
 
 SCORES = {"swd": -1, "off_support": -1}
 # one job takes about a minute
@@ -26,6 +27,8 @@ JOBS = {
     "tmd": ({}, {}, {}, {}),
     "dmd2v": ({}, "plain", {}, {}),
     "dmd2v no kd": ({}, "plain no kd", {}, {}),
+    "dmd2v deep": ({}, "plain deep", {}, {}),
+    "dmd2v deep checkerboard": ({"data": "checkerboard"}, "plain deep", {}, {}),
     "tmd N1": ({}, {"N": 1}, {}, {}),
     "tmd N2": ({}, {"N": 2}, {}, {}),
     "tmd H1": ({}, {"H": 1}, {}, {}),
@@ -78,6 +81,9 @@ CLAIMS = [
     ("C1", "M = 1, spirals, arm given as condition", "tmd conditional", "dmd2v conditional", "end"),
     ("C1", "M = 1, spirals, network of 3 blocks, H = 1", "tmd shallow", "dmd2v shallow", "end"),
     ("C1", "M = 1, spirals, three times the iterations", "tmd long", "dmd2v long", "end"),
+    ("bound", "more depth, no recurrence: DMD2-v of 12 blocks against 6, spirals", "dmd2v deep", "dmd2v", "end"),
+    ("bound", "more depth, no recurrence: DMD2-v of 12 blocks against 6, checkerboard", "dmd2v deep checkerboard",
+     "dmd2v checkerboard", "end"),
     ("C2", "N = 4 against N = 2 (NFE 2 against 1.33)", "tmd", "tmd N2", "end"),
     ("C2", "N = 2 against N = 1 (NFE 1.33 against 1)", "tmd N2", "tmd N1", "end"),
     ("C2", "H = 2 against H = 1 (NFE 2 against 1.5)", "tmd", "tmd H1", "end"),
@@ -149,7 +155,7 @@ def exact_c0(seeds=SEEDS, n: int = 5000) -> list[dict]:
         data = GaussianMixture(_CENTRES, torch.full((8,), sigma))
         for M in (1, 2, 4):
             grid, inner = tmd.make_grid(M, 1.0).double(), tmd.make_grid(1, 1.0).double()
-            found = {"flow": [], "tm": [], "floor": []}
+            found = {"flow": {}, "tm": {}, "floor": {}}
             for seed in seeds:
                 g = torch.Generator().manual_seed(seed)
                 x, other = data.sample(n, g), data.sample(n, g)
@@ -157,8 +163,8 @@ def exact_c0(seeds=SEEDS, n: int = 5000) -> list[dict]:
                 exact = tmd.sample(ExactStudent(data, g), x_1, outer_grid=grid, inner_grid=inner, generator=g)
                 flow = tmd.sample_teacher(data, x_1, grid=grid)
                 for key, points in (("flow", flow), ("tm", exact), ("floor", other)):
-                    found[key].append(sliced_wasserstein(points, x))
-            rows.append({"sigma": sigma, "M": M, **{k: summary(v) for k, v in found.items()}})
+                    found[key][seed] = {"swd": sliced_wasserstein(points, x)}
+            rows.append({"sigma": sigma, "M": M, **found})
     return rows
 
 
@@ -166,10 +172,8 @@ def table(jobs: dict, numbers, judge, result: dict) -> None:
     """C0 above the other rows, and the drift of x_hat by outer time."""
     rows = []
     for row in exact_c0():
-        a, b = ({"swd": row[k]} for k in ("tm", "flow"))
         where = f"exact oracle, eight Gaussians of width {row['sigma']}, M = {row['M']}"
-        setting = f"{where}: transition against flow matching"
-        rows.append({"claim": "C0", "setting": setting, "A": a, "B": b, "verdict": verdict(a, b, SCORES)})
+        rows.append(judge("C0", f"{where}: transition against flow matching", [], row["tm"], row["flow"]))
     grids = {"tmd": "one step", "tmd M2": "two steps, grid 0.999, 0.909", "tmd M2 even": "two steps, grid 0.999, 0.5"}
     for name, steps in grids.items():
         setting = f"after stage 1 (N = 4) against the teacher's mean velocity, {steps}"
@@ -193,7 +197,10 @@ def draw(root: Path, result: dict) -> None:
     """Quality against effective NFE (C1, C2), teachers beside the students."""
     plt = pyplot()
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    teachers = [json.loads(f.read_text()) for f in sorted(root.glob("teacher-spirals-free-L6-seed*/teacher.json"))]
+    teachers = [
+        json.loads(f.read_text(encoding="utf-8"))
+        for f in sorted(root.glob("teacher-spirals-free-L6-seed*/teacher.json"))
+    ]
     mean = lambda steps, key: sum(t[steps][key] for t in teachers) / len(teachers)
     names = {"dmd2v": "DMD2-v M1", "dmd2v M2": "DMD2-v M2", "tmd N1": "N1 H2", "tmd N2": "N2 H2", "tmd H1": "N4 H1",
              "tmd": "N4 H2", "tmd M2": "M2 N4 H2"}  # fmt: skip
@@ -221,6 +228,7 @@ RUNG = Rung(
     quick=QUICK | {"iterations": 40, "stage1_updates": 30, "teacher_updates": 60},
     quick_jobs=("tmd", "dmd2v", "tmd TM"),
     scores=SCORES,
+    margins={"swd": 0.002, "off_support": 0.005},
     labels={"swd": "sliced Wasserstein", "off_support": "off support"},
     teacher_name=teacher_name,
     percent=("off_support",),

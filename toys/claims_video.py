@@ -1,51 +1,66 @@
-"""What the paper claims, measured on moving shapes: python toy_video.py --claims. The rule is in claims.py.
+"""What the paper claims, measured on moving shapes: python toy_video.py --claims. The rule is in verdicts.py.
 
-Scores are the ruler's (ruler.py); higher is better. The rule looks at their mean, `total`. Static collapse would show
-in motion, mode collapse in diversity, a forgotten prompt in semantic: all are in the table of students. --only runs
-some of the jobs, so that the table can be filled row by row.
+All students start from the one teacher of results/video_teacher. Scores are the ruler's (ruler.py); higher is better.
+The rule looks at their mean, `total`. Static collapse would show in motion, mode collapse in diversity, a forgotten
+prompt in semantic: all are in the table of students. --only runs some of the jobs, so that the table can be filled row
+by row.
+
+Two kinds of rows stand above the claims. ROOM: what a one-step student loses of the teacher, hence what there is to
+win. BOUND: what more depth without recurrence, or more steps without a head, win of it. A recurrent head of the same
+size cannot be expected to win more.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from toys import claims
-from toys.claims import Rung, show, summary
+from toys.claims import Rung
 from toys.drawing import BLUE, INK, ORANGE, pyplot
 from toys.moving_shapes import MOTIONS
 from toys.tiny_video import QUICK, SIZES, ToyVideo, VideoLadder
+from toys.verdicts import show, students_table, summary
 
-M2 = {"M": 2}
+ITERATIONS, LONG, SWEEP_SEEDS = 600, 2400, (100,)
+M2, M4 = {"M": 2}, {"M": 4}
 
 # name: (settings, settings of the student or "plain ...", of stage 1 or None, of stage 2). plain = DMD2-v.
 JOBS = {
     "tmd": ({}, {}, {}, {}),
     "dmd2v": ({}, "plain", {}, {}),
+    "dmd2v deep": ({}, "plain deep", {}, {}),
     "tmd no stage 1": ({}, {}, None, {}),
-    "tmd TM": ({}, {}, {"flow_map_share": 0.0}, {}),
     "dmd2v no kd": ({}, "plain no kd", {}, {}),
     "tmd M2": (M2, {}, {}, {}),
     "dmd2v M2": (M2, "plain", {}, {}),
-    "dmd2v M2 kd": (M2, "plain kd", {}, {}),
+    "dmd2v M4": (M4, "plain", {}, {}),
     "tmd N2": ({}, {"N": 2}, {}, {}),
     "tmd N1": ({}, {"N": 1}, {}, {}),
     "tmd H1": ({}, {"H": 1}, {}, {}),
+    "tmd H4": ({}, {"H": 4}, {}, {}),
     "tmd last": ({}, {}, {}, {"rollout": "last"}),
     "tmd no rollout": ({}, {}, {}, {"rollout": "none"}),
+    "tmd TM": ({}, {}, {"flow_map_share": 0.0}, {}),
+    "tmd gate 0": ({}, {"gate_init": 0.0}, {}, {}),
     "tmd concat": ({}, {"fusion": "concat"}, {}, {}),
     "tmd target x": ({}, {"target": "x"}, {}, {}),
     "tmd no gan": ({}, {}, {}, {"gan_weight": 0.0}),
     "dmd2v no gan": ({}, "plain", {}, {"gan_weight": 0.0}),
     "dmd2v conv1d2d": ({}, "plain", {}, {"kind": "conv1d2d"}),
     "dmd2v attention": ({}, "plain", {}, {"kind": "attention"}),
+    "dmd2v M2 kd": (M2, "plain kd", {}, {}),
     "tmd dmd shift 5": ({}, {}, {}, {"dmd_shift": 5.0}),
     "dmd2v dmd shift 5": ({}, "plain", {}, {"dmd_shift": 5.0}),
     "tmd M2 even": ({**M2, "outer_shift": 1.0}, {}, {}, {}),
     "dmd2v M2 even": ({**M2, "outer_shift": 1.0}, "plain", {}, {}),
-    "tmd long clips": ({}, {}, {}, {}),  # half as long again as the size's, see rung()
-    "dmd2v long clips": ({}, "plain", {}, {}),
-}
+    **{f"{name} long": ({**settings, "iterations": LONG}, how, {}, {"curve": 8})
+       for name, settings, how in (("tmd", {}, {}), ("dmd2v", {}, "plain"), ("tmd M2", M2, {}),
+                                   ("dmd2v M2", M2, "plain"))},
+}  # fmt: skip
 
 # claim, setting, A, B, phase: the claim is that A beats B
 CLAIMS = [
@@ -55,16 +70,21 @@ CLAIMS = [
      "end"),
     ("C1", "M = 2, N = 4", "tmd M2", "dmd2v M2", "end"),
     ("C1", "like NFE: TMD at M = 1, N = 4 against DMD2-v at M = 2", "tmd", "dmd2v M2", "end"),
+    ("C1", "like NFE: recurrence against as many blocks without it", "tmd", "dmd2v deep", "end"),
+    ("C1", "M = 1, N = 4, four times the iterations", "tmd long", "dmd2v long", "end"),
+    ("C1", "M = 2, N = 4, four times the iterations", "tmd M2 long", "dmd2v M2 long", "end"),
     ("C2", "M = 2 against M = 1, N = 4", "tmd M2", "tmd", "end"),
     ("C2", "N = 4 against N = 2", "tmd", "tmd N2", "end"),
     ("C2", "N = 2 against N = 1", "tmd N2", "tmd N1", "end"),
-    ("C2", "H of the run against H = 1", "tmd", "tmd H1", "end"),
+    ("C2", "H = 2 against H = 1", "tmd", "tmd H1", "end"),
+    ("C2", "H = 4 against H = 2", "tmd H4", "tmd", "end"),
     ("C3", "rollout against gradient through the last inner step only", "tmd", "tmd last", "end"),
     ("C3", "rollout against single inner jumps", "tmd", "tmd no rollout", "end"),
     ("C4", "TM-MF against TM, after stage 1", "tmd", "tmd TM", "stage1"),
     ("C4", "TM-MF against TM, after stage 2", "tmd", "tmd TM", "end"),
     ("C4", "TM-MF against no stage 1 but more of stage 2, after stage 2", "tmd", "tmd no stage 1", "end"),
     ("C5", "gated against concat fusion", "tmd", "tmd concat", "end"),
+    ("C5", "gate at sigmoid(-3) = 0.05 at first (ours) against 0.5", "tmd", "tmd gate 0", "end"),
     ("C6", "y = x_1 - x against y = x", "tmd", "tmd target x", "end"),
     ("C7", "N = 4 against the same student sampled with N = 1", "tmd", "tmd", "end/one"),
     ("C8", "GAN against none, TMD", "tmd", "tmd no gan", "end"),
@@ -77,7 +97,13 @@ CLAIMS = [
     ("C10", "t_dmd shift 5 (paper's) against 1 (this rung's), DMD2-v", "dmd2v dmd shift 5", "dmd2v", "end"),
     ("C10", "t_student shift 10 (paper's) against 1 at M = 2, TMD", "tmd M2", "tmd M2 even", "end"),
     ("C10", "t_student shift 10 (paper's) against 1 at M = 2, DMD2-v", "dmd2v M2", "dmd2v M2 even", "end"),
-    ("(a)", "clips half as long again: TMD against DMD2-v", "tmd long clips", "dmd2v long clips", "end"),
+    ("room", "teacher: 50 steps against 4", "teacher 50", "teacher 4", "end"),
+    ("room", "teacher: 50 steps against 1", "teacher 50", "teacher 1", "end"),
+    ("room", "teacher in 50 steps against DMD2-v, M = 1", "teacher 50", "dmd2v", "end"),
+    ("room", "teacher in 50 steps against TMD, M = 1, N = 4", "teacher 50", "tmd", "end"),
+    ("bound", "more depth, no recurrence: DMD2-v of 12 blocks against 6", "dmd2v deep", "dmd2v", "end"),
+    ("bound", "more steps, no head: DMD2-v, M = 2 against M = 1", "dmd2v M2", "dmd2v", "end"),
+    ("bound", "more steps, no head: DMD2-v, M = 4 against M = 2", "dmd2v M4", "dmd2v M2", "end"),
 ]  # fmt: skip
 
 LABELS = {"total": "total", "quality": "quality", "semantic": "semantic", "motion": "motion", "diversity": "diversity"}
@@ -89,10 +115,29 @@ def teacher_name(cfg: ToyVideo) -> str:
 
 
 def base_teachers(root: Path) -> list[dict]:
-    """Scores of the teachers of the shorter clips, which most students make."""
-    files = sorted(root.glob("teacher-*/teacher.json"))
-    frames = [int(f.parent.name.split("-")[1].split("x")[0]) for f in files]
-    return [json.loads(f.read_text()) for f, n in zip(files, frames) if n == min(frames)]
+    """Scores of the teacher's own clips, a seed of noise each."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(root.glob("teacher-*/teacher.json"))]
+
+
+@torch.no_grad()
+def extra(bench: VideoLadder, teacher, fit: dict, how) -> dict:
+    """More of a TMD job: how far the gate moved, how much y_1 decides, what other N at sampling give."""
+    if not how.H:
+        return {}
+    found, phases = {}, {"stage1": fit["stage1"], "end": fit["student"]}
+    for phase, student in phases.items():
+        if student is not None:
+            gate = student.gate.sigmoid().mean().item() if how.fusion == "gated" else None
+            found[phase] = {"gate": gate, "y_1 share": share_of_y_1(bench, student, how)}
+    steps = {str(N): bench.score(bench.student_samples(fit["student"], replace(how, N=N)), bench.c) for N in (2, 8)}
+    return {"head": found, "other N": steps}
+
+
+def share_of_y_1(bench: VideoLadder, student, how, n: int = 120) -> float:
+    """The share of the variance of samples that the inner noise y_1 decides, given x_1 and the prompt: 0 to 1."""
+    c, (a, b) = bench.c[:n], (bench.student_samples(student, how, n, y_seed=seed) for seed in (1, 2))
+    within = [a[(c == prompt).all(1)].var(0).mean() for prompt in c.unique(dim=0)]
+    return ((a - b).square().mean() / 2 / torch.stack(within).mean()).item()
 
 
 def table(jobs: dict, numbers, judge, result: dict) -> None:
@@ -114,7 +159,7 @@ def laws_table(result: dict) -> list[str]:
 
 def measured(result: dict) -> list[str]:
     """The tables of students and of motion laws, for the students that were run."""
-    return [claims.students_table(rung("tiny"), result), *laws_table(result)]
+    return [students_table(rung("tiny"), result), *laws_table(result)]
 
 
 def draw(root: Path, result: dict) -> None:
@@ -142,24 +187,61 @@ def draw(root: Path, result: dict) -> None:
 
 def rung(size: str) -> Rung:
     """The rung at a size of toy_video.py."""
-    shorter = {"iterations": 800} if size == "tiny" else {}  # two thirds of the default run: about five minutes a job
-    settings = {**SIZES[size], "size": size, **shorter}
-    longer = {"frames": 3 * SIZES[size].get("frames", ToyVideo.frames) // 2}
-    jobs = {name: (cfg | longer, *job) if "long clips" in name else (cfg, *job) for name, (cfg, *job) in JOBS.items()}
+    shorter = {"iterations": ITERATIONS} if size == "tiny" else {}
     return Rung(
         ladder=VideoLadder,
-        jobs=jobs,
+        jobs=JOBS,
         claims=CLAIMS,
-        size=settings,
+        size={**SIZES[size], "size": size, "samples": 960, **shorter},
         quick={**QUICK, "teacher_updates": 10, "stage1_updates": 4, "iterations": 10},
         quick_jobs=("tmd", "dmd2v"),
         scores={"total": 1},
+        margins={"total": 0.01},
         labels=LABELS,
         teacher_name=teacher_name,
+        extra=extra,
         table=table,
         more_tables=laws_table,
         draw=draw,
     )
+
+
+def sweep(size: str) -> Rung:
+    """The same small sweep for both methods: stage 2's rate at one GAN weight, then the weight at one rate.
+
+    For TMD also what stage 1 does by its length and rate. Its seed is none of the claims', so that no setting is chosen
+    by the seeds that judge it.
+    """
+    default = ToyVideo(size="tiny")
+    two = [{"lr": rate, "gan_weight": default.gan_weight} for rate in (3e-4, 1e-3, 3e-3)]
+    two += [{"lr": default.stage2_lr, "gan_weight": weight} for weight in (0.01, 0.1)]
+    jobs = {f"{name} rate {s['lr']:g} gan {s['gan_weight']:g}": ({}, how, {}, s)
+            for s in two for name, how in (("dmd2v", "plain"), ("tmd", {}))}  # fmt: skip
+    jobs |= {f"tmd stage 1 x {n} rate {rate:g}": ({"stage1_updates": n, "stage1_lr": rate}, {}, {}, {})
+             for rate in (1e-4, 1e-3) for n in (100, 300, 1000) if (n, rate) != (300, default.stage1_lr)}  # fmt: skip
+    jobs["tmd no stage 1"] = ({"stage1_updates": 0}, {}, None, {})
+    return replace(rung(size), jobs=jobs, claims=[], quick_jobs=tuple(jobs)[:2], table=after_stage1,
+                   more_tables=stage1_table)  # fmt: skip
+
+
+def after_stage1(jobs: dict, numbers, judge, result: dict) -> None:
+    """Adds what each TMD job scored after stage 1, and how far its gate and y_1 went."""
+    found = {name: records[0] for name, records in jobs.items() if "head" in records[0]}
+    result["head"] = {name: {"total": r.get("stage1", {}).get("total"), **r["head"]} for name, r in found.items()}
+
+
+def stage1_table(result: dict) -> list[str]:
+    """Total score after stage 1; the gate and the share of y_1 after each stage."""
+    lines = [
+        "| student | total after stage 1 | gate, stage 1 | gate, end | share of y_1, stage 1 | end |",
+        "|---" * 6 + "|",
+    ]
+    for name, h in sorted(result["head"].items()):
+        cell = lambda phase, key, h=h: f"{h[phase][key]:.3f}" if phase in h else "-"
+        score = "-" if h["total"] is None else f"{h['total']:.3f}"
+        gates = " | ".join(cell(phase, key) for key in ("gate", "y_1 share") for phase in ("stage1", "end"))
+        lines.append(f"| {name} | {score} | {gates} |")
+    return ["\n".join(lines) + "\n"]
 
 
 def run(out: str, size: str, quick: bool = False, processes: int = 2, only: tuple = ()) -> dict:
@@ -171,3 +253,8 @@ def run(out: str, size: str, quick: bool = False, processes: int = 2, only: tupl
     if unknown:
         raise ValueError(f"unknown job {unknown[0]!r}; choose from {', '.join(JOBS)}.")
     return claims.run(rung(size), out, quick, processes, only=only)
+
+
+def run_sweep(out: str, size: str, quick: bool = False) -> dict:
+    """Run the missing jobs of the sweep, one seed, and write its table."""
+    return claims.run(sweep(size), out, quick, seeds=SWEEP_SEEDS)

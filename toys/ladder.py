@@ -5,6 +5,7 @@ A rung brings a dataclass of ToySettings and a Ladder (its data, networks and ru
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import os
@@ -35,7 +36,8 @@ class ToySettings(Settings):
     batch: int = option(64, "samples per update; paper: 64", "training", least=1)
     guidance: float = option(1.0, "teacher's guidance in both stages; 1 is none; paper: 3, then 5", "training")
     s_shift: float = option(1.0, "timestep shift of s in stage 1; paper: 3", "stage 1", above=0)
-    iterations: int = option(2400, "iterations of stage 2, every 5th the student's; paper: 4000 to 12000", "stage 2", 1)
+    iterations: int = option(2400, "iterations of stage 2; paper: 4000 to 12000", "stage 2", least=1)
+    student_every: int = option(5, "stage 2: one update of the student in so many iterations; paper: 5", "stage 2", 2)
     samples: int = option(10000, "samples per model in scores and pictures", "run", least=1)
 
     def __post_init__(self):
@@ -55,9 +57,9 @@ class ToySettings(Settings):
         return tmd.Stage1Config(**{**base, "batch": self.batch, "guidance": self.guidance, **kw})
 
     def stage2_config(self, **kw) -> tmd.Stage2Config:
-        base = {"iterations": self.iterations, "lr": self.stage2_lr, "dmd_shift": self.dmd_shift}
-        more = {"batch": self.batch, "guidance": self.guidance, "gan_weight": self.gan_weight}
-        return tmd.Stage2Config(**{**base, **more, **kw})
+        shared = ("iterations", "batch", "student_every", "dmd_shift", "guidance", "gan_weight")
+        base = {"lr": self.stage2_lr, **{key: getattr(self, key) for key in shared}}
+        return tmd.Stage2Config(**{**base, **kw})
 
 
 # ---- The ladder. A finished phase is not run again. ------------------------------------------------------------------
@@ -73,6 +75,7 @@ class Ladder:
     settings = ToySettings  # the rung's dataclass
     of_teacher = ()  # the settings that a teacher depends on
     t_shift = 1.0  # timestep shift of the teacher's training
+    teacher_decay = 0.0  # share of its updates over which its rate falls to zero
     save_every, curve_samples, kd_count, kd_steps = 500, 2048, 10_000, 50  # paper: 10k KD pairs, 50 steps
     kd_chunk = 10_000  # of them at once, so that memory stays bounded
     only_shown = ()  # settings that change pictures and logs, but no training
@@ -86,10 +89,10 @@ class Ladder:
 
     # -- sampling and judging
 
-    def student_samples(self, student, how: tmd.StudentConfig, n=None, trace=None, **kw):
-        """The student's samples from the run's own noise and conditions."""
+    def student_samples(self, student, how: tmd.StudentConfig, n=None, trace=None, y_seed=1, **kw):
+        """The student's samples from the run's own noise and conditions; `y_seed` draws the inner noise y_1."""
         settings = {key: getattr(how, key) for key in ("outer_grid", "inner_grid", "target", "field", "outer")} | kw
-        generator = torch.Generator(self.device).manual_seed(1)
+        generator = torch.Generator(self.device).manual_seed(y_seed)
         with self.precision():
             return tmd.sample(student, self.x_1[:n], self.conditions(n), generator=generator, trace=trace, **settings)
 
@@ -112,19 +115,23 @@ class Ladder:
     # -- training
 
     def fit_teacher(self, folder: Path, **run):
-        """Train the teacher, or load it: (EMA, phase)."""
+        """Train the teacher, or load it: its EMA and {"seconds", "updates"} of its training."""
         cfg = self.cfg
         tmd.seed_everything(cfg.seed)
         config = {key: getattr(cfg, key) for key in self.of_teacher}
         more = {"updates": cfg.teacher_updates, "batch": cfg.batch, "lr": cfg.teacher_lr, "t_shift": self.t_shift}
         how = {"c_neg": self.c_neg, "config": config, "path": str(folder / "teacher.pt"), "seed": cfg.seed}
+        how["decay"] = self.teacher_decay
         with self.precision():
-            return tmd.train_teacher(self.network(), self.data, **more, **how, **run)
+            ema, phase = tmd.train_teacher(self.network(), self.data, **more, **how, **run)
+        return ema, {"seconds": phase.seconds, "updates": cfg.teacher_updates}
 
     def fit_student(self, teacher, name: str, how: tmd.StudentConfig, stage1: tmd.Stage1Config | None,
                     stage2: tmd.Stage2Config | None, folder: Path | None, kd_updates: int = 0, curve: int = 0,
-                    kind: dict | None = None, **run) -> dict:  # fmt: skip
+                    kind: str | None = None, deeper: int = 0, **run) -> dict:  # fmt: skip
         """Stage 1 (or KD warm-up) and stage 2 of one student; plain when how.H is 0. `kind` goes to discriminator().
+
+        `deeper`: blocks that a plain student has more than the teacher (see `deepened`).
 
         `curve` scores are taken during stage 2. Returns {"student", "stage1" (the student after it, or None),
         "curve" (score against updates), "seconds", "stage1_seconds", "updates"}.
@@ -137,7 +144,8 @@ class Ladder:
         found = {"stage1": None, "stage1_seconds": 0.0, "seconds": 0.0, "updates": 0, "curve": []}
 
         tmd.seed_everything(cfg.seed)  # choice: every phase starts from the run's one seed
-        student = tmd.TMDStudent(teacher, how.H, how.fusion, how.gate_init) if how.H else tmd.PlainStudent(teacher)
+        plain = lambda: tmd.PlainStudent(deepened(teacher, deeper))
+        student = tmd.TMDStudent(teacher, how.H, how.fusion, how.gate_init) if how.H else plain()
         student.to(self.device).requires_grad_(True)
 
         if stage1:  # TM-MF: the head learns the inner flow as a flow map
@@ -165,7 +173,7 @@ class Ladder:
 
         # DMD2-v: the student's samples are matched to the teacher's distribution while the head is rolled out
         settings = {"taps": self.taps, "c_neg": self.c_neg, "path": path("stage2"), "on_step": on_step, **common}
-        discriminator = self.discriminator(**(kind or {}))
+        discriminator = self.discriminator(kind) if kind else self.discriminator()
         with self.precision():
             student, phase = tmd.train_stage2(student, teacher, discriminator, self.data, how, stage2, **settings)
         found |= {"seconds": found["seconds"] + phase.seconds, "updates": before + stage2.iterations}
@@ -214,6 +222,19 @@ class Ladder:
         return noise, torch.cat(clean), c
 
 
+def deepened(net, more: int):
+    """A copy of `net` with `more` blocks at its end: copies of the last whose outputs are zero: they change nothing."""
+    net = copy.deepcopy(net)
+    for _ in range(more):
+        block = copy.deepcopy(net.blocks[-1])
+        for name, layer in block.named_modules():
+            if name in ("mlp.2", "attn.out", "cross.out"):  # what a block adds to its input
+                torch.nn.init.zeros_(layer.weight)
+                torch.nn.init.zeros_(layer.bias)
+        net.blocks.append(block)
+    return net
+
+
 def baseline_budget(cfg: ToySettings, stage2: tmd.Stage2Config) -> tuple[int, tmd.Stage2Config]:
     """DMD2-v gets the updates that TMD spends on stage 1.
 
@@ -259,7 +280,7 @@ def open_folder(out: str, config: dict, resume: bool) -> Path:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         if (folder / "config.json").exists():
             try:
-                old = json.loads((folder / "config.json").read_text())
+                old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             except ValueError as e:
                 raise RuntimeError(f"{folder}/config.json is not readable JSON; choose {another}.") from e
             if not isinstance(old, dict):

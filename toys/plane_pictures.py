@@ -183,7 +183,7 @@ def markdown(metrics: dict) -> str:
 
 def draw(folder: Path) -> None:
     """All pictures, from metrics.json and samples.npz alone."""
-    metrics, saved = json.loads((folder / "metrics.json").read_text()), np.load(folder / "samples.npz")
+    metrics, saved = json.loads((folder / "metrics.json").read_text(encoding="utf-8")), np.load(folder / "samples.npz")
     points = {name: saved[name] for name in metrics["models"]}
     traces = {}
     for key in saved.files:

@@ -27,9 +27,8 @@ class Record:
         cost = "-" if effective_nfe is None else f"{effective_nfe:.3g}"
         print(f"{title:<26} NFE {cost:<5} {self.say(self.models[name])}", flush=True)
 
-    def teacher(self, teacher, phase, steps: int, title: str, per_step: int) -> None:
-        """The teacher in so many steps of `per_step` network evaluations each."""
-        facts = {"seconds": phase.seconds, "updates": self.bench.cfg.teacher_updates}
+    def teacher(self, teacher, facts: dict, steps: int, title: str, per_step: int) -> None:
+        """The teacher in so many steps of `per_step` network evaluations each; `facts` as fit_teacher returns them."""
         sampler = lambda: self.bench.teacher_samples(teacher, steps)
         self.keep(f"teacher_{steps}", title, sampler, float(steps * per_step), **facts)
 
@@ -58,7 +57,7 @@ class Record:
         metrics = {"config": self.bench.cfg.without(), "models": self.models, **more, **facts}
         metrics["total_seconds"] = round(self.seconds, 1)
         write_json(folder / "metrics.json", metrics)
-        (folder / "metrics.md").write_text(table(metrics))
+        (folder / "metrics.md").write_text(table(metrics), encoding="utf-8")
         with open(folder / "samples.npz.tmp", "wb") as file:
             np.savez_compressed(file, **arrays)
         os.replace(folder / "samples.npz.tmp", folder / "samples.npz")

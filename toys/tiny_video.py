@@ -12,7 +12,7 @@ import torch
 
 import tmd_minimal as tmd
 from settings import option
-from toys import video_net
+from toys import video_net, video_teacher
 from toys.ladder import Ladder, ToySettings
 from toys.moving_shapes import EMPTY, MOTIONS, SHADES, SHAPES, World, encode
 from toys.ruler import Ruler
@@ -22,10 +22,10 @@ SIZES = {
     "tiny": {},
     "small": {"frames": 16, "pixels": 32, "width": 256, "depth": 10, "heads": 8, "batch": 64, "teacher_updates": 8000,
               "kd_count": 4000, "taps": "4,7,9", "H": 3, "stage1_updates": 1500, "iterations": 5000, "teacher_lr": 1e-3,
-              "samples": 960},
+              "samples": 960, "own_teacher": True},
 }  # fmt: skip
-QUICK = {"frames": 6, "pixels": 12, "width": 32, "heads": 4, "depth": 3, "H": 1, "taps": "0,1", "teacher_updates": 60,
-         "stage1_updates": 10, "iterations": 30, "batch": 16, "samples": 120, "kd_count": 32,
+QUICK = {"own_teacher": True, "frames": 6, "pixels": 12, "width": 32, "heads": 4, "depth": 3, "H": 1, "taps": "0,1",
+         "teacher_updates": 60, "stage1_updates": 10, "iterations": 30, "batch": 16, "samples": 120, "kd_count": 32,
          "kd_steps": 4}  # fmt: skip
 
 
@@ -37,18 +37,25 @@ class ToyVideo(ToySettings):
     size: str = option("", "tiny (default on a CPU) or small (default on a GPU); sets the other defaults", "run")
     frames: int = option(8, "frames of a clip", "clips")
     pixels: int = option(12, "side of a frame in pixels", "clips")
+    # choice: few modes a motion, which a network this small can learn (see moving_shapes._few)
+    modes: str = option("few", "paths of a motion: few directions, phases, speeds or free ones", "clips",
+                        choices=("few", "free"))  # fmt: skip
+    own_teacher: bool = option(False, "train a teacher here instead of the one in results/video_teacher", "teacher")
+    width: int = 96
     patch_frames: int = option(2, "frames of a patch", "network", least=1)
     patch_pixels: int = option(4, "side of a patch in pixels", "network", least=1)
     heads: int = option(4, "attention heads", "network", least=1)
     M: int = 1
-    batch: int = 32
+    # choice: every second update is the student's; where seconds are scarce it learns more in them
+    student_every: int = 2
+    batch: int = 16
     # choice: a weaker guidance than the paper's, which saturates shapes this small
     guidance: float = option(2.0, "teacher's guidance in stage 2 and in its own samples; paper: 5", "training")
     stage1_guidance: float = option(2.0, "guidance of stage 1; paper: 3", "stage 1")
     teacher_updates: int = 8000
     stage1_updates: int = option(300, "updates of stage 1, or of the baseline's KD warm-up; paper: 3000", "stage 1", 0)
     iterations: int = 1200
-    # choice: learning rates for a network of half a million parameters; the paper's are for 1.3 B
+    # choice: learning rates for a network of a million parameters; the paper's are for 1.3 B
     teacher_lr: float = 3e-3
     stage1_lr: float = option(1e-4, "learning rate of stage 1 and of KD; paper: 3e-5", "stage 1", above=0)
     stage2_lr: float = 1e-3
@@ -82,10 +89,12 @@ class ToyVideo(ToySettings):
         if self.samples < 4 * len(PROMPTS):
             told = f"samples is {self.samples}; the ruler needs at least {4 * len(PROMPTS)}"
             raise ValueError(f"{told}, four clips for each prompt.")
-        World(self.frames, self.pixels), [encode(prompt) for prompt in self.shown()]  # their own checks
+        World(self.frames, self.pixels, self.modes), [encode(prompt) for prompt in self.shown()]  # their own checks
         if unnamed := [prompt for prompt in self.shown() if prompt not in PROMPTS]:
             raise ValueError(f"the prompt {unnamed[0]!r} leaves a word open; name shade, shape and motion.")
         super().__post_init__()
+        if not self.own_teacher:
+            published_teacher(self)
 
     def shown(self) -> list[str]:
         """Prompts of the contact sheet."""
@@ -97,6 +106,26 @@ class ToyVideo(ToySettings):
         return super().stage1_config(**{"guidance": self.stage1_guidance, **kw})
 
 
+def published_teacher(cfg: ToyVideo) -> tuple[dict, dict]:
+    """Weights and facts of the teacher in results/video_teacher for clips of so many frames.
+
+    ValueError if it was made for other clips or networks.
+    """
+    if cfg.frames not in video_teacher.RECIPES:
+        known = " or ".join(map(str, video_teacher.RECIPES))
+        told = f"frames is {cfg.frames}; results/video_teacher has teachers for {known}"
+        raise ValueError(f"{told}; choose one of them, or train a teacher with --own-teacher.")
+    weights, facts = video_teacher.load_weights(cfg.frames)
+    patch_frames, patch_pixels, _ = facts["network"]["patch"]
+    needed = {**facts["clips"], **facts["network"], "patch_frames": patch_frames, "patch_pixels": patch_pixels}
+    del needed["patch"]
+    other = [f"--{key.replace('_', '-')} {value}" for key, value in needed.items() if getattr(cfg, key) != value]
+    if other:
+        told = f"the teacher in results/video_teacher is for {', '.join(other)}"
+        raise ValueError(f"{told}; leave that as it is, or train a teacher with --own-teacher.")
+    return weights, facts
+
+
 def default_size() -> str:
     """The size that fits this machine."""
     return "small" if torch.cuda.is_available() else "tiny"
@@ -106,8 +135,9 @@ class VideoLadder(Ladder):
     """The ladder of moving shapes: clips, prompts, video transformers, the ruler."""
 
     settings = ToyVideo
-    of_teacher = ("seed", "frames", "pixels", "patch_frames", "patch_pixels", "width", "depth", "heads", "batch",
-                  "teacher_updates", "teacher_lr")  # fmt: skip
+    of_teacher = ("seed", "frames", "pixels", "modes", "patch_frames", "patch_pixels", "width", "depth", "heads",
+                  "batch", "teacher_updates", "teacher_lr")  # fmt: skip
+    teacher_decay = video_teacher.RECIPES[8]["decay"]
     only_shown, kd_chunk, curve_samples = ("prompts", "curve"), 1000, 10_000
 
     def __init__(self, cfg: ToyVideo):
@@ -116,7 +146,7 @@ class VideoLadder(Ladder):
         if self.device == "cuda":
             self.precision = self.precision_of("cuda")
             compile_blocks()
-        self.world = World(cfg.frames, cfg.pixels)
+        self.world = World(cfg.frames, cfg.pixels, cfg.modes)
         self.ruler = Ruler(self.world)
         self.kd_count, self.kd_steps = cfg.kd_count, cfg.kd_steps
         self.taps = tuple(sorted({int(block) for block in cfg.taps.split(",")}))
@@ -139,6 +169,15 @@ class VideoLadder(Ladder):
         """What the trainings draw from: clips (n, 1, T, H, W) and prompts (n, 3)."""
         return self.world.draw(n, generator)[:2]
 
+    def fit_teacher(self, folder, **run):
+        """The teacher of results/video_teacher, trained once; with own_teacher one that is trained here."""
+        if self.cfg.own_teacher:
+            return super().fit_teacher(folder, **run)
+        (weights, facts), teacher = published_teacher(self.cfg), self.network()
+        teacher.load_state_dict(weights)
+        curve = facts["curve"][-1]
+        return teacher.requires_grad_(False), {"seconds": curve["seconds"], "updates": curve["updates"]}
+
     def network(self):
         cfg = self.cfg
         patch = (cfg.patch_frames, cfg.patch_pixels, cfg.patch_pixels)
@@ -160,15 +199,16 @@ class VideoLadder(Ladder):
 
 
 def published() -> tuple[VideoLadder, dict]:
-    """The run that results/ shows: its ladder, and its networks "teacher", "stage1", "tmd" and "dmd2v"."""
+    """The run that results/ shows: its ladder, its teacher and its students "stage1", "tmd" and "dmd2v"."""
     results = Path(__file__).resolve().parents[1] / "results/toy_video"
-    cfg = ToyVideo(**json.loads((results / "metrics.json").read_text())["config"])
-    bench, how, found = VideoLadder(cfg), cfg.student_config(), {}
+    cfg = ToyVideo(**json.loads((results / "metrics.json").read_text(encoding="utf-8"))["config"])
+    bench, how = VideoLadder(cfg), cfg.student_config()
+    found = {"teacher": bench.fit_teacher(results)[0]}
     for name, state in tmd.safe_load(results / "weights.pt").items():
-        net = bench.network()
-        net = {"teacher": net, "dmd2v": tmd.PlainStudent(net)}.get(name) or tmd.TMDStudent(net, how.H, how.fusion)
-        net.load_state_dict(state)
-        found[name] = net.requires_grad_(False)
+        plain, net = name == "dmd2v", bench.network()
+        found[name] = tmd.PlainStudent(net) if plain else tmd.TMDStudent(net, how.H, how.fusion)
+        found[name].load_state_dict(state)
+        found[name].requires_grad_(False)
     return bench, found
 
 

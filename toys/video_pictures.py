@@ -115,7 +115,7 @@ def draw_curves(curves: dict, records: dict, path: Path):
 
 def draw(folder: Path, prompts: list[str] | None = None) -> None:
     """All pictures, from metrics.json and samples.npz alone; of other prompts than the run's, if given."""
-    metrics, saved = json.loads((folder / "metrics.json").read_text()), np.load(folder / "samples.npz")
+    metrics, saved = json.loads((folder / "metrics.json").read_text(encoding="utf-8")), np.load(folder / "samples.npz")
     records, prompts = metrics["models"], prompts or metrics["shown"]
     rows = [int((saved["c"] == encode(prompt).numpy()).all(1).nonzero()[0][0]) for prompt in prompts]
     clips = {name: saved[name] for name in ("data", "teacher_50", "dmd2v", "tmd") if name in saved}

@@ -1,20 +1,27 @@
 """The teacher of the tiny videos, trained once, as a teacher is in real life: hours on a core, minutes on a GPU.
 
-    python -m toys.video_teacher                  # goes on where it was stopped; runs/video_teacher/
+    python -m toys.video_teacher                  # goes on where it was stopped; runs/video_teacher/8-frames/
+    python -m toys.video_teacher --frames 12      # the teacher of longer clips, from the one above
     python -m toys.video_teacher --updates 200 --every 100 --out runs/video_teacher-try    # to see that it works
 
 The world has a few modes a motion, World(modes="few"), so that a network of a million parameters can learn it.
-Every so many updates the EMA is scored: curve.json holds the ruler's numbers against the updates.
+Every so many updates the EMA is scored: curve.json holds the ruler's numbers against the updates. At the end the EMA
+is written to teacher.safetensors, and teacher.json beside it holds recipe, curve and the hash of the weights. `make
+publish` copies both to results/video_teacher/<frames>-frames, where toy_video.py finds them.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
+import json
+import os
 import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import load, save_file
 
 import tmd_minimal as tmd
 from settings import command, write_json
@@ -22,26 +29,33 @@ from toys import video_net
 from toys.moving_shapes import EMPTY, MOTIONS, SHADES, SHAPES, World, encode
 from toys.ruler import Ruler
 
-# The rate is constant for two thirds of the updates and falls to zero in the last third.
-RECIPE = {"updates": 45_000, "batch": 32, "lr": 3e-3, "decay": 1 / 3, "ema": 0.999, "seed": 0}
+PUBLISHED = Path(__file__).resolve().parents[1] / "results/video_teacher"
+# {frames: recipe}. The rate is constant at first and falls to zero over `decay`, the last share of the updates.
+RECIPES = {
+    8: {"updates": 45_000, "batch": 32, "lr": 3e-3, "decay": 1 / 3, "ema": 0.999, "seed": 0},
+    12: {"updates": 12_000, "batch": 32, "lr": 1e-3, "decay": 2 / 3, "ema": 0.999, "seed": 0},
+}
+START = {12: 8}  # where a teacher starts from another's weights
 NETWORK = {"width": 96, "depth": 6, "heads": 4, "patch": (2, 4, 4)}
-FRAMES, PIXELS, GUIDANCE = 8, 12, 2.0
+PIXELS, GUIDANCE = 12, 2.0
 
 
-def train(out: Path, recipe: dict, every: int) -> None:
-    """Train the teacher of `recipe`, or go on; writes checkpoint.pt and curve.json into `out`.
+def train(out: Path, frames: int, recipe: dict, every: int) -> None:
+    """Train the teacher of `recipe`, or go on; writes checkpoint.pt, curve.json and the finished weights into `out`.
 
     RAISES ValueError if there is no update to make, or none between two scores.
     """
     if recipe["updates"] < 1 or every < 1:
         raise ValueError(f"updates is {recipe['updates']} and every {every}; both must be at least 1.")
     out.mkdir(parents=True, exist_ok=True)
-    world, c_neg = World(FRAMES, PIXELS, modes="few"), torch.full((3,), EMPTY)
+    world, c_neg = World(frames, PIXELS, modes="few"), torch.full((3,), EMPTY)
     ruler = Ruler(world)
     c = torch.stack([encode(" ".join(words)) for words in itertools.product(SHADES, SHAPES, MOTIONS)]).repeat(8, 1)
-    x_1 = torch.randn(len(c), 1, FRAMES, PIXELS, PIXELS, generator=torch.Generator().manual_seed(10_000))
+    x_1 = torch.randn(len(c), 1, frames, PIXELS, PIXELS, generator=torch.Generator().manual_seed(10_000))
     torch.manual_seed(recipe["seed"])
     net = video_net.VideoDiT(1, NETWORK["width"], NETWORK["depth"], NETWORK["heads"], NETWORK["patch"], words=EMPTY)
+    if frames in START:
+        net.load_state_dict(load_weights(START[frames])[0])
     losses = []
 
     def on_step(phase, terms):
@@ -63,19 +77,52 @@ def train(out: Path, recipe: dict, every: int) -> None:
             print(f"{phase.step} updates, {phase.seconds:.0f} s: loss {phase.log[-1]['loss']:.4f}  {shown}", flush=True)
 
     data = lambda n, generator: world.draw(n, generator)[:2]
-    tmd.train_teacher(
+    ema, _ = tmd.train_teacher(
         net, data, c_neg=c_neg, path=str(out / "checkpoint.pt"), save_every=500, on_step=on_step, **recipe
     )
+    save_weights(ema, out, frames)
+
+
+def save_weights(net, out: Path, frames: int) -> None:
+    """teacher.safetensors, atomically, and teacher.json: curve.json and what the weights must fit, with their hash."""
+    temporary = out / "teacher.tmp"
+    save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, temporary)
+    digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+    os.replace(temporary, out / "teacher.safetensors")
+    clips = {"frames": frames, "pixels": PIXELS, "modes": "few"}
+    write_json(
+        out / "teacher.json",
+        {**json.loads((out / "curve.json").read_text(encoding="utf-8")), "clips": clips, "sha256": digest},
+    )
+
+
+def load_weights(frames: int, root: Path = PUBLISHED) -> tuple[dict, dict]:
+    """Weights by name and facts (teacher.json) of the published teacher of so many frames.
+
+    RuntimeError if the weights are not those that the facts tell of.
+    """
+    folder = root / f"{frames}-frames"
+    facts, data = (
+        json.loads((folder / "teacher.json").read_text(encoding="utf-8")),
+        (folder / "teacher.safetensors").read_bytes(),
+    )
+    if hashlib.sha256(data).hexdigest() != facts["sha256"]:
+        told = f"{folder / 'teacher.safetensors'} is not the file that teacher.json tells of"
+        raise RuntimeError(f"{told}; get it again from the repository, or give --own-teacher.")
+    return load(data), facts
 
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", default="runs/video_teacher", help="output folder (default: runs/video_teacher)")
-    p.add_argument("--updates", type=int, default=RECIPE["updates"], help=f"updates (default: {RECIPE['updates']})")
+    p.add_argument("--frames", type=int, default=8, choices=tuple(RECIPES), help="frames of a clip (default: 8)")
+    p.add_argument("--out", default="", help="output folder (default: runs/video_teacher/<frames>-frames)")
+    p.add_argument("--updates", type=int, default=0, help="updates (default: the recipe's)")
     p.add_argument("--every", type=int, default=2500, help="updates between two scores (default: 2500)")
     args = p.parse_args(argv)
     torch.set_num_threads(1)
-    return command("video_teacher", lambda: train(Path(args.out), {**RECIPE, "updates": args.updates}, args.every))
+    recipe, out = RECIPES[args.frames], Path(args.out or f"runs/video_teacher/{args.frames}-frames")
+    recipe = {**recipe, "updates": args.updates or recipe["updates"]}
+    return command("video_teacher", lambda: train(out, args.frames, recipe, args.every))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ from nbclient.exceptions import CellExecutionError
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 # calls in a notebook that read files of results/
-READS = {"claims(": {"claims.json"}, "published(": {"weights.pt", "metrics.json"}}
+PUBLISHED = {"weights.pt", "metrics.json", "teacher.json", "teacher.safetensors"}
+READS = {"claims(": {"claims.json"}, "published(": PUBLISHED}
 LIMIT = 120  # seconds that a reader should have to wait at most, on two free cores
 
 
@@ -58,7 +59,7 @@ def digest(notebook) -> dict[str, str]:
     while todo:
         file = todo.pop()
         found.add(file)
-        todo |= imported(file.read_text()) - found
+        todo |= imported(file.read_text(encoding="utf-8")) - found
     short = lambda text: hashlib.sha256(text.encode()).hexdigest()[:16]
     cells = short("\n".join(f"{cell.cell_type}\n{cell.source}" for cell in notebook.cells))
     read = {str(file.relative_to(ROOT)): file for file in sorted(found | results)}
