@@ -177,7 +177,7 @@ def test_split_truncated_and_foreign_weights(tiny, tmp_path):
     (part / name).rename(part / "diffusion_pytorch_model-00001-of-00002.safetensors")
     with pytest.raises(ValueError) as error:
         check_folder(folder)
-    says(error, f"lacks transformer/{name}.index.json")
+    says(error, f"lacks transformer/{name}", f"{name}.index.json")
     weight_map = {
         "a": "diffusion_pytorch_model-00001-of-00002.safetensors",
         "b": "diffusion_pytorch_model-00002-of-00002.safetensors",

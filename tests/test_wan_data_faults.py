@@ -230,7 +230,7 @@ def test_a_full_disk_is_a_sentence_and_costs_nothing(fake, tiny, tmp_path, monke
             generate(tiny, file, out, kd=True, **SMALL)
             break
         except RuntimeError as error:
-            says(type("", (), {"value": error}), "No space left on device", "free some disk")
+            says(type("", (), {"value": error}), "the disk is full; free some")
         monkeypatch.setattr(os, "fsync", stock)
         generate(tiny, file, out, kd=True, **SMALL)
         assert contents(out) == want
@@ -324,7 +324,7 @@ def test_videos_of_the_tiny_preset_pass_the_filter(tmp_path, capsys):
     assert command("data", "--preset", "tiny", "--out", tmp_path / "out", "--videos", tmp_path / "v") == 0
     assert "1 clips of 1" in capsys.readouterr().out
     assert command("data", "--preset", "tiny", "--frames", "1", "--out", tmp_path / "x") == 1
-    assert "frames is 1; a video" in capsys.readouterr().err
+    assert "frames is 1; it must be at least 5" in capsys.readouterr().err
 
 
 def test_a_model_folder_is_the_same_by_every_path(tiny, tmp_path, monkeypatch):

@@ -449,8 +449,9 @@ def ladder(tiny, monkeypatch):
             monkeypatch.setattr(module, name, lambda cfg, *_, name=name: steps.append((name, cfg.prompts)))
         monkeypatch.setattr(run, "evaluate", lambda *_: None)
         monkeypatch.setattr(sample, "planned", lambda cfg: steps.append(("planned", cfg.prompts)))
-        size = ("--frames", 9, "--height", 32, "--width", 48, "--device", "cpu", "--sample-prompts", 2)
-        status = run.main([str(arg) for arg in ("--model", tiny, *size, *args)])
+        size = ("--frames", 9, "--height", 32, "--width", 48, "--H", 2, "--taps", "1,2,3")
+        more = ("--device", "cpu", "--sample-prompts", 2)
+        status = run.main([str(arg) for arg in ("--model", tiny, *size, *more, *args)])
         return status, [step for step, _ in steps], {prompts for _, prompts in steps}
 
     return call

@@ -25,7 +25,7 @@ from wan_scale.cost.report import report
 from wan_scale.data.teacher import generate
 from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels, load_transformer
 from wan_scale.tiny import make_tiny
-from wan_scale.training import dist, train, ulysses
+from wan_scale.training import dist, previews, train, ulysses
 from wan_scale.training.phase import mixed
 
 HOW, TAPS = WanStudentConfig(M=2, N=2, H=2), (1, 3)
@@ -135,7 +135,7 @@ def trainings(root, K: int) -> dict:
         found.update({f"{job.name}.{name}": dist.full(p).clone() for name, p in moments.items()})
         raise Stop
 
-    train.Training.on_step, train.Training.picture = on_step, lambda *a: None
+    train.Training.on_step, previews.picture = on_step, lambda *a: None
     for phase in (train.stage1, lambda cfg: train.stage2(replace(cfg, stage1_updates=0))):
         with pytest.raises(Stop):
             phase(cfg)
@@ -240,7 +240,7 @@ def test_training_and_preview(root, monkeypatch):
     """Training on 2 x 2 ranks: each group its own clips and draws, one process's gradients, every clip of the preview
     drawn once.
     """
-    monkeypatch.setattr(train.Training, "picture", None)  # put back after the case has changed it
+    monkeypatch.setattr(previews, "picture", None)  # put back after the case has changed it
     one, many = trainings(root, 1), torch.load(root / "trainings-4-2-0.pt")
     assert many["latents"].shape[:2] == (2, 2) and len(many) > 300
     same(one, many, 1e-3, floor=1e-7)
