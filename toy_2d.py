@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import settings
-from toys import bench, claims_2d, plane_pictures
+from toys import bench, claims_2d, explore_plane, plane_pictures
 from toys.drawing import redraw
 from toys.ladder import open_folder
 from toys.plane import QUICK, PlanarLadder, Toy
@@ -66,8 +66,11 @@ def run(cfg: Toy, resume: bool = False, progress: bool = True) -> dict:
     curves = {"DMD2-v": base["curve"], "TMD": ours["curve"]}
     metrics = record.save(folder, plane_pictures.markdown, arrays, floors=floors, curves=curves)
     plane_pictures.draw(folder)
+    # ---- And a page to play with: every model, every number of steps, in a browser.
+    students = {"dmd2v": base["student"], "stage1": ours["stage1"], "tmd": ours["student"]}
+    page = explore_plane.write(folder, ladder, teacher, students)
     pictures = "samples.png, inner_flow.png, curves.png, transition.gif"
-    print(f"done in {record.seconds:.0f} s: {folder}/metrics.json, {pictures}")
+    print(f"done in {record.seconds:.0f} s: {folder}/metrics.json, {pictures}; open {page} in a browser")
     return metrics
 
 

@@ -97,7 +97,7 @@ def test_quick_run_visibly_works(tmp_path):
     for student in ("dmd2v", "stage1", "tmd"):
         assert models[student]["swd"] < 0.5 * models["teacher_1"]["swd"]
     assert models["tmd"]["updates"] == models["dmd2v"]["updates"]  # the baseline is trained as long
-    for name in ("samples.png", "inner_flow.png", "curves.png", "transition.gif"):
+    for name in ("samples.png", "inner_flow.png", "curves.png", "transition.gif", "explore.html"):
         assert (tmp_path / name).stat().st_size > 5000
     saved = np.load(tmp_path / "samples.npz")
     assert saved["tmd"].shape == (2000, 2) and np.isfinite(saved["tmd"]).all()

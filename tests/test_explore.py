@@ -1,0 +1,120 @@
+"""The page of the plane in a real browser: no network, no console error, and what is clicked is what is drawn."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+import tmd_minimal as tmd
+from toys import explore_plane
+from toys.plane import PlanarLadder, Toy
+
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+# Runs in the page: what a person would do, and what the page then shows.
+DRIVE = """
+<script>
+const out = {errors: window.errors}, seen = () => canvas.toDataURL().length + ":" + canvas.toDataURL().slice(-4000);
+const choose = (name, value) => document.querySelector(`input[name="${name}"][value="${value}"]`).click();
+const slide = (to) => { const at = element("at"); at.value = to; at.dispatchEvent(new Event("input")); };
+const pictures = [];
+for (const to of [0, 2, 4]) { slide(to); pictures.push(seen()); }
+out.slides = new Set(pictures).size;
+out.models = {};
+for (const model of ["teacher", "dmd2v", "stage1", "tmd"]) {
+  choose("model", model); slide(999);
+  out.models[model] = [element("nfe").textContent, element("swd").textContent, seen()];
+}
+choose("M", "2"); choose("N", "4"); choose("outer", "renoised"); slide(0);
+const calm = seen(), box = canvas.getBoundingClientRect();
+canvas.dispatchEvent(new MouseEvent("click", {clientX: box.left + box.width / 2, clientY: box.top + box.height / 2}));
+out.fan = [seen() !== calm, element("caption").textContent];
+document.dispatchEvent(new KeyboardEvent("keydown", {key: "Escape"}));
+out.closed = seen() === calm;
+const before = element("at").value;
+document.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight"}));
+out.keys = [before, element("at").value];
+choose("field", "printed"); out.printed = [element("swd").textContent, element("hint").textContent];
+choose("show", "printed"); out.stage2 = element("caption").textContent;
+choose("show", "sampling"); choose("field", "consistent"); choose("M", "1");
+out.disabled = document.querySelector('input[name="outer"][value="renoised"]').disabled;
+out.wide = document.documentElement.scrollWidth <= window.innerWidth;
+document.title = JSON.stringify(out);
+</script>
+"""
+CATCH = "<script>window.errors = []; window.onerror = (words) => { window.errors.push(String(words)); };</script>"
+
+
+class Ladder(PlanarLadder):
+    """Scores that cost nothing."""
+
+    def score(self, points, c=None):
+        return {"swd": points.abs().mean().item(), "off_support": 0.5}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """explore.html of untrained networks, and the ladder that it was made of."""
+    folder = tmp_path_factory.mktemp("explore")
+    torch.manual_seed(0)
+    ladder = Ladder(Toy(width=16, depth=3, H=1, samples=2000))
+    teacher = ladder.network()
+    tmd_student = tmd.TMDStudent(teacher, 1)
+    students = {"dmd2v": tmd.PlainStudent(teacher), "stage1": tmd_student, "tmd": tmd_student}
+    return explore_plane.write(folder, ladder, teacher, students), ladder, teacher, students
+
+
+def test_the_page_stands_alone_and_is_small(page):
+    """One file under 3 MB; nothing in it asks for another; every view has as many frames as its steps give."""
+    text = page[0].read_text(encoding="utf-8")
+    assert page[0].stat().st_size < 3e6 and "{{" not in text
+    assert not re.search(r"(src|href)\s*=|https?://|import\(|fetch\(", text)
+    facts = json.loads(text.split("const facts = ", 1)[1].split(";\n", 1)[0])
+    assert len(facts["views"]["tmd/2/4/renoised/consistent"]["frames"]) == 2 * (1 + 5) + 1
+    assert (
+        len(facts["views"]["teacher/4"]["frames"]) == 5
+        and facts["views"]["tmd/1/1/deterministic/consistent"]["nfe"] == 1
+    )
+
+
+def test_its_points_are_the_samplers(page):
+    """The last frame of a view holds the student's samples, to the rounding of 16 bits."""
+    _, ladder, teacher, students = page
+    facts, pack = explore_plane.measure(ladder, teacher, students)
+    x = ladder.student_samples(
+        students["tmd"], ladder.cfg.student_config(M=2, N=4, outer="renoised"), explore_plane.SCORED
+    )
+    start = facts["views"]["tmd/2/4/renoised/consistent"]["frames"][-1][2]
+    found = torch.cat(pack.parts)[start : start + 2 * facts["points"]].view(-1, 2) * (explore_plane.LIMIT / 32767)
+    wanted = x[: facts["points"]].clamp(-explore_plane.LIMIT, explore_plane.LIMIT)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+
+
+def drive(path, tmp_path, width: int) -> dict:
+    """What DRIVE finds in a window of this width."""
+    text = path.read_text(encoding="utf-8").replace("<head>", "<head>" + CATCH, 1).replace("</body>", DRIVE + "</body>")
+    (tmp_path / "page.html").write_text(text, encoding="utf-8")
+    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+               f"--window-size={width},900", "--dump-dom", f"file://{tmp_path / 'page.html'}"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL).group(1)
+    return json.loads(title.replace("&quot;", '"').replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+
+
+@pytest.mark.parametrize("width", [1280, 500])  # Chromium's windows are not narrower than 500
+@pytest.mark.browser
+@pytest.mark.skipif(not BROWSER, reason="no Chromium here")
+def test_what_is_chosen_is_what_is_drawn(page, tmp_path, width):
+    """Slider, models, fan, keys and the readings of the equations; no error, nothing beside the window."""
+    found = drive(page[0], tmp_path, width)
+    assert found["errors"] == [] and found["slides"] == 3 and found["wide"]
+    assert len({tuple(shown) for shown in found["models"].values()}) >= 3  # untrained stage 1 and TMD are one network
+    assert found["models"]["teacher"][0] == "50.00" and found["models"]["dmd2v"][0] != found["models"]["tmd"][0]
+    assert found["fan"][0] and "inner noises" in found["fan"][1] and found["closed"]
+    assert found["keys"] == ["0", "1"] and "biased" in found["printed"][1] and "stage 2" in found["stage2"]
+    assert found["disabled"]
