@@ -144,7 +144,8 @@ def saved(out: Path) -> tuple[set[str], dict[str, int]]:
     clips = {f"clip {p.stem[5:]}" for p in out.glob("data/parts/*/clip-*.safetensors")}
     for path in out.glob("data/shard-*.json"):
         clips |= {f"clip {clip['id']}" for clip in json.loads(path.read_text(encoding="utf-8"))["clips"]}
-    names = {str(p.relative_to(out)) for p in [*out.glob("stage?/student.json"), *out.glob("samples/*/*.mp4")]}
+    done = [*out.glob("stage?/student.json"), *out.glob("samples/*/*.mp4")]
+    names = {str(p.relative_to(out)) for p in done if not p.name.startswith(".")}  # .NAME.tmp.mp4 is in work
     newest = lambda phase: [int(p.name[5:]) for p in complete(out / phase / "checkpoints")][-1:] or [0]
     return clips | names, {phase: newest(phase)[0] for phase in ("stage1", "stage2")}
 
