@@ -40,7 +40,7 @@ def writing(path: Path):
 @contextmanager
 def atomic(path: Path, temporary: Path | None = None):
     """A binary file to write; it appears as `path` whole at the end of the block. RuntimeError if the disk is full."""
-    temporary = temporary or path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = temporary or path.with_name(f"{path.name}.tmp")  # the same each time: a kill leaves one at most
     try:
         with writing(path):
             with open(temporary, "wb") as file:
