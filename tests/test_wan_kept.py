@@ -149,6 +149,19 @@ def test_saves_by_the_clock_and_on_sigterm(tmp_path):
         phase_of(5, tmp_path / "d", on_step=kill)
     assert signal.getsignal(signal.SIGTERM) is handler
     assert torch.equal(phase_of(5, tmp_path / "d").nets["student"].weight, whole)
+    last = lambda phase, terms: os.kill(os.getpid(), signal.SIGTERM) if phase.step == 5 else None
+    with pytest.raises(RuntimeError, match="told to stop; saved at its end"):
+        phase_of(5, tmp_path / "e", on_step=last)
+    assert torch.equal(phase_of(5, tmp_path / "e").nets["student"].weight, whole)
+
+
+def test_checksums_of_huge_checkpoints_are_kept_where_asked_for(tmp_path, monkeypatch):
+    """Beyond the limit a save waits for no checksum, unless --verify asks for it."""
+    monkeypatch.setattr(checkpoints, "UNASKED", 10)
+    files = lambda folder: json.loads((folder / "step-00000001" / "state.json").read_text())["files"]
+    for verify in (False, True):
+        phase_of(1, tmp_path / str(verify), verify=verify)
+        assert bool(files(tmp_path / str(verify))) is verify
 
 
 def test_a_longer_phase_is_the_same_run(tmp_path):

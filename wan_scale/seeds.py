@@ -14,4 +14,4 @@ def mixed(seed: int, number: int) -> int:
 
 def generator(seed: int) -> torch.Generator:
     """A CPU generator as torch seeds it, and for seeds beyond 32 bits one of their own."""
-    return torch.Generator().manual_seed(seed if seed < 2**32 else mixed(seed, 0))
+    return torch.Generator().manual_seed(seed if 0 <= seed < 2**32 else mixed(seed, 0))

@@ -158,6 +158,8 @@ class WanPhase(tmd.Phase):
                 checkpoints.check_room(path, self.size(), self.keep)
         with told_to_stop(bool(path)) as asked:
             ema = super().run(accumulated, steps, path, on_step=stepped, progress=progress, **kw)
+            if any(dist.gathered(bool(asked))):  # in the last update: what comes next must not begin
+                raise RuntimeError(f"{self.name}: told to stop; saved at its end, the same command goes on.")
         for name in self.nets:
             if self.in_a_row[name] and not self.made[name]:
                 none = f"{self.name}: of {self.in_a_row[name]} updates of {name!r} no gradient was finite"
@@ -186,7 +188,7 @@ class WanPhase(tmd.Phase):
 
     def save(self, path):
         state = {key: getattr(self, key) for key in self.KEPT}
-        checkpoints.save(path, f"step-{self.step:08d}", self.tensors(), state, self.keep)
+        checkpoints.save(path, f"step-{self.step:08d}", self.tensors(), state, self.keep, self.verify)
         self.saved = time.monotonic()
 
     def load(self, path):
