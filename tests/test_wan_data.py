@@ -6,7 +6,6 @@ import inspect
 import itertools
 import json
 import os
-import re
 import shutil
 import signal
 import weakref
@@ -16,12 +15,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from safetensors import safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
+from wan_data_help import contents, make_fake, says
 
 import tmd_minimal as tmd
 from wan_scale.data import shards, teacher
 from wan_scale.data.checks import MEAN_BOUND, Dropped, broken, check_normalised
-from wan_scale.data.files import HashedFile, atomic
+from wan_scale.data.files import HashedFile
 from wan_scale.data.folders import check_folder
 from wan_scale.data.prompts import NEGATIVE, read_prompts
 from wan_scale.data.reader import Reader
@@ -58,32 +58,7 @@ def made(tiny, prompts, tmp_path_factory):
 
 @pytest.fixture
 def fake(monkeypatch):
-    """A teacher that hands back its noise and a text encoder that writes ones: everything around them is the real
-    thing.
-    """
-
-    def encode(folder, files, **_):
-        for path, texts in files.items():
-            if not path.exists():
-                with atomic(path) as file:
-                    file.write(save({key: torch.ones(3, 32, dtype=torch.bfloat16) for key in texts}))
-
-    monkeypatch.setattr(shards, "encode_text", encode)
-    monkeypatch.setattr(teacher, "load_teacher", lambda *_: lambda noise, text: noise)
-    # nothing to free, and collecting garbage takes longer than all the rest
-    monkeypatch.setattr(shards, "free_memory", lambda: None)
-
-
-def contents(folder: Path) -> dict:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def says(error, *words):
-    """The one sentence of an error, which holds the given words."""
-    text = str(error.value)
-    assert text.endswith(".") and "\n" not in text and not re.search(r"[.!?] [A-Z]", text), text
-    for word in words:
-        assert word in text, text
+    make_fake(monkeypatch)
 
 
 # ---- Prompt files ----------------------------------------------------------------------------------------------------

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
-from test_wan_data import PROMPTS, SMALL, contents, says, write_video
+from test_wan_data import PROMPTS, SMALL, write_video
+from wan_data_help import contents, make_fake, says
 
 from wan_scale import run
-from wan_scale.data import files, shards, teacher, videos
+from wan_scale.data import files, teacher, videos
 from wan_scale.data.ahead import Ahead
-from wan_scale.data.files import atomic
 from wan_scale.data.lock import only_one
 from wan_scale.data.prompts import NEGATIVE, read_prompts
 from wan_scale.data.reader import Reader
 from wan_scale.data.teacher import generate
-from wan_scale.data.text import encode_text
+from wan_scale.data.text import digest, encode_text, read_negative
 from wan_scale.data.videos import encode_videos, read_video
 from wan_scale.seeds import generator
 from wan_scale.tiny import make_tiny
@@ -38,17 +38,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def fake(monkeypatch):
-    """A teacher that hands back its noise and a text encoder that writes ones."""
-
-    def encode(folder, files, **_):
-        for path, texts in files.items():
-            if not path.exists():
-                with atomic(path) as file:
-                    file.write(save({key: torch.ones(3, 32, dtype=torch.bfloat16) for key in texts}))
-
-    monkeypatch.setattr(shards, "encode_text", encode)
-    monkeypatch.setattr(teacher, "load_teacher", lambda *_: lambda noise, text: noise)
-    monkeypatch.setattr(shards, "free_memory", lambda: None)  # nothing to free
+    make_fake(monkeypatch)
 
 
 def written(path, lines):
@@ -336,3 +326,17 @@ def test_a_model_folder_is_the_same_by_every_path(tiny, tmp_path, monkeypatch):
         sample.stamp(tmp_path, run.preset("tiny", model=model), teacher=True)
     with pytest.raises(RuntimeError, match="another model"):
         sample.stamp(tmp_path, run.preset("tiny", model=str(tmp_path)), teacher=True)
+
+
+def test_a_changed_bit_of_the_negative_embedding_is_noticed(tmp_path):
+    """It trains as the empty prompt: a bit of its tensor that was flipped later is a sentence, not another student."""
+    text = {"negative": torch.randn(3, 32).bfloat16()}
+    path = tmp_path / "negative.safetensors"
+    path.write_bytes(save(text, {"sha256": digest(text)}))
+    assert torch.equal(read_negative(tmp_path, 3), text["negative"])
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError) as error:
+        read_negative(tmp_path, 3)
+    says(error, "its checksum differs", "run `data` again")

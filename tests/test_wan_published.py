@@ -2,14 +2,13 @@
 
 import io
 import json
-import re
 import shutil
 import tarfile
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save
+from wan_data_help import contents, says
 
 from wan_scale import run
 from wan_scale.data import published, shards
@@ -132,18 +131,6 @@ def own(tiny, out, found=None, n=CLIPS):
     where = dict(rank=0, world=1, device="cpu", text_of=lambda record: found[record["seed"]][1])
     shards.fill(tiny, out, manifest, records, load, **where)
     return out
-
-
-def contents(folder: Path) -> dict:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def says(error, *words):
-    """The one sentence of an error, which holds the given words."""
-    text = str(error.value)
-    assert text.endswith(".") and "\n" not in text and not re.search(r"[.!?] [A-Z]", text), text
-    for word in words:
-        assert word in text, text
 
 
 def rewrite(path, **changes):

@@ -420,3 +420,22 @@ def test_a_locale_without_letters(cfg):
         line = [sys.executable, run.__file__, command, *given, "--height", "32", "--width", "32"]
         done = subprocess.run(line, env=env, capture_output=True, check=True)
     assert "Süsstrunk" in done.stdout.decode() and cfg.folder("samples/tmd/ein süßer Ball-0.mp4").exists()
+
+
+def test_a_changed_bit_of_a_video_is_noticed(tmp_path):
+    """write_video seals its mp4: every byte of the frames counts. An mp4 without a seal, as others write it, passes."""
+    frames = np.random.default_rng(0).random((5, 32, 32, 3))
+    path = write_video(frames, tmp_path / "a cat-0.mp4")
+    assert read_video(path).shape == (5, 32, 32, 3)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"mdat") + 200
+    data[at] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(RuntimeError, match=r"its checksum differs|not a readable video"):
+        read_video(path)
+    data[at] ^= 1
+    path.write_bytes(data[:-46])
+    assert read_video(path).shape == (5, 32, 32, 3)
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # the seal itself
+    with pytest.raises(RuntimeError, match="its checksum differs"):
+        read_video(path)
