@@ -29,6 +29,7 @@ COPIES = {  # results: runs
     **{f"toy_video/{name}": f"toy_video/tiny/{name}" for name in VIDEO},
     **{f"toy_video/{name}": f"toy_video/claims-tiny/{name}" for name in ("claims.json", "claims.md")},
     "toy_video/claims_quality_vs_nfe.png": "toy_video/claims-tiny/quality_vs_nfe.png",
+    "toy_video/why.png": "toy_video/claims-tiny/why.png",
     "toy_video/bench.json": "toy_video/bench.json",
     **{f"toy_video/{name}": f"toy_video/sweep-tiny/claims.{name.split('.')[1]}" for name in ("sweep.json", "sweep.md")},
     **{
@@ -106,9 +107,9 @@ def tables() -> dict[str, str]:
     """Every table of RESULTS.md."""
     costs = lambda rows: bench.markdown(rows) + "\n" + bench.rollout_cost(rows) + "\n"
     return {
-        "claims": verdicts.claims_table(claims_2d.RUNG, load("toy_2d/claims.json")),
+        "claims": verdicts.judged(claims_2d.RUNG, load("toy_2d/claims.json")),
         "bench": costs(load("toy_2d/bench.json")),
-        "video-claims": verdicts.claims_table(claims_video.rung("tiny"), load("toy_video/claims.json")),
+        "video-claims": verdicts.judged(claims_video.rung("tiny"), load("toy_video/claims.json")),
         "video-students": "\n".join(claims_video.measured(load("toy_video/claims.json"))),
         "video-bench": costs(load("toy_video/bench.json")),
     }

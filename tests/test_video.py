@@ -373,10 +373,40 @@ def test_claims_run_and_resume(tmp_path, inline, monkeypatch):
     claims.run(rung, str(tmp_path), quick=True)
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "jobs").glob("*.json")}
     table = (tmp_path / "claims.md").read_text()
-    assert len(stamps) == 4 and "not run" in table and "bounce" in table
+    assert len(stamps) == 4 and "not run" in table and "bounce" in table and "share of y_1 after stage 2" in table
     claims.run(rung, str(tmp_path), quick=True)
     assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "jobs").glob("*.json")}
     assert table == (tmp_path / "claims.md").read_text()
+    result = json.loads((tmp_path / "claims.json").read_text())
+    assert {*result["head"]} == {"tmd"}
+    teacher = {steps: result["models"]["tmd"] for steps in ("50", "8", "4", "2", "1", "floor")}  # a quick run has none
+    rung.draw(tmp_path, result | {"teacher": teacher})
+    for name in ("quality_vs_nfe.png", "why.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+
+
+def test_what_explains_the_rows_is_read_from_the_right_places():
+    """N of the training, 1 and the others at sampling; the gate by phase, None where there is none; shared updates."""
+    total = lambda value: {"total": value}
+
+    def record(seed, N, gate):
+        head = {"stage1": {"gate": gate, "y_1 share": 0.5}, "end": {"gate": gate, "y_1 share": 0.2 + seed}}
+        curve = [{"updates": u, "total": u + seed} for u in (1, 10, *[20] * seed)]
+        return {"settings": {"student": {"N": N}}, "end": total(0.7 + seed), "one": total(0.1), "head": head,
+                "stage1": total(0.3), "other N": {"2": total(0.6), "8": total(0.8)}, "curve": curve}  # fmt: skip
+
+    jobs = {"a": [record(0, 4, 0.05), record(1, 4, 0.07)], "b": [record(0, 1, None)], "plain": [{"end": total(1.0)}]}
+    found = claims_video.heads(jobs)
+    assert {*found} == {"a", "b"} and {k: v["mean"] for k, v in found["a"]["N"].items()} == pytest.approx(
+        {"1": 0.1, "2": 0.6, "4": 1.2, "8": 0.8}
+    )
+    assert [*found["b"]["N"]] == ["1", "2", "8"] and found["b"]["N"]["1"]["mean"] == 0.7, "its own N is 1"
+    assert found["a"]["gate"]["end"]["mean"] == pytest.approx(0.06) and found["b"]["gate"]["end"] is None
+    assert found["a"]["y_1"]["end"]["mean"] == pytest.approx(0.7) and found["a"]["stage 1"]["mean"] == 0.3
+    lines = claims_video.heads_table({"head": found})[0].splitlines()
+    assert lines[2].startswith("| a | 0.300 ± 0.000 | 0.100") and "| - |" in lines[3] and "0.700 |" in lines[3]
+    curve = claims_video.curves(jobs)
+    assert {*curve} == {"a", "b"} and [(p["updates"], p["total"]["mean"]) for p in curve["a"]] == [(1, 1.5), (10, 10.5)]
 
 
 def test_dropped_words_are_the_empty_word():

@@ -12,15 +12,12 @@ size cannot be expected to win more.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from toys import claims
+from toys import claims, claims_pictures
 from toys.claims import Rung
-from toys.drawing import BLUE, INK, ORANGE, pyplot
 from toys.moving_shapes import MOTIONS
 from toys.tiny_video import QUICK, SIZES, ToyVideo, VideoLadder
 from toys.verdicts import show, students_table, summary
@@ -114,11 +111,6 @@ def teacher_name(cfg: ToyVideo) -> str:
     return f"teacher-{cfg.frames}x{cfg.pixels}-seed{cfg.seed}"
 
 
-def base_teachers(root: Path) -> list[dict]:
-    """Scores of the teacher's own clips, a seed of noise each."""
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(root.glob("teacher-*/teacher.json"))]
-
-
 @torch.no_grad()
 def extra(bench: VideoLadder, teacher, fit: dict, how) -> dict:
     """More of a TMD job: how far the gate moved, how much y_1 decides, what other N at sampling give."""
@@ -141,48 +133,88 @@ def share_of_y_1(bench: VideoLadder, student, how, n: int = 120) -> float:
 
 
 def table(jobs: dict, numbers, judge, result: dict) -> None:
-    """Adds the scores by motion law: which motions suffer, and which shift suits which motion?"""
+    """Adds what explains the rows: scores by motion law, what the head does, scores against the updates."""
     result["laws"] = {
         name: {law: summary([r["end"]["laws"][law]["total"] for r in rs]) for law in MOTIONS}
         for name, rs in jobs.items()
         if len(rs) > 1 and all("end" in r for r in rs)
     }
+    steps = [*map(str, rung("tiny").teacher_steps), "floor"]
+    teachers = {k: list(numbers(f"teacher {k}", "end").values()) for k in steps}
+    result["teacher"] = {k: {key: summary([t[key] for t in of]) for key in LABELS} for k, of in teachers.items() if of}
+    result["head"] = heads(jobs)
+    result["curves"] = curves(jobs)
+
+
+def heads(jobs: dict) -> dict:
+    """{TMD student: {"stage 1": total after it, "gate" and "y_1" by phase, "N": {N at sampling: total}}}, summaries."""
+    found = {}
+    for name, records in jobs.items():
+        mine = [r for r in records if "head" in r]
+        if not mine:
+            continue
+        student = mine[0]["settings"]["student"]
+        by_N = {steps: [r["other N"][steps]["total"] for r in mine] for steps in mine[0]["other N"]}
+        by_N[str(student["N"])] = [r["end"]["total"] for r in mine]
+        if student["N"] > 1:
+            by_N["1"] = [r["one"]["total"] for r in mine]
+        of = lambda phase, key, mine=mine: [r["head"][phase][key] for r in mine if phase in r["head"]]
+        parts = {"gate": "gate", "y_1": "y_1 share"}
+        phases = {part: {phase: of(phase, key) for phase in ("stage1", "end")} for part, key in parts.items()}
+        known = lambda values: summary(values) if values and None not in values else None
+        found[name] = {part: {phase: known(values) for phase, values in p.items()} for part, p in phases.items()}
+        found[name]["stage 1"] = known([r["stage1"]["total"] for r in mine if "stage1" in r])
+        found[name]["N"] = {steps: summary(by_N[steps]) for steps in sorted(by_N, key=int)}
+    return found
+
+
+def curves(jobs: dict) -> dict:
+    """{student of the long runs: [{"updates", "total": its summary over seeds}]}."""
+    found = {}
+    for name, records in jobs.items():
+        mine = [r["curve"] for r in records if r.get("curve")]
+        if mine:
+            points = [{point["updates"]: point["total"] for point in curve} for curve in mine]
+            shared = sorted(set.intersection(*map(set, points)))
+            found[name] = [{"updates": u, "total": summary([p[u] for p in points])} for u in shared]
+    return found
 
 
 def laws_table(result: dict) -> list[str]:
     """Total score of each student by motion law."""
+    if not result.get("laws"):
+        return []
     lines = [f"| total score by motion law | {' | '.join(MOTIONS)} |", "|---" * (len(MOTIONS) + 1) + "|"]
     for name, laws in sorted(result["laws"].items()):
         lines.append(f"| {name} | " + " | ".join(show(laws[law]) for law in MOTIONS) + " |")
     return ["\n".join(lines) + "\n"]
 
 
+def heads_table(result: dict) -> list[str]:
+    """Of each TMD student: total after stage 1 and by N at sampling, the gate, the share of y_1."""
+    rows = result.get("head")
+    if not rows:
+        return []
+    steps = sorted({n for row in rows.values() for n in row["N"]}, key=int)
+    cell = lambda s: "-" if s is None else show(s) if s["n"] > 1 else f"{s['mean']:.3f}"
+    columns = ["student", "total after stage 1", *(f"N = {n}" for n in steps)]
+    columns += [f"{part} after {phase}" for part in ("gate", "share of y_1") for phase in ("stage 1", "stage 2")]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, row in sorted(rows.items()):
+        cells = [row["stage 1"], *(row["N"].get(n) for n in steps)]
+        cells += [row[part][phase] for part in ("gate", "y_1") for phase in ("stage1", "end")]
+        lines.append(f"| {name} | {' | '.join(map(cell, cells))} |")
+    return ["\n".join(lines) + "\n"]
+
+
 def measured(result: dict) -> list[str]:
-    """The tables of students and of motion laws, for the students that were run."""
-    return [students_table(rung("tiny"), result), *laws_table(result)]
+    """The tables of students, of what the head does and of motion laws, for the students that were run."""
+    return [students_table(rung("tiny"), result), *tables_below(result)]
 
 
-def draw(root: Path, result: dict) -> None:
-    """Total and semantic score of the students, a row each by effective NFE, teachers as lines."""
-    plt = pyplot()
-    teachers, models = base_teachers(root), result["models"]
-    mean = lambda steps, key: sum(t[steps][key] for t in teachers) / len(teachers)
-    names = ("dmd2v", "dmd2v no kd", "dmd2v M2", "tmd", "tmd N1", "tmd N2", "tmd H1", "tmd M2", "tmd no stage 1")
-    shown = sorted((name for name in names if name in models), key=lambda name: (models[name]["effective_nfe"], name))
-    fig, axes = plt.subplots(1, 2, figsize=(10, 1.3 + 0.3 * len(shown)), layout="constrained", sharey=True)
-    for ax, key in zip(axes, ("total", "semantic")):
-        for row, name in enumerate(shown):
-            m, (color, mark) = models[name], (INK, "s") if "dmd2v" in name else (ORANGE, "o")
-            ax.errorbar(m[key]["mean"], row, xerr=m[key]["std"], fmt=mark, color=color, capsize=3, ms=5)
-        for steps, style in (("50", "--"), ("4", ":")):
-            ax.axvline(mean(steps, key), color=BLUE, lw=1, ls=style, label=f"teacher, {steps} x 2")
-        ax.set(title=f"{key} (data: {mean('floor', key):.2f})")
-        ax.grid(alpha=0.2)
-    axes[0].set_yticks(range(len(shown)), [f"{name}, NFE {models[name]['effective_nfe']:.2f}" for name in shown])
-    axes[0].invert_yaxis()
-    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
-    fig.savefig(root / "quality_vs_nfe.png", dpi=120)
-    plt.close(fig)
+def tables_below(result: dict) -> list[str]:
+    """The tables that explain the rows."""
+    return [*heads_table(result), *laws_table(result)]
 
 
 def rung(size: str) -> Rung:
@@ -201,8 +233,8 @@ def rung(size: str) -> Rung:
         teacher_name=teacher_name,
         extra=extra,
         table=table,
-        more_tables=laws_table,
-        draw=draw,
+        more_tables=tables_below,
+        draw=claims_pictures.draw,
     )
 
 
@@ -220,32 +252,11 @@ def sweep(size: str) -> Rung:
     jobs |= {f"tmd stage 1 x {n} rate {rate:g}": ({"stage1_updates": n, "stage1_lr": rate}, {}, {}, {})
              for rate in (1e-4, 1e-3) for n in (100, 300, 1000) if (n, rate) != (300, default.stage1_lr)}  # fmt: skip
     jobs["tmd no stage 1"] = ({"stage1_updates": 0}, {}, None, {})
-    return replace(rung(size), jobs=jobs, claims=[], quick_jobs=tuple(jobs)[:2], table=after_stage1,
-                   more_tables=stage1_table)  # fmt: skip
-
-
-def after_stage1(jobs: dict, numbers, judge, result: dict) -> None:
-    """Adds what each TMD job scored after stage 1, and how far its gate and y_1 went."""
-    found = {name: records[0] for name, records in jobs.items() if "head" in records[0]}
-    result["head"] = {name: {"total": r.get("stage1", {}).get("total"), **r["head"]} for name, r in found.items()}
-
-
-def stage1_table(result: dict) -> list[str]:
-    """Total score after stage 1; the gate and the share of y_1 after each stage."""
-    lines = [
-        "| student | total after stage 1 | gate, stage 1 | gate, end | share of y_1, stage 1 | end |",
-        "|---" * 6 + "|",
-    ]
-    for name, h in sorted(result["head"].items()):
-        cell = lambda phase, key, h=h: f"{h[phase][key]:.3f}" if phase in h else "-"
-        score = "-" if h["total"] is None else f"{h['total']:.3f}"
-        gates = " | ".join(cell(phase, key) for key in ("gate", "y_1 share") for phase in ("stage1", "end"))
-        lines.append(f"| {name} | {score} | {gates} |")
-    return ["\n".join(lines) + "\n"]
+    return replace(rung(size), jobs=jobs, claims=[], quick_jobs=tuple(jobs)[:2], more_tables=heads_table)
 
 
 def run(out: str, size: str, quick: bool = False, processes: int = 2, only: tuple = ()) -> dict:
-    """Run every missing job (or those named in `only`), then write claims.json, claims.md and quality_vs_nfe.png.
+    """Run every missing job (or those named in `only`), then write claims.json, claims.md and the pictures.
 
     ValueError names the known jobs if one of `only` is not among them.
     """

@@ -227,11 +227,16 @@ def bounds_table(rung, result: dict) -> str:
     return claims_table(rung, result, lambda claim: claim in ("bound", "room"))
 
 
-def markdown(rung, result: dict) -> str:
-    """All tables of a rung."""
+def judged(rung, result: dict) -> str:
+    """What the rule says: the rows that stand above the claims, the pilot, the claims, and what chance would give."""
     above = [bounds_table(rung, result)] if any(r["claim"] in ("bound", "room") for r in result["rows"]) else []
     above += [pilot_words(rung, result["pilot"])] if "pilot" in result else []
     above += [claims_table(rung, result)] if result["rows"] else []
     above += [chance(result)] if any(r.get("difference") for r in result["rows"]) else []
+    return "\n".join(above)
+
+
+def markdown(rung, result: dict) -> str:
+    """All tables of a rung."""
     more = rung.more_tables(result) if rung.more_tables else []
-    return "\n".join([*above, students_table(rung, result), *more])
+    return "\n".join([*filter(None, [judged(rung, result)]), students_table(rung, result), *more])

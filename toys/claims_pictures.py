@@ -1,0 +1,92 @@
+"""The pictures of the claims on moving shapes, from the numbers of claims.json alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from toys.drawing import BLUE, GREY, INK, ORANGE, pyplot
+
+STUDENTS = ("dmd2v", "dmd2v no kd", "dmd2v M2", "tmd", "tmd N1", "tmd N2", "tmd H1", "tmd M2", "tmd no stage 1")
+# the left panel of why.png: teacher, what bounds a head, the head
+ROOM = ("teacher 50", "teacher 4", "teacher 2", "teacher 1", "dmd2v", "dmd2v deep", "dmd2v M2", "dmd2v M4", "tmd",
+        "tmd no stage 1", "tmd M2")  # fmt: skip
+WORDS = {"dmd2v": "DMD2-v", "dmd2v deep": "DMD2-v, 12 blocks", "dmd2v M2": "DMD2-v, M = 2", "dmd2v M4": "DMD2-v, M = 4",
+         "tmd": "TMD, N = 4", "tmd no stage 1": "TMD, no stage 1", "tmd M2": "TMD, M = 2, N = 4"}  # fmt: skip
+LONG = {"tmd long": (ORANGE, "-"), "dmd2v long": (INK, "-"),
+        "tmd M2 long": (ORANGE, "--"), "dmd2v M2 long": (INK, "--")}  # fmt: skip
+
+
+def draw(root: Path, result: dict) -> None:
+    """quality_vs_nfe.png, and why.png where the jobs that explain the rows were run."""
+    quality(root, result)
+    if "dmd2v" in result["models"] and "tmd" in result["head"]:
+        why(root, result)
+
+
+def colour(name: str) -> tuple[str, str]:
+    """Colour and mark of a student, or of the teacher."""
+    return (BLUE, "D") if name.startswith("teacher") else (INK, "s") if "dmd2v" in name else (ORANGE, "o")
+
+
+def quality(root: Path, result: dict) -> None:
+    """Total and semantic score of the students, a row each by effective NFE, teachers as lines."""
+    plt, models, teacher = pyplot(), result["models"], result["teacher"]
+    shown = sorted(
+        (name for name in STUDENTS if name in models), key=lambda name: (models[name]["effective_nfe"], name)
+    )
+    fig, axes = plt.subplots(1, 2, figsize=(10, 1.3 + 0.3 * len(shown)), layout="constrained", sharey=True)
+    for ax, key in zip(axes, ("total", "semantic")):
+        for row, name in enumerate(shown):
+            m, (color, mark) = models[name], colour(name)
+            ax.errorbar(m[key]["mean"], row, xerr=m[key]["std"], fmt=mark, color=color, capsize=3, ms=5)
+        for steps, style in (("50", "--"), ("4", ":")):
+            ax.axvline(teacher[steps][key]["mean"], color=BLUE, lw=1, ls=style, label=f"teacher, {steps} x 2")
+        ax.set(title=f"{key} (data: {teacher['floor'][key]['mean']:.2f})")
+        ax.grid(alpha=0.2)
+    axes[0].set_yticks(range(len(shown)), [f"{name}, NFE {models[name]['effective_nfe']:.2f}" for name in shown])
+    axes[0].invert_yaxis()
+    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
+    fig.savefig(root / "quality_vs_nfe.png", dpi=120)
+    plt.close(fig)
+
+
+def why(root: Path, result: dict) -> None:
+    """why.png: the room there is; score against updates; score against N at sampling."""
+    plt, models, teacher = pyplot(), result["models"], result["teacher"]
+    fig, (room, updates, steps) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+
+    shown = [name for name in ROOM if name in models or name.startswith("teacher")]
+    for row, name in enumerate(shown):
+        s = teacher[name.split()[1]]["total"] if name.startswith("teacher") else models[name]["total"]
+        color, mark = colour(name)
+        room.errorbar(s["mean"], row, xerr=s["std"], fmt=mark, color=color, capsize=3, ms=5)
+    told = {name: f"teacher, {name.split()[1]} x 2" for name in shown if name.startswith("teacher")}
+    room.set_yticks(range(len(shown)), [told.get(name, WORDS.get(name, name)) for name in shown])
+    room.invert_yaxis()
+    room.set(title="What there is to win", xlabel="total, mean and deviation over seeds")
+
+    for name, (color, style) in LONG.items():
+        if points := result["curves"].get(name):
+            mean = [p["total"]["mean"] for p in points]
+            std = [p["total"]["std"] for p in points]
+            x = [p["updates"] for p in points]
+            updates.plot(x, mean, style, color=color, label=name.replace(" long", ""))
+            updates.fill_between(x, [m - d for m, d in zip(mean, std)], [m + d for m, d in zip(mean, std)],
+                                 color=color, alpha=0.12, lw=0)  # fmt: skip
+    updates.set(title="More updates", xlabel="updates of stages 1 and 2", ylabel="total")
+    if updates.get_legend_handles_labels()[0]:
+        updates.legend(fontsize=8)
+
+    for name in ("tmd", "tmd N2", "tmd N1", "tmd no rollout"):
+        if row := result["head"].get(name):
+            n = sorted(row["N"], key=int)
+            mean, std = ([row["N"][k][what] for k in n] for what in ("mean", "std"))
+            color, style = {"tmd": (ORANGE, "-"), "tmd no rollout": (GREY, "--")}.get(name, (ORANGE, ":"))
+            steps.errorbar(n, mean, yerr=std, ls=style, marker="o", ms=4, color=color, capsize=3, label=name)
+    steps.axhline(models["dmd2v"]["total"]["mean"], color=INK, lw=1, label="dmd2v")
+    steps.set(title="More steps of the head at sampling", xlabel="N", ylabel="total")
+    steps.legend(fontsize=8)
+    for ax in (room, updates, steps):
+        ax.grid(alpha=0.2)
+    fig.savefig(root / "why.png", dpi=120)
+    plt.close(fig)
