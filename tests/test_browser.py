@@ -34,7 +34,12 @@ def test_a_needed_browser_that_is_missing_fails(monkeypatch):
     monkeypatch.setattr(browser, "BROWSER", None)
     for needed in (True, False):
         monkeypatch.setattr(browser, "NEEDED", needed)
-        skip = next(mark for mark in needs_browser(lambda: None).pytestmark if mark.name == "skipif")
+
+        @needs_browser
+        def test():
+            pass
+
+        skip = next(mark for mark in test.pytestmark if mark.name == "skipif")
         assert skip.args[0] is not needed
     with pytest.raises(RuntimeError, match="install the package chromium"), opened(None):
         pass

@@ -8,7 +8,7 @@ import torch
 from browser import needs_browser, opened
 
 import tmd_minimal as tmd
-from toys import explore_plane
+from toys import explore_plane, pages
 from toys.plane import PlanarLadder, Toy
 
 # Runs in the page: what a person would do, and what the page then shows.
@@ -52,14 +52,16 @@ class Ladder(PlanarLadder):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """explore.html of untrained networks, and the ladder that it was made of."""
+    """explore.html of untrained networks, what it was made of, and the samplers' side."""
     folder = tmp_path_factory.mktemp("explore")
     torch.manual_seed(0)
     ladder = Ladder(Toy(width=16, depth=3, H=1, samples=2000))
     teacher = ladder.network()
     tmd_student = tmd.TMDStudent(teacher, 1)
     students = {"dmd2v": tmd.PlainStudent(teacher), "stage1": tmd_student, "tmd": tmd_student}
-    return explore_plane.write(folder, ladder, teacher, students), ladder, teacher, students
+    facts, pack = explore_plane.measure(ladder, teacher, students)
+    path = pages.write(folder / "explore.html", explore_plane.TEMPLATE, facts, pack)
+    return path, facts, pack, ladder, students["tmd"]
 
 
 def test_the_page_stands_alone_and_is_small(page):
@@ -77,13 +79,12 @@ def test_the_page_stands_alone_and_is_small(page):
 
 def test_its_points_are_the_samplers(page):
     """The last frame of a view holds the student's samples, to the rounding of 16 bits."""
-    _, ladder, teacher, students = page
-    facts, pack = explore_plane.measure(ladder, teacher, students)
-    x = ladder.student_samples(
-        students["tmd"], ladder.cfg.student_config(M=2, N=4, outer="renoised"), explore_plane.SCORED
-    )
+    _, facts, pack, ladder, student = page
+    x = ladder.student_samples(student, ladder.cfg.student_config(M=2, N=4, outer="renoised"), explore_plane.SCORED)
     start = facts["views"]["tmd/2/4/renoised/consistent"]["frames"][-1][2]
-    found = torch.cat(pack.parts)[start : start + 2 * facts["points"]].view(-1, 2) * (explore_plane.LIMIT / 32767)
+    found = torch.from_numpy(pack.array()[start : start + 2 * facts["points"]].astype("f4")).view(-1, 2) * (
+        explore_plane.LIMIT / 32767
+    )
     wanted = x[: facts["points"]].clamp(-explore_plane.LIMIT, explore_plane.LIMIT)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
 
@@ -93,6 +94,7 @@ def test_its_points_are_the_samplers(page):
 def test_what_is_chosen_is_what_is_drawn(page, width):
     """Slider, models, fan, keys and the readings of the equations; no error, nothing beside the window."""
     with opened(page[0], width) as shown:
+        shown.wait("document.body.dataset.ready")
         found = shown.js(DRIVE)
         assert shown.errors == [] and shown.asked == [] and shown.fits()
     assert found["slides"] == 3
