@@ -149,12 +149,15 @@ def test_what_is_chosen_is_what_plays(page, width):
 
 @needs_browser
 def test_the_address_opens_a_view(page, tmp_path):
-    """explore.html#N=1&motion=eight&frame=2 shows that, and stands still."""
+    """explore.html#N=1&motion=eight&frame=2&models=tmd shows that, and stands still."""
     path = tmp_path / "explore.html"
     path.write_text(
-        page[0].read_text(encoding="utf-8").replace("location.hash", "'#N=1&motion=eight&frame=2&shade=no'")
+        page[0]
+        .read_text(encoding="utf-8")
+        .replace("location.hash", "'#N=1&motion=eight&frame=2&shade=no&models=dmd2v,tmd'")
     )
     with opened(path) as shown:
         shown.wait("document.body.dataset.ready")
+        assert [row.split("\n")[0] for row in shown.js(TOLD)] == ["DMD2-v", "TMD"]
         found = shown.js("[state.N, state.motion, state.shade, player.frame, player.timer, element('motion').value]")
     assert found == ["1", "eight", "bright", 2, None, "eight"]

@@ -3,10 +3,13 @@
 For each of the 30 prompts every model makes the same few samples, from the same noise; the page plays them in step and
 shows what the ruler says of each clip. `measure` samples and judges, `write` packs the clips, as grey values of 8 bits,
 into the template explore_video.html.
+
+    python -m toys.explore_video    # the page of the run that results/ shows, from its weights (under a minute)
 """
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,13 +18,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import tmd_minimal as tmd
+from settings import command
 from toys import pages
 from toys.moving_shapes import MOTIONS, SHADES, SHAPES, decode
-from toys.tiny_video import PROMPTS, VideoLadder
+from toys.tiny_video import PROMPTS, VideoLadder, published
 
 SEEDS = 4  # samples of a prompt; the ruler needs four to judge diversity
 TEACHER_STEPS, INNER = (50, 4, 1), (1, 2, 4, 8)
 LEVELS = 4  # grey values are rounded to multiples of it: unseen, and packs twice as small
+PUBLISHED = Path(__file__).resolve().parents[1] / "results/toy_video"
 TEMPLATE = Path(__file__).with_suffix(".html")
 
 
@@ -92,3 +97,14 @@ def write(folder: Path, ladder: VideoLadder, teacher, students: dict, samples: d
         if len(pack.base64()) < 0.93 * pages.LIMIT:
             break
     return pages.write(folder / "explore.html", TEMPLATE, {**facts, **more}, pack)
+
+
+def main() -> None:
+    """The page of the run that results/ shows."""
+    torch.set_num_threads(1)
+    ladder, found = published()
+    print(write(PUBLISHED, ladder, found.pop("teacher"), found))
+
+
+if __name__ == "__main__":
+    sys.exit(command("toys.explore_video", main))

@@ -19,12 +19,13 @@ function radios(choices, state, changed) {
     }
 }
 
-// What the address asks for, as in explore.html#model=tmd&frame=5: into state where it is a choice; returns the frame.
+// What the address asks for, as in explore.html#model=tmd&frame=5: into state where it is a choice.
+// Returns {frame: number or null, and the rest as text}.
 function asked(state, choices) {
-  const found = new URLSearchParams(location.hash.slice(1));
+  const found = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
   for (const [name, options] of Object.entries(choices))
-    if (options.some(([value]) => value === found.get(name))) state[name] = found.get(name);
-  return found.has("frame") ? Number(found.get("frame")) || 0 : null;
+    if (options.some(([value]) => value === found[name])) state[name] = found[name];
+  return { ...found, frame: "frame" in found ? Number(found.frame) || 0 : null };
 }
 
 // The bar with the elements back, run, on, at and loop, and its keys. A page gives last() and show().
