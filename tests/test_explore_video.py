@@ -18,7 +18,7 @@ class Ladder(VideoLadder):
 
     def judged(self, clips):
         n, frames = len(clips), clips.shape[2]
-        quality = clips.flatten(1).std(1).clamp_max(1)
+        quality = (0.37 * torch.arange(n) + clips.std()) % 1
         read = self.c[:n].clone()
         read[::5] = self.c[0]
         semantic = (read == self.c[:n]).all(1).float()
@@ -33,7 +33,7 @@ def page(tmp_path_factory):
     """explore.html of untrained networks, what it was made of, and the ladder and its student."""
     folder = tmp_path_factory.mktemp("explore_video")
     torch.manual_seed(0)
-    ladder = Ladder(ToyVideo(**QUICK))
+    ladder = Ladder(ToyVideo(**{**QUICK, "samples": 240}))
     teacher = ladder.network()
     student = tmd.TMDStudent(teacher, 1)
     for net in (teacher, student):  # an untrained network predicts zero, and every N would sample the same
