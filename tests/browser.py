@@ -60,7 +60,7 @@ class Page:
         self.to, self.back, self.rest, self.count, self.session = to, back, b"", 0, None
         self.errors, self.asked, self.events = [], [], set()
 
-    def call(self, method: str, timeout: float = 30.0, **params) -> dict:
+    def call(self, method: str, timeout: float = 90.0, **params) -> dict:
         """One command of Chromium's protocol; RuntimeError if it fails or nothing comes back."""
         self.count += 1
         message = {"id": self.count, "method": method, "params": params}
@@ -109,7 +109,7 @@ class Page:
         """Open a file and wait until it is loaded."""
         self.events.discard("Page.loadEventFired")
         self.call("Page.navigate", url=path.resolve().as_uri())
-        end = time.monotonic() + 60
+        end = time.monotonic() + 90
         while "Page.loadEventFired" not in self.events:
             self.note(self.read(end, f"loading {path.name}"))
 
@@ -121,7 +121,7 @@ class Page:
             raise RuntimeError(details.get("exception", {}).get("description") or details["text"])
         return found["result"].get("value")
 
-    def wait(self, code: str, timeout: float = 20.0):
+    def wait(self, code: str, timeout: float = 60.0):
         """Until an expression is true; its value. RuntimeError if it never is."""
         end = time.monotonic() + timeout
         while not (value := self.js(code)):
@@ -198,7 +198,7 @@ def opened(path: Path, width: int = 1280, height: int = 900):
         os.close(read), os.close(write)
         page = Page(ours, back)
         try:
-            targets = page.call("Target.getTargets", timeout=60)["targetInfos"]
+            targets = page.call("Target.getTargets")["targetInfos"]
             target = next(t["targetId"] for t in targets if t["type"] == "page")
             page.session = page.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
             for domain in ("Page", "Runtime", "Log", "Network"):
