@@ -23,7 +23,7 @@ import torch
 
 import settings
 import tmd_minimal as tmd
-from toys import bench, claims_video, video_pictures
+from toys import bench, claims_video, explore_video, video_pictures
 from toys.drawing import redraw
 from toys.ladder import open_folder
 from toys.record import Record
@@ -75,8 +75,10 @@ def run(cfg: ToyVideo, resume: bool = True, progress: bool = True) -> dict:
     ours, base = ladder.fit_both(teacher, checkpoints, curve=cfg.curve, progress=progress)
     record.students(base, ours)
     metrics = save({"DMD2-v": base["curve"], "TMD": ours["curve"]})
-    pictures = "contact_sheet.png, clips.gif, quality_vs_nfe.png, curves.png"
-    print(f"done in {record.seconds:.0f} s: {folder}/metrics.json, {pictures}")
+    students = {"dmd2v": base["student"], "stage1": ours["stage1"], "tmd": ours["student"]}
+    page = explore_video.write(folder, ladder, teacher, students, record.samples)  # more N at inference, in a browser
+    told = f"{folder}/metrics.json, contact_sheet.png, clips.gif, quality_vs_nfe.png, curves.png"
+    print(f"done in {record.seconds:.0f} s: {told}; open {page} in a browser")
     return metrics
 
 

@@ -19,8 +19,8 @@ from wan_scale.cost import plan as wan
 from wan_scale.data import waiting
 
 RUNS, RESULTS = Path("runs"), Path("results")
-PLANE = ("metrics.json", "samples.png", "inner_flow.png", "curves.png", "transition.gif")
-VIDEO = ("metrics.json", "contact_sheet.png", "clips.gif", "quality_vs_nfe.png", "curves.png")
+PLANE = ("metrics.json", "samples.png", "inner_flow.png", "curves.png", "transition.gif", "explore.html")
+VIDEO = ("metrics.json", "contact_sheet.png", "clips.gif", "quality_vs_nfe.png", "curves.png", "explore.html")
 COPIES = {  # results: runs
     **{f"toy_2d/{name}": f"toy_2d/spirals/{name}" for name in PLANE},
     "toy_2d/checkerboard.png": "toy_2d/checkerboard/samples.png",

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import tmd_minimal as tmd
 import toy_video
-from toys import claims, claims_video, tiny_video, video_net, video_pictures
+from toys import claims, claims_video, explore_video, tiny_video, video_net, video_pictures
 from toys.ladder import deepened
 from toys.moving_shapes import EMPTY, MOTIONS, World
 
@@ -255,6 +255,7 @@ def tiny(out, *more):
 def test_a_run_writes_numbers_then_pictures_and_is_not_run_again(tmp_path, capsys, inline, monkeypatch):
     """Metrics, samples, pictures; the same command trains nothing again; other settings are refused; --restart does."""
     out = tmp_path / "v"
+    monkeypatch.setattr(explore_video, "INNER", ())  # the page shows what the run sampled anyway
     assert tiny(out) == 0
     metrics = json.loads((out / "metrics.json").read_text())
     assert list(metrics["models"]) == [
@@ -275,6 +276,7 @@ def test_a_run_writes_numbers_then_pictures_and_is_not_run_again(tmp_path, capsy
         "clips.gif",
         "quality_vs_nfe.png",
         "curves.png",
+        "explore.html",
         "samples.npz",
         "metrics.md",
     ):
@@ -289,6 +291,7 @@ def test_a_run_writes_numbers_then_pictures_and_is_not_run_again(tmp_path, capsy
     }
     saved = np.load(out / "samples.npz")
     known = {saved[name].tobytes(): record for name, record in metrics["models"].items()}
+    monkeypatch.setattr(explore_video, "write", lambda *_: None)
     real = tiny_video.VideoLadder.score
     again = lambda self, clips, c: known.get(clips.half().numpy().tobytes()) or real(self, clips, c)
     monkeypatch.setattr(tiny_video.VideoLadder, "score", again)  # the same clips have the same scores

@@ -160,7 +160,7 @@ class Ruler:
         scores["quality"] = 1 - (miss / (fit + 1).flatten(1).square().sum(1)).sqrt().clamp_max(1)
         return scores | dict(motion=self._obedience(path, c[:, 2]) * shown, prompt=prompt, params=params, path=path)
 
-    def _diversity(self, clips, c):
+    def diversity(self, clips, c):
         """{prompt: spread of place, phase and first step over that of data}: the mean of three shares of at most 1.
 
         A prompt needs 4 clips; ValueError if none has them.
@@ -209,7 +209,7 @@ class Ruler:
         c, chunks = c.to(clips.device), self._chunks(clips)
         judged = [self._judge(x, part) for x, part in zip(chunks, c.split(len(chunks[0])))]
         each = {name: torch.cat([j[name] for j in judged]) for name in judged[0]}
-        prompts = self._diversity(each, c)
+        prompts = self.diversity(each, c)
 
         def means(rows, diversities):
             out = {name: v[rows].mean().item() for name, v in each.items() if v.ndim == 1}

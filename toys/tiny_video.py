@@ -195,7 +195,15 @@ class VideoLadder(Ladder):
     def score(self, clips, c) -> dict:
         """The ruler's means, and those of each motion law under "laws"."""
         with torch.autocast(self.device, enabled=False):  # the ruler measures in fp32, also in the middle of a training
-            return {k: v for k, v in self.ruler.score(clips, c).items() if k not in ("clips", "prompts")}
+            found = self.ruler.score(clips, c)
+        clips.judged = found["clips"]  # they stay with the samples, for who shows them one by one
+        return {k: v for k, v in found.items() if k not in ("clips", "prompts")}
+
+    def judged(self, clips) -> dict:
+        """The ruler's scores of each clip of this run's prompts: what `score` left with them, or measured now."""
+        if not hasattr(clips, "judged"):
+            self.score(clips, self.c[: len(clips)])
+        return clips.judged
 
 
 def published() -> tuple[VideoLadder, dict]:
