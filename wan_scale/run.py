@@ -18,6 +18,9 @@ command goes on from the last checkpoint.
     eval      score sheet of what was sampled; with --vbench-results VBench's three numbers beside the paper's
     bench     seconds and memory of every step on this GPU at full size, with random weights: nothing to download
     teacher   flow matching of MODEL's transformer on the shards, for folders made by hand
+
+    compare   A B, two folders of samples: pages for a blind preference study; --tally ANSWERS...: its win rates
+    report    report.html of the runs in FOLDER or OUT: curves, previews, plan and actual, alarms
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from settings import parser
 from wan_scale.config import PRESETS, Wan, preset
 
 COMMANDS = ("plan", "data", "stage1", "stage2", "kd", "dmd2v", "sample", "export", "eval", "bench", "teacher")
+PAGES = ("compare", "report")
 NEEDS = """Nothing was started: this reproduction needs three things that are not here.
 
   weights   a Wan2.1-T2V folder in the Hugging Face layout (tens of GB with its text encoder), given with --model
@@ -61,16 +65,20 @@ a red cat slow, a still cube, the green ball in the sea, the small ball jumps"""
 
 
 def parse(argv=None):
-    """(command or None, settings, the names given on the command line, dry run?)."""
-    p = parser(Wan, __doc__)
-    p.usage = "run.py [COMMAND] [--preset tiny|1.3b|14b] [options]"
-    one_of = f"one of {', '.join(COMMANDS)}; none: the ladder"
-    p.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND", help=one_of)
+    """(command or None, settings, the names given on the command line, dry run?, what compare and report take)."""
+    p = parser(Wan, __doc__, tally="compare: join the raters' files that are given, for the study in OUT")
+    p.usage = "run.py [COMMAND] [PATH ...] [--preset tiny|1.3b|14b] [options]"
+    one_of = f"one of {', '.join((*COMMANDS, *PAGES))}; none: the ladder"
+    p.add_argument("command", nargs="?", choices=(*COMMANDS, *PAGES), metavar="COMMAND", help=one_of)
+    p.add_argument("paths", nargs="*", metavar="PATH", help="of compare and report alone: folders, or raters' files")
     p.add_argument("--preset", choices=tuple(PRESETS), help="tiny, 1.3b or 14b: Table 7's settings (default: 1.3b)")
     p.add_argument("--dry-run", action="store_true", help="print the resolved settings as JSON and stop")
-    args = vars(p.parse_args(argv))
+    args = vars(p.parse_intermixed_args(argv))  # paths may stand before and after options
     command, name, dry = args.pop("command"), args.pop("preset"), args.pop("dry_run")
-    return command, name, args, dry
+    own = {"paths": args.pop("paths"), "tally": args.pop("tally")}
+    if any(own.values()) and command not in PAGES:
+        p.error(f"{command or 'the ladder'} takes no {'--tally' if own['tally'] else own['paths'][0]}; see --help.")
+    return command, name, args, dry, own
 
 
 def tiny_world(cfg: Wan) -> Wan:
@@ -225,6 +233,23 @@ def plan(cfg: Wan, name: str) -> None:
     print(report(model, rates=rates, **cfg.planned()))
 
 
+def pages(cfg: Wan, command: str, given: dict, paths: list[str], tally: bool) -> str:
+    """The pages of finished or running work; returns what was written, or the tally."""
+    if command == "report":
+        from wan_scale.pages import run_page
+
+        return "\n".join(str(run_page.write(Path(run))) for run in paths or [cfg.out])
+    from wan_scale.pages import study
+    from wan_scale.pages import tally as tallied
+
+    out = given.get("out", "runs/compare")
+    if tally:
+        return tallied.tally(paths, out)
+    if len(paths) != 2:
+        raise ValueError(f"compare takes two folders of samples, not {len(paths)}; for example compare A B --out DIR.")
+    return study.write(*paths, out, cfg.seed, cfg.prompts)
+
+
 def lacks_prompts(cfg: Wan, command: str | None) -> bool:
     """Whether a command has nothing to make clips of, or nothing to sample."""
     if command == "sample":
@@ -233,7 +258,7 @@ def lacks_prompts(cfg: Wan, command: str | None) -> bool:
     return command in (None, "data") and not clips
 
 
-def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:
+def work(command: str | None, name: str | None, given: dict, dry: bool, own: dict) -> None:
     cfg = preset(name or "1.3b", **given)
     if dry:
         resolved = {"command": command or "data, stage1, stage2, sample, eval", "preset": name or "1.3b", **asdict(cfg)}
@@ -243,6 +268,8 @@ def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:
         return plan(cfg, name or "1.3b")
     if command == "bench":
         return bench(cfg, name or "1.3b")
+    if command in PAGES:
+        return print(pages(cfg, command, given, **own))
     if name == "tiny":
         cfg = tiny_world(cfg)
     elif not cfg.model or lacks_prompts(cfg, command):
@@ -284,7 +311,7 @@ def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:
 
 
 def main(argv=None) -> int:
-    command, name, given, dry = parse(argv)
+    command, name, given, dry, own = parse(argv)
     quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # everything is read from the folder given
     quiet |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
     # one process saves alone, as it should; and nothing writes in place into what a sharded net returns
@@ -292,7 +319,7 @@ def main(argv=None) -> int:
         warnings.filterwarnings("ignore", words)
     for key, value in quiet.items():
         os.environ.setdefault(key, value)
-    status = run_command("wan_scale", lambda: explain(lambda: work(command, name, given, dry)))
+    status = run_command("wan_scale", lambda: explain(lambda: work(command, name, given, dry, own)))
     if status and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         os._exit(status)  # at once: taking the group down could wait for ranks that wait for this one
