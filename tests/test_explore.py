@@ -2,24 +2,19 @@
 
 import json
 import re
-import shutil
-import subprocess
 
 import pytest
 import torch
+from browser import needs_browser, opened
 
 import tmd_minimal as tmd
 from toys import explore_plane
 from toys.plane import PlanarLadder, Toy
 
-BROWSER = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-
 # Runs in the page: what a person would do, and what the page then shows.
 DRIVE = """
-<script>
-const out = {errors: window.errors}, seen = () => canvas.toDataURL().length + ":" + canvas.toDataURL().slice(-4000);
+(() => {
+const out = {}, seen = () => canvas.toDataURL().length + ":" + canvas.toDataURL().slice(-4000);
 const choose = (name, value) => document.querySelector(`input[name="${name}"][value="${value}"]`).click();
 const slide = (to) => { const at = element("at"); at.value = to; at.dispatchEvent(new Event("input")); };
 const pictures = [];
@@ -43,11 +38,9 @@ choose("field", "printed"); out.printed = [element("swd").textContent, element("
 choose("show", "printed"); out.stage2 = element("caption").textContent;
 choose("show", "sampling"); choose("field", "consistent"); choose("M", "1");
 out.disabled = document.querySelector('input[name="outer"][value="renoised"]').disabled;
-out.wide = document.documentElement.scrollWidth <= window.innerWidth;
-document.title = JSON.stringify(out);
-</script>
+return out;
+})()
 """
-CATCH = "<script>window.errors = []; window.onerror = (words) => { window.errors.push(String(words)); };</script>"
 
 
 class Ladder(PlanarLadder):
@@ -95,24 +88,14 @@ def test_its_points_are_the_samplers(page):
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
 
 
-def drive(path, tmp_path, width: int) -> dict:
-    """What DRIVE finds in a window of this width."""
-    text = path.read_text(encoding="utf-8").replace("<head>", "<head>" + CATCH, 1).replace("</body>", DRIVE + "</body>")
-    (tmp_path / "page.html").write_text(text, encoding="utf-8")
-    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-               f"--window-size={width},900", "--dump-dom", f"file://{tmp_path / 'page.html'}"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL).group(1)
-    return json.loads(title.replace("&quot;", '"').replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
-
-
-@pytest.mark.parametrize("width", [1280, 500])  # Chromium's windows are not narrower than 500
-@pytest.mark.browser
-@pytest.mark.skipif(not BROWSER, reason="no Chromium here")
-def test_what_is_chosen_is_what_is_drawn(page, tmp_path, width):
+@pytest.mark.parametrize("width", [1280, 390])
+@needs_browser
+def test_what_is_chosen_is_what_is_drawn(page, width):
     """Slider, models, fan, keys and the readings of the equations; no error, nothing beside the window."""
-    found = drive(page[0], tmp_path, width)
-    assert found["errors"] == [] and found["slides"] == 3 and found["wide"]
+    with opened(page[0], width) as shown:
+        found = shown.js(DRIVE)
+        assert shown.errors == [] and shown.asked == [] and shown.fits()
+    assert found["slides"] == 3
     assert len({tuple(shown) for shown in found["models"].values()}) >= 3  # untrained stage 1 and TMD are one network
     assert found["models"]["teacher"][0] == "50.00" and found["models"]["dmd2v"][0] != found["models"]["tmd"][0]
     assert found["fan"][0] and "inner noises" in found["fan"][1] and found["closed"]
