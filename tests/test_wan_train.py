@@ -397,6 +397,8 @@ def test_log_and_previews(world, tmp_path):
     assert set(preview) == {"motion", "contrast", "peak", "diversity"} and all(v > 0 for v in preview.values())
     names = [f.name for f in sorted(cfg.folder("stage2", "previews").iterdir())]
     assert names == [f"step-0000000{step}.{kind}" for step in (3, 6) for kind in ("png", "safetensors")]
+    page = cfg.folder("report.html").read_text(encoding="utf-8")  # written last when the student was saved
+    assert all(f"stage2/previews/{name}" in page for name in names[::2]) and "http-equiv" not in page
 
 
 def test_alarms_in_words(g):

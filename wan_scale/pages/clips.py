@@ -1,4 +1,4 @@
-"""Two folders of samples, clip by clip: the same prompts, seeds, sizes and lengths, or a sentence that says which differ.
+"""Two folders of samples, clip by clip: the same prompts, seeds, sizes and lengths, or a sentence on which differ.
 
 Folders are those of `sample`, or another method's mp4s under the same names, prompt-number.mp4.
 """

@@ -48,10 +48,7 @@ def write(a: str | Path, b: str | Path, out: str | Path, seed: int = 0, prompts:
     secret = hashlib.sha256(json.dumps([seed, digests]).encode()).hexdigest()
     draw = random.Random(secret)
     draw.shuffle(found)
-    first = [i % 2 == 0 for i in range(len(found))]  # whether A is clip 1
-    if draw.random() < 0.5:  # where the number is odd
-        first = [not one for one in first]
-    draw.shuffle(first)
+    first = sides(len(found), draw)
     study = hashlib.sha256(f"study {secret}".encode()).hexdigest()[:12]
     temporary = out.with_name(f"{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -85,6 +82,14 @@ def write(a: str | Path, b: str | Path, out: str | Path, seed: int = 0, prompts:
         f"  {out / KEY}: keep it from the raters\n"
         f"then: python wan_scale/run.py compare --tally answers-*.json --out {out}"
     )
+
+
+def sides(n: int, draw: random.Random) -> list[bool]:
+    """Whether A is clip 1 of each of n pairs: in half of them, or by chance one more or less."""
+    more = draw.random() < 0.5  # matters where n is odd
+    first = [(i % 2 == 0) == more for i in range(n)]
+    draw.shuffle(first)
+    return first
 
 
 def names(a: Path, b: Path) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""`compare --tally`: several raters' answers as win rates with 95 % intervals, by question, and how far raters agree."""
+"""`compare --tally`: several raters' answers as win rates with 95 % intervals, by question, and their agreement."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from wan_scale.training import kept
 
 Z = 1.959964  # 97.5 % quantile of the normal distribution
 # choice: no rates of the paper stand here; it draws them as bars, and a number read off a bar would be ours
-PAPER = """The paper (arXiv:2601.09881) asks the same two questions; its rates are the bars of Fig. 5 and 21, to be read there.
-It reports TMD preferred to DMD2-v at like effective NFE, most at M = 1."""
+PAPER = """The paper (arXiv:2601.09881) asks the same two questions; its rates are the bars of Fig. 5 and 21, to be read
+there. It reports TMD preferred to DMD2-v at like effective NFE, most at M = 1."""
 
 
 def wilson(won: int, n: int) -> tuple[float, float]:
@@ -143,8 +143,8 @@ def table(key: dict, numbers: dict, raters: list[dict]) -> str:
         low, high = n["interval of clip 1"]
         if n["answers"] and not low <= 0.5 <= high:
             share = percent(n["clip 1 chosen"] / n["answers"])
-            lines.append(f"\n{question}: clip 1 was chosen in {share}, whatever it was; sides are balanced, so this "
-                         "adds noise and favours neither method.")  # fmt: skip
+            lines.append(f"\n{question}: the clip on the left was chosen in {share} of answers. Each method stands "
+                         "there equally often, so this adds noise and favours neither.")  # fmt: skip
     if late := [f"{r['rater']} {r['answers']} of {full}" for r in raters if r["answers"] < full]:
         lines.append(f"\nNot finished: {', '.join(late)} answers. What is there counts.")
     return "\n".join(lines) + "\n\n" + PAPER + "\n"

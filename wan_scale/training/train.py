@@ -26,7 +26,7 @@ from wan_scale.data.reader import Reader
 from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels, load_transformer
 from wan_scale.preflight import check_taps
 from wan_scale.seeds import mixed
-from wan_scale.training import dist, logs, lora, previews, ulysses, weights
+from wan_scale.training import dist, logs, lora, previews, ulysses, watch, weights
 from wan_scale.training.phase import Feed, WanPhase
 from wan_scale.training.students import (
     check_weights,
@@ -125,7 +125,7 @@ class Training:
         if start:
             self.origin |= {"start": start_of(cfg.folder(start))}
         self.config = {**cfg.of_the_training(name), "data": self.reader.identity, **self.origin}
-        self.log, self.accuracy, self.speed = None, None, None
+        self.log, self.accuracy, self.speed, self.watch = None, None, None, None
 
     def place(self, net):
         """Fill a net and put it on this rank's device, sharded where there are many ranks.
@@ -197,11 +197,15 @@ class Training:
             # two in a row: in stage 2 the student's and a critic's
             if phase.step % self.cfg.log_every < 2 or phase.step == 1:
                 seen = {"accuracy": accuracy} if "disc" in terms else {}
+                seen |= watch.memory(self.device)
                 self.log.write(phase.step, {**terms, **seen, "seconds": phase.seconds, "skipped": phase.skipped})
             if phase.step % self.cfg.save_every == 0 and not sys.stderr.isatty():  # where there is no bar to look at
                 dist.say(f"{self.name}: {phase.step} updates in {phase.seconds:.0f} s")
         if how and self.cfg.preview_every and phase.step % self.cfg.preview_every == 0:
             self.preview(how, phase, accuracy)
+        if dist.rank() == 0:
+            self.watch = self.watch or watch.Watch(self.cfg, self.name, self.device, self.speed, phase.steps)
+            self.watch.step(phase.step)
 
     @torch.no_grad()
     def preview(self, how, phase: WanPhase, accuracy: float | None) -> None:
@@ -245,7 +249,9 @@ def alone(cfg: Wan, name: str, work) -> dict:
     dist.start(cfg.device, alone=cfg.offload_teacher)
     with only_one(cfg.folder(name), dist.rank()):
         dist.barrier()
-        return work()
+        facts = work()
+        watch.show(cfg, name)
+        return facts
 
 
 def stage1(cfg: Wan) -> dict:
