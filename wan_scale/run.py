@@ -242,7 +242,7 @@ def pages(cfg: Wan, command: str, given: dict, paths: list[str], tally: bool) ->
     from wan_scale.pages import study
     from wan_scale.pages import tally as tallied
 
-    out = given.get("out", "runs/compare")
+    out = cfg.out if "out" in given else "runs/compare"
     if tally:
         return tallied.tally(paths, out)
     if len(paths) != 2:
