@@ -281,6 +281,10 @@ BAD = {
     "name": (lambda a, b: (a / CUBE).rename(a / "cube.mp4"), "cube.mp4 of .* should be named prompt-number.mp4"),
     "empty": (lambda a, b: [f.unlink() for f in a.glob("*.mp4")], "holds no mp4"),
     "none": (lambda a, b: shutil.rmtree(a), "is no folder"),
+    "words": (
+        lambda a, b: (b / "prompts.json").write_text(json.dumps({CUBE: "a huge blue cube"}), encoding="utf-8"),
+        "a blue cube: .*tmd was sampled with other words than .*dmd2v; sample both",
+    ),
     "prompt": (lambda a, b: (a / "prompts.json").unlink(), "is not known whole; give the prompt file with --prompts"),
 }
 

@@ -112,7 +112,11 @@ def told(a: Path, b: Path, prompts: str) -> dict[str, str]:
     found = {}
     for folder in (b, a):
         if (path := folder / PROMPTS).exists():
-            found |= {name.rpartition("-")[0]: str(prompt) for name, prompt in read_json(path).items()}
+            mine = {name.rpartition("-")[0]: str(prompt) for name, prompt in read_json(path).items()}
+            # one name for two texts: VBench's, of which a model may have read another's words
+            if other := sorted(stem for stem in mine.keys() & found.keys() if mine[stem] != found[stem]):
+                raise ValueError(f"{listed(other)}: {a} was sampled with other words than {b}; sample both alike.")
+            found |= mine
     if prompts:
         found |= {file_name(record["prompt"]): record["prompt"] for record in read_prompts(prompts, numbered=False)}
     return found
