@@ -23,7 +23,7 @@ TITLES = {
     "dmd2v": "Baseline: DMD2-v",
     "teacher": "Teacher: flow matching",
 }
-NO_CURVES = ("step", "seconds", "skipped", "GB", "preview", "alarm")
+NO_CURVES = ("step", "seconds", "skipped")
 LINES, POINTS, PICTURES, ALARMS = 6_000, 300, 40, 100  # at most: lines read, points of a curve, previews, alarms
 RELOAD = 30  # seconds
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -62,7 +62,7 @@ def phase(folder: Path) -> dict:
     last = timed[-1] if timed else {"step": 0, "seconds": 0.0}
     recent = [pair for pair in zip(timed, timed[20:] or timed[-1:])][-1:]  # over the last twenty lines
     pace = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in recent if b["step"] > a["step"]]
-    memory = [line["GB"] for line in timed if finite(line.get("GB"))]
+    held = [line["memory"].get("allocated_gb") for line in lines if isinstance(line.get("memory"), dict)]
     alarms = [[line["step"], str(line["alarm"])] for line in lines if "alarm" in line]
     step = max([last["step"], facts.get("updates", 0)])
     return {
@@ -74,7 +74,7 @@ def phase(folder: Path) -> dict:
         "seconds": last["seconds"],
         "each": last["seconds"] / last["step"] if last["step"] else None,
         "pace": pace[0] if pace else None,
-        "GB": max(memory) if memory else None,
+        "GB": max(filter(finite, held), default=None),
         "skipped": last.get("skipped", 0),
         "plan": planned,
         "curves": curves(lines, planned.get("seconds")),
@@ -89,13 +89,13 @@ def finite(value) -> bool:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a log in order; of a long one evenly picked neighbours, and all previews and alarms.
+    """The lines of a log in order; of a long one evenly picked neighbours, and all previews, alarms, memory.
 
     A line that a kill cut short is left out.
     """
     raw = path.read_bytes().splitlines()
     every = max(1, -(-len(raw) // LINES))
-    rare = lambda line: b'"preview"' in line or b'"alarm"' in line
+    rare = lambda line: any(word in line for word in (b'"preview"', b'"alarm"', b'"memory"'))
     # neighbours: in stage 2 the student's line and a critic's stand side by side
     chosen = (line for i, line in enumerate(raw) if i // 2 % every == 0 or rare(line))
     found = []

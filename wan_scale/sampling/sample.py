@@ -170,12 +170,11 @@ def sample(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
         for stale in folder.glob(".*.tmp.mp4"):
             stale.unlink()
     stamp(folder, cfg, teacher)
-    videos = planned(cfg)
+    todo = vbench.missing(folder, planned(cfg)[dist.rank() :: dist.world()])
+    dist.say(f"sample: {len(todo)} videos to make on this rank, in {folder}")
     if dist.rank() == 0:
         old = read_json(folder / PROMPTS) if (folder / PROMPTS).exists() else {}
-        write_json(folder / PROMPTS, {**old, **{video.name: video.prompt for video in videos}})
-    todo = vbench.missing(folder, videos[dist.rank() :: dist.world()])
-    dist.say(f"sample: {len(todo)} videos to make on this rank, in {folder}")
+        write_json(folder / PROMPTS, {**old, **{video.name: video.prompt for video in planned(cfg)}})
     if not todo:
         dist.barrier()
         return folder

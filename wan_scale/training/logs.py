@@ -9,7 +9,6 @@ A loss that falls says nothing here; these numbers do.
 | fake | falls at first, then follows the student |
 | disc, accuracy | accuracy 0.55 to 0.9; at 0.5 it has learnt nothing, at 1 the student gets no gradient from it |
 | gradient norm | no trend upward |
-| GB | the most that rank 0's GPU has held so far: level after the first updates |
 | motion, contrast | near 1: the student's, as a share of the data's; far below 1 is a still or a washed-out picture |
 | peak | near 1: the largest numbers (99.9 % quantile), as a share of the data's; far above, latents run hot |
 | diversity | near 1: distance of two seeds of a prompt, as a share of two data clips'; near 0: mode collapse |

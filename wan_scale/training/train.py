@@ -125,7 +125,7 @@ class Training:
         if start:
             self.origin |= {"start": start_of(cfg.folder(start))}
         self.config = {**cfg.of_the_training(name), "data": self.reader.identity, **self.origin}
-        self.log, self.accuracy, self.speed, self.watch = None, None, None, None
+        self.log, self.accuracy, self.speed = None, None, None
 
     def place(self, net):
         """Fill a net and put it on this rank's device, sharded where there are many ranks.
@@ -190,6 +190,7 @@ class Training:
         save_student(self.folder, phase, facts)
         return facts
 
+    @watch.watched
     def on_step(self, how, phase: WanPhase, terms: dict) -> None:
         accuracy = self.accuracy.value("disc" in terms) if self.accuracy else None
         if dist.rank() == 0:
@@ -197,15 +198,11 @@ class Training:
             # two in a row: in stage 2 the student's and a critic's
             if phase.step % self.cfg.log_every < 2 or phase.step == 1:
                 seen = {"accuracy": accuracy} if "disc" in terms else {}
-                seen |= watch.memory(self.device)
                 self.log.write(phase.step, {**terms, **seen, "seconds": phase.seconds, "skipped": phase.skipped})
             if phase.step % self.cfg.save_every == 0 and not sys.stderr.isatty():  # where there is no bar to look at
                 dist.say(f"{self.name}: {phase.step} updates in {phase.seconds:.0f} s")
         if how and self.cfg.preview_every and phase.step % self.cfg.preview_every == 0:
             self.preview(how, phase, accuracy)
-        if dist.rank() == 0:
-            self.watch = self.watch or watch.Watch(self.cfg, self.name, self.device, self.speed, phase.steps)
-            self.watch.step(phase.step)
 
     @torch.no_grad()
     def preview(self, how, phase: WanPhase, accuracy: float | None) -> None:
@@ -213,14 +210,12 @@ class Training:
         clips = min(self.cfg.preview_prompts, len(self.reader))
         data, c = self.reader.batch(0, clips)
         mine = range(phase.replica, 2 * clips, phase.replicas)  # clip i is prompt i // 2, seed i % 2
-        rounds = -(-2 * clips // phase.replicas)  # every rank must call equally often
         with phase.ema_weights() as student:
             parts = []
-            for k in range(rounds):
+            for k in range(-(-2 * clips // phase.replicas)):  # every rank must call equally often
                 i = mine[k] if k < len(mine) else 0
-                g = torch.Generator().manual_seed(1000 + i)
-                noise = torch.randn(1, *self.reader.latent_shape, generator=g).to(self.device)
-                drawn = dist.gather(draw(student, how, noise, c[i // 2][None], seed=i))
+                noise = torch.randn(1, *self.reader.latent_shape, generator=torch.Generator().manual_seed(1000 + i))
+                drawn = dist.gather(draw(student, how, noise.to(self.device), c[i // 2][None], seed=i))
                 parts.append(drawn[:: self.cfg.context_parallel])  # ranks that share a clip have all of it
         # round by round in the order of ranks is 0, 1, 2, ...
         samples = torch.cat(parts)[: 2 * clips].unflatten(0, (clips, 2))
@@ -242,6 +237,7 @@ def draw(student, how: WanStudentConfig, noise, c, seed: int):
     return tmd.sample(student, noise, c, generator=inner, target=how.target, field=how.field, outer=how.outer, **grids)
 
 
+@watch.shown_at_end
 def alone(cfg: Wan, name: str, work) -> dict:
     """work() -> the description of phase `name`, unless it is finished; one run at a time."""
     if facts := finished(cfg.folder(name), cfg, longer=True):
@@ -249,9 +245,7 @@ def alone(cfg: Wan, name: str, work) -> dict:
     dist.start(cfg.device, alone=cfg.offload_teacher)
     with only_one(cfg.folder(name), dist.rank()):
         dist.barrier()
-        facts = work()
-        watch.show(cfg, name)
-        return facts
+        return work()
 
 
 def stage1(cfg: Wan) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -39,6 +40,33 @@ class Watch:
             show(cfg, self.name)
 
 
+def watched(on_step):
+    """Training.on_step(how, phase, terms), and after it, on rank 0, the page where one is due."""
+
+    @wraps(on_step)
+    def both(job, how, phase, terms):
+        on_step(job, how, phase, terms)
+        if dist.rank() == 0:
+            if getattr(job, "watch", None) is None:
+                job.watch = Watch(job.cfg, job.name, job.device, job.speed, phase.steps)
+            job.watch.step(phase.step)
+
+    return both
+
+
+def shown_at_end(alone):
+    """alone(cfg, name, work), which trains a phase, and the page when it is finished."""
+
+    @wraps(alone)
+    def both(cfg, name, work):
+        facts = alone(cfg, name, work)
+        if (cfg.folder(name) / "log.jsonl").exists():
+            show(cfg, name)
+        return facts
+
+    return both
+
+
 def show(cfg: Wan, name: str) -> None:
     """OUT/report.html, by rank 0."""
     if dist.rank() == 0:
@@ -51,11 +79,6 @@ def trying(work, what: str) -> None:
         work()
     except Exception as e:  # of whatever kind: hours of training are worth more than a page
         print(f"\n{what} is left out ({kept.reason(e)}); the training goes on.", flush=True)
-
-
-def memory(device: torch.device) -> dict:
-    """For the log: the most that this GPU has held so far, in GB."""
-    return {"GB": torch.cuda.max_memory_allocated(device) / GB} if device.type == "cuda" else {}
 
 
 def machine(device: torch.device) -> str:
