@@ -28,7 +28,7 @@ def facts_of(page) -> dict:
 
 def lines_of(steps: int) -> list[dict]:
     """A log: ten seconds an update, later twenty; a preview each 100 updates, an alarm at 100."""
-    found = [{"step": 1, "memory": {"update": kind, "allocated_gb": gb}} for kind, gb in (("stage1", 61.0), ("x", 60.0))]
+    found = [{"step": 1, "memory": {"update": "stage1", "allocated_gb": gb}} for gb in (61.0, 60.0)]
     for step in range(10, steps + 1, 10):
         seconds = 10.0 * step + 10.0 * max(0, step - steps // 2)
         line = {"step": step, "tm_mf": 0.5, "gradient norm student": 1.0}

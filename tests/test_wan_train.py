@@ -384,13 +384,14 @@ def test_auto_checkpointing_is_what_plan_proposes(world, tmp_path, capsys):
         assert f"checkpointing: {wanted}" in report(config, **cfg.planned())
 
 
-def test_log_and_previews(world, tmp_path, monkeypatch):
+def test_log_and_previews(world, tmp_path):
     """Every log_every updates a line of finite numbers, previews with their numbers and latents, and the
     discriminator's accuracy; the page of the run at the first update, each checkpoint and preview, and the end.
     """
     cfg, shown, show = settings(world, tmp_path, stage1_updates=0), [], train.watch.show
-    monkeypatch.setattr(train.watch, "show", lambda *args: shown.append(show(*args)))
-    train.stage2(cfg)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train.watch, "show", lambda *args: shown.append(show(*args)))
+        train.stage2(cfg)
     lines = [json.loads(line) for line in (cfg.folder("stage2") / "log.jsonl").read_text().splitlines()]
     assert {"fake", "disc", "accuracy", "seconds", "skipped"} <= lines[0].keys() and 0 <= lines[0]["accuracy"] <= 1
     assert [line["step"] for line in lines if "preview" in line] == [3, 6]

@@ -41,9 +41,9 @@ if __name__ == "__main__":
 from settings import command as run_command
 from settings import parser
 from wan_scale.config import PRESETS, Wan, preset
+from wan_scale.pages.command import PAGES, pages
 
 COMMANDS = ("plan", "data", "stage1", "stage2", "kd", "dmd2v", "sample", "export", "eval", "bench", "teacher")
-PAGES = ("compare", "report")
 NEEDS = """Nothing was started: this reproduction needs three things that are not here.
 
   weights   a Wan2.1-T2V folder in the Hugging Face layout (tens of GB with its text encoder), given with --model
@@ -59,9 +59,6 @@ To see every step run now on this machine, with a tiny random Wan and nothing to
 It makes the folder, 16 teacher clips, trains stage 1 and stage 2, writes mp4s of student and teacher and a score sheet.
 The weights are random, so the videos are noise: it shows that everything works, not how well.
 """
-TINY_PROMPTS = """a red ball, a blue cube, a green cat runs, a small dog jumps, the big ball left, the red cube right,
-a cat sits, a dog on the sand, the blue ball up, a small cube down, a big cat in the snow, the dog runs fast,
-a red cat slow, a still cube, the green ball in the sea, the small ball jumps""".replace("\n", " ").split(", ")
 
 
 def parse(argv=None):
@@ -79,28 +76,6 @@ def parse(argv=None):
     if any(own.values()) and command not in PAGES:
         p.error(f"{command or 'the ladder'} takes no {'--tally' if own['tally'] else own['paths'][0]}; see --help.")
     return command, name, args, dry, own
-
-
-def tiny_world(cfg: Wan) -> Wan:
-    """The preset tiny's own folder and prompts, where none are given."""
-    import torch
-
-    from wan_scale.data.files import atomic
-    from wan_scale.tiny import make_tiny
-    from wan_scale.training import dist
-
-    torch.set_num_threads(1)  # so small that a second thread only waits
-    dist.start(cfg.device)
-    model, prompts = cfg.model or str(cfg.folder("tiny-wan")), cfg.prompts or str(cfg.folder("prompts.txt"))
-    if dist.rank() == 0:
-        cfg.folder().mkdir(parents=True, exist_ok=True)
-        if not cfg.model:
-            make_tiny(model, cfg.seed)
-        if not cfg.prompts and not Path(prompts).exists():  # an edited one stays
-            with atomic(Path(prompts)) as file:
-                file.write("\n".join([*TINY_PROMPTS, ""]).encode())
-    dist.barrier()
-    return replace(cfg, model=model, prompts=prompts)
 
 
 def make_data(cfg: Wan, kd: bool = False) -> None:
@@ -233,23 +208,6 @@ def plan(cfg: Wan, name: str) -> None:
     print(report(model, rates=rates, **cfg.planned()))
 
 
-def pages(cfg: Wan, command: str, given: dict, paths: list[str], tally: bool) -> str:
-    """The pages of finished or running work; returns what was written, or the tally."""
-    if command == "report":
-        from wan_scale.pages import run_page
-
-        return "\n".join(str(run_page.write(Path(run))) for run in paths or [cfg.out])
-    from wan_scale.pages import study
-    from wan_scale.pages import tally as tallied
-
-    out = cfg.out if "out" in given else "runs/compare"
-    if tally:
-        return tallied.tally(paths, out)
-    if len(paths) != 2:
-        raise ValueError(f"compare takes two folders of samples, not {len(paths)}; for example compare A B --out DIR.")
-    return study.write(*paths, out, cfg.seed, cfg.prompts)
-
-
 def lacks_prompts(cfg: Wan, command: str | None) -> bool:
     """Whether a command has nothing to make clips of, or nothing to sample."""
     if command == "sample":
@@ -264,13 +222,15 @@ def work(command: str | None, name: str | None, given: dict, dry: bool, own: dic
         resolved = {"command": command or "data, stage1, stage2, sample, eval", "preset": name or "1.3b", **asdict(cfg)}
         print(json.dumps(resolved, indent=1))
         return
+    if command in PAGES:
+        return print(pages(cfg, command, "out" in given, **own))
     if command == "plan":
         return plan(cfg, name or "1.3b")
     if command == "bench":
         return bench(cfg, name or "1.3b")
-    if command in PAGES:
-        return print(pages(cfg, command, given, **own))
     if name == "tiny":
+        from wan_scale.tiny import tiny_world
+
         cfg = tiny_world(cfg)
     elif not cfg.model or lacks_prompts(cfg, command):
         print(NEEDS)
