@@ -66,6 +66,18 @@ def settings(ladder, **more):
     return preset("tiny", model=str(ladder / "tiny-wan"), prompts=str(ladder / "prompts.txt"), **{**names, **more})
 
 
+def test_samples_compare_and_the_run_has_a_page(ladder, tmp_path):
+    """What `sample` wrote of student and teacher makes a study of whole prompts; report.html shows both stages."""
+    a, b = (ladder / "samples" / who for who in ("tmd", "teacher"))
+    assert command("compare", a, b, "--out", tmp_path / "study") == 0
+    rows = json.loads((tmp_path / "study" / "key.json").read_text(encoding="utf-8"))["pairs"]
+    assert sorted({row["prompt"] for row in rows}) == ["a blue cube", "a red ball"] and all(row["seed"] for row in rows)
+    told = json.loads((a / "prompts.json").read_text(encoding="utf-8"))
+    assert told["a red ball-1.mp4"] == "a red ball" and len(told) == 4
+    page = (ladder / "report.html").read_text(encoding="utf-8")
+    assert "Stage 1" in page and "Stage 2" in page and "http-equiv" not in page
+
+
 def test_ladder_from_nothing(ladder):
     """One command makes the folder, clips, both stages, mp4s of 9 frames for student and teacher, a picture and a score
     sheet.

@@ -386,10 +386,12 @@ def test_auto_checkpointing_is_what_plan_proposes(world, tmp_path, capsys):
 
 def test_log_and_previews(world, tmp_path):
     """Every log_every updates a line of finite numbers, previews with their numbers and latents, and the
-    discriminator's accuracy.
+    discriminator's accuracy; the page of the run at the first update, each checkpoint and preview, and the end.
     """
-    cfg = settings(world, tmp_path, stage1_updates=0)
-    train.stage2(cfg)
+    cfg, shown, show = settings(world, tmp_path, stage1_updates=0), [], train.watch.show
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train.watch, "show", lambda *args: shown.append(show(*args)))
+        train.stage2(cfg)
     lines = [json.loads(line) for line in (cfg.folder("stage2") / "log.jsonl").read_text().splitlines()]
     assert {"fake", "disc", "accuracy", "seconds", "skipped"} <= lines[0].keys() and 0 <= lines[0]["accuracy"] <= 1
     assert [line["step"] for line in lines if "preview" in line] == [3, 6]
@@ -397,6 +399,10 @@ def test_log_and_previews(world, tmp_path):
     assert set(preview) == {"motion", "contrast", "peak", "diversity"} and all(v > 0 for v in preview.values())
     names = [f.name for f in sorted(cfg.folder("stage2", "previews").iterdir())]
     assert names == [f"step-0000000{step}.{kind}" for step in (3, 6) for kind in ("png", "safetensors")]
+    page = cfg.folder("report.html").read_text(encoding="utf-8")
+    assert len(shown) == 6  # updates 1, 2, 3, 4, 6 and the end
+    assert json.loads(cfg.folder("stage2", "plan.json").read_text())["updates"] == 6
+    assert all(f"stage2/previews/{name}" in page for name in names[::2]) and "http-equiv" not in page
 
 
 def test_alarms_in_words(g):

@@ -18,6 +18,9 @@ command goes on from the last checkpoint.
     eval      score sheet of what was sampled; with --vbench-results VBench's three numbers beside the paper's
     bench     seconds and memory of every step on this GPU at full size, with random weights: nothing to download
     teacher   flow matching of MODEL's transformer on the shards, for folders made by hand
+
+    compare   A B, two folders of samples: pages for a blind preference study; --tally ANSWERS...: its win rates
+    report    report.html of the runs in FOLDER or OUT: curves, previews, plan and actual, alarms
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ if __name__ == "__main__":
 from settings import command as run_command
 from settings import parser
 from wan_scale.config import PRESETS, Wan, preset
+from wan_scale.pages.command import PAGES, pages
 
 COMMANDS = ("plan", "data", "stage1", "stage2", "kd", "dmd2v", "sample", "export", "eval", "bench", "teacher")
 NEEDS = """Nothing was started: this reproduction needs three things that are not here.
@@ -55,44 +59,23 @@ To see every step run now on this machine, with a tiny random Wan and nothing to
 It makes the folder, 16 teacher clips, trains stage 1 and stage 2, writes mp4s of student and teacher and a score sheet.
 The weights are random, so the videos are noise: it shows that everything works, not how well.
 """
-TINY_PROMPTS = """a red ball, a blue cube, a green cat runs, a small dog jumps, the big ball left, the red cube right,
-a cat sits, a dog on the sand, the blue ball up, a small cube down, a big cat in the snow, the dog runs fast,
-a red cat slow, a still cube, the green ball in the sea, the small ball jumps""".replace("\n", " ").split(", ")
 
 
 def parse(argv=None):
-    """(command or None, settings, the names given on the command line, dry run?)."""
-    p = parser(Wan, __doc__)
-    p.usage = "run.py [COMMAND] [--preset tiny|1.3b|14b] [options]"
-    one_of = f"one of {', '.join(COMMANDS)}; none: the ladder"
-    p.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND", help=one_of)
+    """(command or None, settings, the names given on the command line, dry run?, what compare and report take)."""
+    p = parser(Wan, __doc__, tally="compare: join the raters' files that are given, for the study in OUT")
+    p.usage = "run.py [COMMAND] [PATH ...] [--preset tiny|1.3b|14b] [options]"
+    one_of = f"one of {', '.join((*COMMANDS, *PAGES))}; none: the ladder"
+    p.add_argument("command", nargs="?", choices=(*COMMANDS, *PAGES), metavar="COMMAND", help=one_of)
+    p.add_argument("paths", nargs="*", metavar="PATH", help="of compare and report alone: folders, or raters' files")
     p.add_argument("--preset", choices=tuple(PRESETS), help="tiny, 1.3b or 14b: Table 7's settings (default: 1.3b)")
     p.add_argument("--dry-run", action="store_true", help="print the resolved settings as JSON and stop")
-    args = vars(p.parse_args(argv))
+    args = vars(p.parse_intermixed_args(argv))  # paths may stand before and after options
     command, name, dry = args.pop("command"), args.pop("preset"), args.pop("dry_run")
-    return command, name, args, dry
-
-
-def tiny_world(cfg: Wan) -> Wan:
-    """The preset tiny's own folder and prompts, where none are given."""
-    import torch
-
-    from wan_scale.data.files import atomic
-    from wan_scale.tiny import make_tiny
-    from wan_scale.training import dist
-
-    torch.set_num_threads(1)  # so small that a second thread only waits
-    dist.start(cfg.device)
-    model, prompts = cfg.model or str(cfg.folder("tiny-wan")), cfg.prompts or str(cfg.folder("prompts.txt"))
-    if dist.rank() == 0:
-        cfg.folder().mkdir(parents=True, exist_ok=True)
-        if not cfg.model:
-            make_tiny(model, cfg.seed)
-        if not cfg.prompts and not Path(prompts).exists():  # an edited one stays
-            with atomic(Path(prompts)) as file:
-                file.write("\n".join([*TINY_PROMPTS, ""]).encode())
-    dist.barrier()
-    return replace(cfg, model=model, prompts=prompts)
+    own = {"paths": args.pop("paths"), "tally": args.pop("tally")}
+    if any(own.values()) and command not in PAGES:
+        p.error(f"{command or 'the ladder'} takes no {'--tally' if own['tally'] else own['paths'][0]}; see --help.")
+    return command, name, args, dry, own
 
 
 def make_data(cfg: Wan, kd: bool = False) -> None:
@@ -233,17 +216,21 @@ def lacks_prompts(cfg: Wan, command: str | None) -> bool:
     return command in (None, "data") and not clips
 
 
-def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:
+def work(command: str | None, name: str | None, given: dict, dry: bool, own: dict) -> None:
     cfg = preset(name or "1.3b", **given)
     if dry:
         resolved = {"command": command or "data, stage1, stage2, sample, eval", "preset": name or "1.3b", **asdict(cfg)}
         print(json.dumps(resolved, indent=1))
         return
+    if command in PAGES:
+        return print(pages(cfg, command, "out" in given, **own))
     if command == "plan":
         return plan(cfg, name or "1.3b")
     if command == "bench":
         return bench(cfg, name or "1.3b")
     if name == "tiny":
+        from wan_scale.tiny import tiny_world
+
         cfg = tiny_world(cfg)
     elif not cfg.model or lacks_prompts(cfg, command):
         print(NEEDS)
@@ -284,7 +271,7 @@ def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:
 
 
 def main(argv=None) -> int:
-    command, name, given, dry = parse(argv)
+    command, name, given, dry, own = parse(argv)
     quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # everything is read from the folder given
     quiet |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
     # one process saves alone, as it should; and nothing writes in place into what a sharded net returns
@@ -292,7 +279,7 @@ def main(argv=None) -> int:
         warnings.filterwarnings("ignore", words)
     for key, value in quiet.items():
         os.environ.setdefault(key, value)
-    status = run_command("wan_scale", lambda: explain(lambda: work(command, name, given, dry)))
+    status = run_command("wan_scale", lambda: explain(lambda: work(command, name, given, dry, own)))
     if status and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         os._exit(status)  # at once: taking the group down could wait for ranks that wait for this one

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from wan_scale.data.files import writing
+from wan_scale.config import Wan
+from wan_scale.data.files import atomic, writing
 
 WORDS = (
     "a the red green blue small big ball cube cat dog runs jumps sits left right up down on in of sea sand snow "
     "still slow fast"
 ).split()
+PROMPTS = """a red ball, a blue cube, a green cat runs, a small dog jumps, the big ball left, the red cube right,
+a cat sits, a dog on the sand, the blue ball up, a small cube down, a big cat in the snow, the dog runs fast,
+a red cat slow, a still cube, the green ball in the sea, the small ball jumps""".replace("\n", " ").split(", ")
 TRANSFORMER = dict(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=4, text_dim=32, freq_dim=32)
 
 
@@ -79,3 +84,21 @@ def make_tiny(folder: str | Path, seed: int = 0, **transformer) -> Path:
         pipe.save_pretrained(temporary, safe_serialization=True)
         os.replace(temporary, folder)
     return folder
+
+
+def tiny_world(cfg: Wan) -> Wan:
+    """The preset tiny's own folder and prompts, where none are given."""
+    from wan_scale.training import dist
+
+    torch.set_num_threads(1)  # so small that a second thread only waits
+    dist.start(cfg.device)
+    model, prompts = cfg.model or str(cfg.folder("tiny-wan")), cfg.prompts or str(cfg.folder("prompts.txt"))
+    if dist.rank() == 0:
+        cfg.folder().mkdir(parents=True, exist_ok=True)
+        if not cfg.model:
+            make_tiny(model, cfg.seed)
+        if not cfg.prompts and not Path(prompts).exists():  # an edited one stays
+            with atomic(Path(prompts)) as file:
+                file.write("\n".join([*PROMPTS, ""]).encode())
+    dist.barrier()
+    return replace(cfg, model=model, prompts=prompts)

@@ -26,6 +26,7 @@ from wan_scale.training import dist, kept, lora, students, weights
 from wan_scale.training.train import compute_dtype
 
 WRITTEN = "export.json"  # in an exported folder: the files that export put there
+PROMPTS = "prompts.json"  # in a folder of samples: {file name: whole prompt}, for a long one is cut in the name
 PHASES = {"tmd": ("stage2", "stage1"), "dmd2v": ("dmd2v", "kd")}  # the last finished phase counts
 
 
@@ -171,6 +172,9 @@ def sample(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
     stamp(folder, cfg, teacher)
     todo = vbench.missing(folder, planned(cfg)[dist.rank() :: dist.world()])
     dist.say(f"sample: {len(todo)} videos to make on this rank, in {folder}")
+    if dist.rank() == 0:
+        old = read_json(folder / PROMPTS) if (folder / PROMPTS).exists() else {}
+        write_json(folder / PROMPTS, {**old, **{video.name: video.prompt for video in planned(cfg)}})
     if not todo:
         dist.barrier()
         return folder

@@ -26,7 +26,7 @@ from wan_scale.data.reader import Reader
 from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels, load_transformer
 from wan_scale.preflight import check_taps
 from wan_scale.seeds import mixed
-from wan_scale.training import dist, logs, lora, previews, ulysses, weights
+from wan_scale.training import dist, logs, lora, previews, ulysses, watch, weights
 from wan_scale.training.phase import Feed, WanPhase
 from wan_scale.training.students import (
     check_weights,
@@ -190,6 +190,7 @@ class Training:
         save_student(self.folder, phase, facts)
         return facts
 
+    @watch.watched
     def on_step(self, how, phase: WanPhase, terms: dict) -> None:
         accuracy = self.accuracy.value("disc" in terms) if self.accuracy else None
         if dist.rank() == 0:
@@ -209,14 +210,12 @@ class Training:
         clips = min(self.cfg.preview_prompts, len(self.reader))
         data, c = self.reader.batch(0, clips)
         mine = range(phase.replica, 2 * clips, phase.replicas)  # clip i is prompt i // 2, seed i % 2
-        rounds = -(-2 * clips // phase.replicas)  # every rank must call equally often
         with phase.ema_weights() as student:
             parts = []
-            for k in range(rounds):
+            for k in range(-(-2 * clips // phase.replicas)):  # every rank must call equally often
                 i = mine[k] if k < len(mine) else 0
-                g = torch.Generator().manual_seed(1000 + i)
-                noise = torch.randn(1, *self.reader.latent_shape, generator=g).to(self.device)
-                drawn = dist.gather(draw(student, how, noise, c[i // 2][None], seed=i))
+                noise = torch.randn(1, *self.reader.latent_shape, generator=torch.Generator().manual_seed(1000 + i))
+                drawn = dist.gather(draw(student, how, noise.to(self.device), c[i // 2][None], seed=i))
                 parts.append(drawn[:: self.cfg.context_parallel])  # ranks that share a clip have all of it
         # round by round in the order of ranks is 0, 1, 2, ...
         samples = torch.cat(parts)[: 2 * clips].unflatten(0, (clips, 2))
@@ -238,6 +237,7 @@ def draw(student, how: WanStudentConfig, noise, c, seed: int):
     return tmd.sample(student, noise, c, generator=inner, target=how.target, field=how.field, outer=how.outer, **grids)
 
 
+@watch.shown_at_end
 def alone(cfg: Wan, name: str, work) -> dict:
     """work() -> the description of phase `name`, unless it is finished; one run at a time."""
     if facts := finished(cfg.folder(name), cfg, longer=True):
