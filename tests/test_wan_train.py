@@ -371,6 +371,16 @@ def test_checkpointed_discriminator_has_the_same_gradients(g):
         torch.testing.assert_close(a, b)
 
 
+def test_float32_is_exact_unless_tf32_is_asked_for(world, tmp_path):
+    """A phase sets TF32 for matmuls and for convolutions, whose default is on: else the finite difference would divide
+    the patch embedding's rounding by its step.
+    """
+    for asked in (True, False):
+        train.Training(settings(world, tmp_path, tf32=asked), "stage1", world / "data")
+        assert torch.backends.cudnn.allow_tf32 == asked
+        assert torch.get_float32_matmul_precision() == ("high" if asked else "highest")
+
+
 def test_auto_checkpointing_is_what_plan_proposes(world, tmp_path, capsys):
     """The checkpointing that `plan` prints for this memory is the one a phase runs with, and the screen says so."""
     for gb in (8.0, 0.001):
