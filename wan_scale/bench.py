@@ -243,7 +243,7 @@ class Bench:
             depth = {"student": L - cfg.H} | ({"fake": L} if kind == "stage 2" else {})
             lora.adapt(base, self.lora, cfg.lora_scale, depth).to(self.device)
         student = self.student(base)
-        speed.prepare(student.net, **facts)
+        speed.prepare(student, **facts)
         seconds, peaks, last = {}, {}, [speed.moment(self.device)]
 
         def on_step(phase, terms):

@@ -133,7 +133,7 @@ class Training:
         With --lora it stays whole on each rank, because the base that the roles share could not be sharded.
         """
         cfg, teacher = self.cfg, not any(p.requires_grad for p in net.parameters())
-        self.fast(net.net if hasattr(net, "net") else net)
+        self.fast(net)
         if cfg.lora:
             return self.sound(weights.fill(net, self.device)).to(self.device)
         offload = teacher and cfg.offload_teacher
@@ -146,11 +146,11 @@ class Training:
         weights.check_finite(net, self.cfg.model)
         return net
 
-    def fast(self, net: WanNetwork) -> None:
+    def fast(self, net) -> None:
         """Attention backend, activation checkpointing and compilation: as the settings say, or as suits this GPU."""
         if self.speed is None:
             half = compute_dtype(self.cfg, self.device)
-            config = dict(net.transformer.config)
+            config = dict(getattr(net, "net", net).transformer.config)
             self.speed = dist.agreed(speed.chosen(self.cfg, config, self.device, half, backward=True))
             self.speed["checkpointing"] = self.checkpointing(config, self.speed["compiled"])
         speed.prepare(net, **self.speed)
