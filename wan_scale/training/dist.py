@@ -129,6 +129,12 @@ def reshard(*nets: nn.Module) -> None:
         part.reshard()
 
 
+def reduce_over_copies(net: nn.Module, now: bool) -> None:
+    """Whether the next backward pass sums gradients over the copies of the weights (HSDP) too; else they wait here."""
+    for part in (module for module in net.modules() if isinstance(module, FSDPModule)):
+        part.set_requires_all_reduce(now, recurse=False)
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a sharded tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -107,6 +107,7 @@ class WanPhase(tmd.Phase):
         if self.micro == 0:
             optimizer.zero_grad(set_to_none=True)
         loss = sum(terms.values()) / self.accumulate
+        dist.reduce_over_copies(net, self.micro == self.accumulate - 1)
         with torch.autocast(loss.device.type, enabled=False):  # as tmd.Phase: float32 parts have float32 gradients
             loss.backward()
         dist.reshard(*self.nets.values())  # what the micro-batch's calls left gathered
