@@ -16,6 +16,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from test_wan_train import assert_same_run
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor.debug import CommDebugMode
 
 from wan_scale.config import preset
 from wan_scale.data.teacher import generate
@@ -250,6 +251,23 @@ def test_copies_are_reduced_once_an_update(four_ranks, monkeypatch):
         made.update("net", {"loss": net(torch.ones(1, 4)).sum()})
         assert len(over_copies) == (0, 0, 2)[micro]
     assert seen == [True]
+
+
+def test_weights_are_looked_at_where_they_are(four_ranks, monkeypatch):
+    """Each rank reads its part of a sharded net and reduces nothing; what one rank finds, all of them say."""
+    net, told = torch.nn.Linear(4, 4), []
+    net.blocks = []
+    net = dist.shard(net)
+    monkeypatch.setattr(dist, "gathered", lambda value: (told.append(value), [["bias"], value])[1])
+    with CommDebugMode() as reduced, pytest.raises(RuntimeError, match=r"here holds .* not finite \(bias\); make or"):
+        weights.check_finite(net, "here")
+    assert told == [[]] and not reduced.get_total_counts()
+    dist.local(net.weight).data[0, 1] = float("nan")
+    with pytest.raises(RuntimeError, match=r"\(bias, and 1 more\)"):
+        weights.check_finite(net, "here")
+    assert told[1] == ["weight"]
+    monkeypatch.setattr(dist, "gathered", None)  # whole nets, as in sampling, where a rank may have nothing to do
+    weights.check_finite(torch.nn.Linear(2, 2), "here")
 
 
 def test_copies_that_do_not_divide():

@@ -104,8 +104,14 @@ def read(s: Stored) -> torch.Tensor:
 
 
 def check_finite(module: nn.Module, where) -> None:
-    """RuntimeError if a parameter is NaN or infinite: its videos would show nothing."""
-    bad = [name for name, p in module.named_parameters() if not bool(torch.isfinite(p).all())]
+    """RuntimeError if a parameter is NaN or infinite: its videos would show nothing.
+
+    Of a sharded net each rank reads its own part, and all ranks, who must call, say the same.
+    """
+    finite = {name: torch.isfinite(dist.local(p)).all() for name, p in module.named_parameters()}
+    bad = [name for name, good in finite.items() if not bool(good)]  # the device has all to do before the first wait
+    if any(isinstance(p, DTensor) for p in module.parameters()):
+        bad = list(dict.fromkeys(name for part in dist.gathered(bad) for name in part))
     if bad:
         more = f", and {len(bad) - 1} more" * (len(bad) > 1)
         raise RuntimeError(f"{where} holds weights that are not finite ({bad[0]}{more}); make or copy it again.")
