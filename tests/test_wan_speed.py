@@ -244,6 +244,9 @@ def test_graphed_head_is_the_head(net, batch, monkeypatch, capsys):
     plain, graphed, recorded = speed.GraphedHead(student), speed.GraphedHead(student), []
 
     def record(inputs, shape):
+        # the two blocks of the head, a pair each, of four: a replay copies no keys and values that it does not read
+        kept = [v for v in inputs if isinstance(v, torch.Tensor) and v.ndim == 3 and v.shape[1] == c.shape[1]]
+        assert len(kept) == 2 * 2
         assert not graphed.recorded  # the graph of another size, with its activations, was let go before
         recorded.append(shape)
         fixed = [v.clone() if isinstance(v, torch.Tensor) else v for v in inputs]

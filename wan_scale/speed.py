@@ -169,9 +169,6 @@ def fastest(times: dict) -> str:
     return min(ran, key=ran.get)
 
 
-# ---- Precision -------------------------------------------------------------------------------------------------------
-
-
 def tf32(allowed: bool) -> None:
     """TF32's 10 bits of mantissa in float32 matmuls AND convolutions, such as the patch embedding; else all 23.
 
@@ -301,6 +298,9 @@ class GraphedHead:
         self.student, self.features, self.recorded = student, student.features, {}
 
     def head(self, y_s, s, r, m):
+        h, (text, *more) = m
+        if isinstance(text, list):  # keys and values of all blocks: the head reads, and a replay copies, its own
+            m = h, (text[-self.student.H :], *more)
         inputs, shape = torch.utils._pytree.tree_flatten((y_s, s, r, m))
         given = [v for v in inputs if isinstance(v, torch.Tensor)]
         if not self.records(y_s) or torch.is_grad_enabled():
