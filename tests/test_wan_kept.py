@@ -112,20 +112,26 @@ def test_a_full_disk_costs_the_save_alone(tmp_path):
 
 
 def test_room_is_checked_before_the_first_update(tmp_path, monkeypatch):
-    """Three checkpoints and the student must fit; those that are there count, and none is too many."""
+    """Three checkpoints and the student must fit; those that are there count, and none is too many. Of a phase that
+    saves once, at its end, one must.
+    """
     one, student = phase_of(0).size(), 4 * (64 * 64 + 64)
     need = 3 * one + student
     usage = lambda free: monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     usage(need - 1)
     with pytest.raises(RuntimeError, match=r"has too little disk: .* GB for 3 checkpoints and the student are needed"):
-        phase_of(2, tmp_path / "c")
+        phase_of(2, tmp_path / "c", minutes=30)
     assert not (tmp_path / "c").exists()
     usage(need)
-    phase_of(4, tmp_path / "c")
+    phase_of(4, tmp_path / "c", minutes=30)
     saved = sum(f.stat().st_size for f in checkpoints.complete(tmp_path / "c")[-1].iterdir())
     assert one < saved < one + 40_000  # the size from the parameters is that of the files
     usage(one + student)
-    phase_of(6, tmp_path / "c")
+    phase_of(6, tmp_path / "c", minutes=30)
+    phase_of(2, tmp_path / "once")
+    usage(one + student - 1)
+    with pytest.raises(RuntimeError, match="for 1 checkpoints and the student"):
+        phase_of(2, tmp_path / "twice")
 
 
 def test_saving_the_same_step_again_is_atomic(tmp_path, monkeypatch):

@@ -167,7 +167,9 @@ class WanPhase(tmd.Phase):
         if path:
             checkpoints.sweep(path)
             if dist.rank() == 0:
-                checkpoints.check_room(path, self.size(), self.keep, student=sum(map(size_of, self.ema.named.values())))
+                saves = math.ceil(steps / every) if self.minutes >= 1e6 else math.inf  # else the clock saves as well
+                student = sum(map(size_of, self.ema.named.values()))
+                checkpoints.check_room(path, self.size(), min(self.keep, saves - 1), student)
         with told_to_stop(bool(path)) as asked:
             ema = super().run(accumulated, steps, path, on_step=stepped, progress=progress, **kw)
             if any(dist.gathered(bool(asked))):  # in the last update: what comes next must not begin
