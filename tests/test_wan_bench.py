@@ -176,6 +176,24 @@ def test_what_does_not_fit_the_time_is_left_out(record, monkeypatch):
     )
 
 
+def test_the_first_minutes_settle_what_matters(record, monkeypatch):
+    """First the stock forward, then the update that needs the least memory, before anything is compiled or tuned. What
+    the second takes is expected from the first; where two rounds would not fit in the time, one is made.
+    """
+    assert list(record["cases"])[:3] == [bench.FIRST, "stage 2, naive", "attention"]
+    one = bench.Bench(preset("tiny"), run.size_of("tiny"), repeats=1)
+    one.record = {"cases": {bench.FIRST: {"seconds": 7.0}}}
+    assert one.expected("teacher", "native") == pytest.approx(7.0)
+    critic, student = (one.expected(kind, "native", checkpointing="full") for kind in ("critic", "student"))
+    assert 7 < critic < student < 20 * 7
+    for left, rounds in ((10.0, 3), (2.2, 1), (1.2, 1)):  # measured, of 4, 2 and 1
+        monkeypatch.setattr(one, "left", lambda left=left: left * one.cfg.micro_batch * (critic + student))
+        found = one.training("stage 2", naive=True)
+        assert found["n"] == rounds and min(found["seconds"].values()) > 0
+    with pytest.raises(RuntimeError, match="left out"):
+        one.training("stage 2")  # which would have to compile
+
+
 def test_a_head_that_was_not_recorded_is_no_measurement():
     """On a CPU nothing is recorded: the case fails, and its seconds are not taken for a graph's."""
     one = bench.Bench(preset("tiny"), run.size_of("tiny"), repeats=1)

@@ -1,6 +1,7 @@
 """`bench`: what a forward, a training step and a sample cost on this GPU, at full size with random weights.
 
-The most valuable cases come first, every result is written as it comes, and no case starts after --bench-minutes: a run
+The first two cases settle whether it runs, how fast a forward is and whether training fits. Then the most valuable
+come first, every result is written as it comes, and no case starts after --bench-minutes: a run
 that is cut short has measured something. Seconds are medians after a warm-up, on a GPU by CUDA events. A case that
 fails says why, and the next one starts. cost/benchmarks.py sets the numbers beside the plan's.
 """
@@ -19,15 +20,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import tmd_minimal as tmd
-from wan_scale import speed
+from wan_scale import rates, speed
 from wan_scale.config import Wan, preset
 from wan_scale.cost.benchmarks import RESULTS
 from wan_scale.cost.memory import RESERVE, choose_checkpointing, memory
 from wan_scale.cost.sizes import GB, WAN, discriminator, known, latent, tokens
-from wan_scale.cost.work import measured_rates, step_work, time_of
+from wan_scale.cost.work import measured_rates, rates_of, step_work, time_of
 from wan_scale.data.files import write_json
 from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels
 from wan_scale.training import dist, lora, train, weights
@@ -37,6 +37,7 @@ LOOKED_AT = (  # by what is measured: a setting of these that is not the preset'
     "frames height width N H micro_batch taps disc_width lora device precision tf32 checkpointing attn compile "
     "card_gb bench_minutes"
 ).split()
+FIRST = "forward, stock call"
 GRIDS = (1, 2), (1, 1), (1, 4), (2, 2), (4, 1)  # (M, N), by value
 
 
@@ -72,11 +73,15 @@ class Bench:
         return self.begun + 60 * self.cfg.bench_minutes - time.perf_counter()
 
     def expected(self, kind: str, attn: str, tf32: bool = False, **how) -> float:
-        """Seconds of such a step by `plan` and the rates measured here; 0 as long as there are none."""
+        """Seconds of such a step by `plan` and the rates measured here, or its first forward; 0 as long as none is."""
         try:
             rate = measured_rates(self.record, tf32, attn)
         except (ValueError, KeyError):
-            return 0.0
+            forward = self.record.get("cases", {}).get(FIRST, {}).get("seconds")
+            if not forward:
+                return 0.0
+            teacher = step_work(self.config, self.tokens, "teacher", H=self.cfg.H)["teacher"]
+            rate = rates_of(time_of(teacher, rates_of(1.0, 1.0)) / forward, 8.0)
         how = dict(N=self.cfg.N, last_tap=self.cfg.tap_blocks[-1], disc_flops=self.disc["flops"], H=self.cfg.H) | how
         return sum(time_of(work, rate) for work in step_work(self.config, self.tokens, kind, **how).values())
 
@@ -128,51 +133,6 @@ class Bench:
         ran = {name: s for name, s in found.items() if not isinstance(s, str)}
         reasons = {name: s for name, s in found.items() if name not in ran}
         return {"seconds": ran, "reasons": reasons, "attn": self.attn, "attn_forward": self.attn_forward}
-
-    def rates(self) -> dict:
-        """Seconds and work of each of work.UNITS but attention, at the sizes of one block; "matmul": a large one."""
-        n, D, wide, heads = self.tokens, self.D, self.config["ffn_dim"], self.config["num_attention_heads"]
-        make = lambda *shape, dtype=self.dtype: torch.randn(*shape, device=self.device, dtype=dtype)
-        pairs = [(D, D)] * 6 + [(D, wide), (wide, D)]  # a block's linear layers
-        seconds, work = {}, {}
-
-        def measure(unit, amount, run):
-            with torch.no_grad():
-                seconds[unit], work[unit] = self.median(run, within=3.0)["seconds"], float(amount)
-
-        def layers(unit, dtype, gradients=False):
-            of_shape = lambda shapes: {shape: make(*shape, dtype=dtype) for shape in shapes}
-            x, weight = of_shape({(n, D), (n, wide)}), of_shape({*pairs})
-            once = lambda a, b: x[n, a].T @ x[n, b] if gradients else x[n, a] @ weight[a, b]
-            measure(unit, sum(2 * n * a * b for a, b in pairs), lambda: [once(a, b) for a, b in pairs])
-
-        def exact(suffix, tf32):
-            speed.tf32(tf32)
-            layers(f"fp32 linear{suffix}", torch.float32)
-            q = make(1, heads, n, D // heads, dtype=torch.float32)
-            measure(f"fp32 attention{suffix}", 4 * n * n * D, lambda: F.scaled_dot_product_attention(q, q, q))
-
-        size = 8192 if self.cuda else 256
-        a, b = make(size, size), make(size, size)
-        measure("matmul", 2 * size**3, lambda: a @ b)
-        layers("linear", self.dtype)
-        layers("weight gradients", self.dtype, gradients=True)
-        source, target = make(n, wide), make(n, wide)
-        measure("bytes", 2 * source.nbytes, lambda: target.copy_(source))
-        exact("", False)
-        exact(", TF32", True)
-        speed.tf32(self.cfg.tf32)
-        channels = self.D // 4
-        disc = WanDiscriminator(channels, self.cfg.disc_width, 1).to(self.device)
-        feature = make(1, channels, *self.shape[1:]).requires_grad_()
-        amount = 3 * discriminator(self.config, self.shape[1:], self.cfg.disc_width, taps=1)["flops"]
-
-        def both_ways():
-            with torch.enable_grad(), train.compute(self.cfg, self.device):
-                disc([feature]).sum().backward()
-
-        measure("convolution", amount, both_ways)
-        return {"seconds": seconds, "work": work}
 
     def forward(self, compiled: bool = False, stock: bool = False) -> dict:
         """One teacher forward without gradient; stock: as diffusers is called, with its own attention."""
@@ -235,6 +195,8 @@ class Bench:
         step = lambda kind: self.cfg.micro_batch * self.expected(kind, **like)
         of_each = {"stage 1": step("stage1"), "stage 2": step("student") + step("critic")}[kind]
         rounds = 4 if 4 * of_each < self.left() / 2 else 2  # the first of each is the warm-up
+        if naive and rounds * of_each > self.left():
+            rounds = 1  # nothing is compiled: a first update is better than none
         self.affordable(rounds * of_each)
         (x, c), cfg, how = self.batch(self.cfg.micro_batch), self.cfg, self.cfg.how()
         data, c_neg, L = (lambda n, g: (x, c)), torch.zeros_like(c[0]), self.config["num_layers"]
@@ -275,9 +237,12 @@ class Bench:
                 disc = WanDiscriminator(*size, checkpointing=True).to(self.device)
                 two = replace(cfg.stage2(), iterations=2 * rounds, student_every=2)
                 tmd.train_stage2(student, teacher, disc, data, how, two, taps=cfg.tap_blocks, fake_score=fake, **shared)
-        found = {"seconds": {part: statistics.median(s[1:]) for part, s in seconds.items()}, "n": rounds - 1}
+        found = {
+            "seconds": {part: statistics.median(s[1:] or s) for part, s in seconds.items()},
+            "n": max(rounds - 1, 1),
+        }
         if self.cuda:
-            found["peak_gb"] = {part: max(gb[1:]) for part, gb in peaks.items()}
+            found["peak_gb"] = {part: max(gb[1:] or gb) for part, gb in peaks.items()}
         return found | facts | {"lora": self.lora, "difference": difference, "tf32": tf32}
 
     def cases(self) -> dict:
@@ -286,18 +251,18 @@ class Bench:
         full = {"stage 2, full checkpointing": (partial(stage2, mode="full"), False)} if self.mode != "full" else {}
         few = GRIDS[:3] if self.lora else GRIDS  # 14B: the bars first, the rest in "sampling"
         return {
+            FIRST: (partial(self.forward, stock=True), False),
+            "stage 2, naive": (partial(stage2, naive=True), False),
             "attention": (self.attention, False),
-            "rates": (self.rates, False),
+            "rates": (partial(rates.measure, self), False),
             "forward, compiled": (partial(self.forward, compiled=True), self.cfg.compile != "on"),
             "sampling, graphed head": (partial(self.sampling, graphed=True, grids=few), True),
             "stage 2": (stage2, False),
-            "stage 2, naive": (partial(stage2, naive=True), False),
             **full,  # in the naive baseline's memory
             "stage 1": (stage1, False),
             "stage 1, no finite difference": (partial(stage1, difference=False), False),
             "sampling": (self.sampling, False),
             "forward": (self.forward, False),
-            "forward, stock call": (partial(self.forward, stock=True), False),
             "VAE decode": (self.vae, False),
             "stage 1, TF32": (partial(stage1, tf32=True), True),
             "stage 2, not compiled": (partial(stage2, compiled=False), True),
