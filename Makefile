@@ -5,7 +5,7 @@ RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 WAN    := $(VENV)/.installed-wan
 
-.PHONY: toy video video-teacher wan test quick-test slow claims video-sweep video-claims bench bench-gpu tutorials publish lint clean
+.PHONY: toy video video-teacher wan test quick-test slow claims video-sweep video-claims bench bench-gpu smoke-gpu tutorials publish lint clean
 
 toy: $(STAMP)            ## train teacher, baseline and TMD on two spirals and draw them
 	$(RUN) toy_2d.py --resume
@@ -48,6 +48,9 @@ bench-gpu: $(WAN)        ## seconds and memory of wan_scale/ at full size on a G
 	$(RUN) wan_scale/run.py bench --preset 1.3b --bench-minutes 4
 	$(RUN) wan_scale/run.py bench --preset 14b --bench-minutes 4
 	$(RUN) -m results.publish
+
+smoke-gpu: $(WAN)        ## does it run on this GPU: every step of wan_scale/ at 1.3B with random weights, a few updates each
+	$(RUN) wan_scale/run.py smoke --preset 1.3b
 
 tutorials: $(WAN)        ## execute every notebook from scratch, store its outputs, check them (some ten minutes)
 	$(RUN) tutorials/execute.py

@@ -1,6 +1,7 @@
 """`bench`: what a forward, a training step and a sample cost on this GPU, at full size with random weights.
 
-The most valuable cases come first, every result is written as it comes, and no case starts after --bench-minutes: a run
+The first two cases settle whether it runs, how fast a forward is and whether training fits. Then the most valuable
+come first, every result is written as it comes, and no case starts after --bench-minutes: a run
 that is cut short has measured something. Seconds are medians after a warm-up, on a GPU by CUDA events. A case that
 fails says why, and the next one starts. cost/benchmarks.py sets the numbers beside the plan's.
 """
@@ -19,15 +20,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import tmd_minimal as tmd
-from wan_scale import speed
+from wan_scale import rates, speed
 from wan_scale.config import Wan, preset
 from wan_scale.cost.benchmarks import RESULTS
 from wan_scale.cost.memory import RESERVE, choose_checkpointing, memory
 from wan_scale.cost.sizes import GB, WAN, discriminator, known, latent, tokens
-from wan_scale.cost.work import measured_rates, step_work, time_of
+from wan_scale.cost.work import measured_rates, rates_of, step_work, time_of
 from wan_scale.data.files import write_json
 from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels
 from wan_scale.training import dist, lora, train, weights
@@ -37,6 +37,7 @@ LOOKED_AT = (  # by what is measured: a setting of these that is not the preset'
     "frames height width N H micro_batch taps disc_width lora device precision tf32 checkpointing attn compile "
     "card_gb bench_minutes"
 ).split()
+FIRST = "forward, stock call"
 GRIDS = (1, 2), (1, 1), (1, 4), (2, 2), (4, 1)  # (M, N), by value
 
 
@@ -63,7 +64,7 @@ class Bench:
         self.lora = cfg.lora or 64 * (smallest > budget)  # what one GPU cannot train in full is measured with LoRA
         chosen = choose_checkpointing(config, self.tokens, budget, lora=self.lora, **held)
         self.mode = chosen if cfg.checkpointing == "auto" else cfg.checkpointing
-        torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
+        speed.tf32(cfg.tf32)
 
     # ---- Clock and networks ----
 
@@ -72,11 +73,15 @@ class Bench:
         return self.begun + 60 * self.cfg.bench_minutes - time.perf_counter()
 
     def expected(self, kind: str, attn: str, tf32: bool = False, **how) -> float:
-        """Seconds of such a step by `plan` and the rates measured here; 0 as long as there are none."""
+        """Seconds of such a step by `plan` and the rates measured here, or its first forward; 0 as long as none is."""
         try:
             rate = measured_rates(self.record, tf32, attn)
         except (ValueError, KeyError):
-            return 0.0
+            forward = self.record.get("cases", {}).get(FIRST, {}).get("seconds")
+            if not forward:
+                return 0.0
+            teacher = step_work(self.config, self.tokens, "teacher", H=self.cfg.H)["teacher"]
+            rate = rates_of(time_of(teacher, rates_of(1.0, 1.0)) / forward, 8.0)
         how = dict(N=self.cfg.N, last_tap=self.cfg.tap_blocks[-1], disc_flops=self.disc["flops"], H=self.cfg.H) | how
         return sum(time_of(work, rate) for work in step_work(self.config, self.tokens, kind, **how).values())
 
@@ -96,17 +101,19 @@ class Bench:
     def peak(self) -> dict:
         return {"peak_gb": torch.cuda.max_memory_allocated() / GB} if self.cuda else {}
 
-    def transformer(self, dtype: torch.dtype):
-        """The stock transformer with random weights, made on its device; float32 stays what diffusers keeps so."""
-        from diffusers import WanTransformer3DModel
-
+    def network(self, dtype: torch.dtype, but: str | None = None) -> WanNetwork:
+        """The stock transformer, random weights drawn on its device in their dtypes; `but`: names that get none yet."""
         torch.manual_seed(0)
-        with self.device:
-            net = WanTransformer3DModel(**self.config)
-        return weights.cast(net, dtype)
+        return WanNetwork(weights.draw(weights.empty(self.config, dtype, self.device), self.device, but))
 
     def frozen(self) -> WanNetwork:
-        return WanNetwork(self.transformer(self.dtype).requires_grad_(False))
+        return self.network(self.dtype).requires_grad_(False)
+
+    def student(self, base: WanNetwork | None) -> tmd.TMDStudent:
+        """Only what is its own gets memory: with a shared `base` neither the blocks of the base nor a copy of them."""
+        net = self.network(torch.float32, but="blocks.")
+        student = tmd.TMDStudent(lora.graft(net, base, self.cfg.H) if base else net, self.cfg.H)
+        return weights.draw(student, self.device).to(self.device)
 
     def batch(self, n: int = 1):
         g = torch.Generator().manual_seed(0)
@@ -126,52 +133,6 @@ class Bench:
         ran = {name: s for name, s in found.items() if not isinstance(s, str)}
         reasons = {name: s for name, s in found.items() if name not in ran}
         return {"seconds": ran, "reasons": reasons, "attn": self.attn, "attn_forward": self.attn_forward}
-
-    def rates(self) -> dict:
-        """Seconds and work of each of work.UNITS but attention, at the sizes of one block; "matmul": a large one."""
-        n, D, wide, heads = self.tokens, self.D, self.config["ffn_dim"], self.config["num_attention_heads"]
-        make = lambda *shape, dtype=self.dtype: torch.randn(*shape, device=self.device, dtype=dtype)
-        pairs = [(D, D)] * 6 + [(D, wide), (wide, D)]  # a block's linear layers
-        seconds, work = {}, {}
-
-        def measure(unit, amount, run):
-            with torch.no_grad():
-                seconds[unit], work[unit] = self.median(run, within=3.0)["seconds"], float(amount)
-
-        def layers(unit, dtype, gradients=False):
-            of_shape = lambda shapes: {shape: make(*shape, dtype=dtype) for shape in shapes}
-            x, weight = of_shape({(n, D), (n, wide)}), of_shape({*pairs})
-            once = lambda a, b: x[n, a].T @ x[n, b] if gradients else x[n, a] @ weight[a, b]
-            measure(unit, sum(2 * n * a * b for a, b in pairs), lambda: [once(a, b) for a, b in pairs])
-
-        def exact(suffix, precision):
-            torch.set_float32_matmul_precision(precision)
-            layers(f"fp32 linear{suffix}", torch.float32)
-            q = make(1, heads, n, D // heads, dtype=torch.float32)
-            measure(f"fp32 attention{suffix}", 4 * n * n * D, lambda: F.scaled_dot_product_attention(q, q, q))
-
-        size = 8192 if self.cuda else 256
-        a, b = make(size, size), make(size, size)
-        measure("matmul", 2 * size**3, lambda: a @ b)
-        layers("linear", self.dtype)
-        layers("weight gradients", self.dtype, gradients=True)
-        source, target = make(n, wide), make(n, wide)
-        measure("bytes", 2 * source.nbytes, lambda: target.copy_(source))
-        now = torch.get_float32_matmul_precision()
-        exact("", "highest")
-        exact(", TF32", "high")
-        torch.set_float32_matmul_precision(now)
-        channels = self.D // 4
-        disc = WanDiscriminator(channels, self.cfg.disc_width, 1).to(self.device)
-        feature = make(1, channels, *self.shape[1:]).requires_grad_()
-        amount = 3 * discriminator(self.config, self.shape[1:], self.cfg.disc_width, taps=1)["flops"]
-
-        def both_ways():
-            with torch.enable_grad(), train.compute(self.cfg, self.device):
-                disc([feature]).sum().backward()
-
-        measure("convolution", amount, both_ways)
-        return {"seconds": seconds, "work": work}
 
     def forward(self, compiled: bool = False, stock: bool = False) -> dict:
         """One teacher forward without gradient; stock: as diffusers is called, with its own attention."""
@@ -228,25 +189,23 @@ class Bench:
         """
         mode = "full" if naive else mode or self.mode
         tf32, compiled = self.cfg.tf32 if tf32 is None else tf32, self.compiled if compiled is None else compiled
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        speed.tf32(tf32)
         facts = {"attn": "native" if naive else self.attn, "compiled": compiled and not naive, "checkpointing": mode}
         like = dict(**facts, tf32=tf32, lora=self.lora, flow_map_share=float(difference))
         step = lambda kind: self.cfg.micro_batch * self.expected(kind, **like)
         of_each = {"stage 1": step("stage1"), "stage 2": step("student") + step("critic")}[kind]
         rounds = 4 if 4 * of_each < self.left() / 2 else 2  # the first of each is the warm-up
+        if naive and rounds * of_each > self.left():
+            rounds = 1  # nothing is compiled: a first update is better than none
         self.affordable(rounds * of_each)
         (x, c), cfg, how = self.batch(self.cfg.micro_batch), self.cfg, self.cfg.how()
         data, c_neg, L = (lambda n, g: (x, c)), torch.zeros_like(c[0]), self.config["num_layers"]
-        whole = lambda: WanNetwork(self.transformer(torch.float32))
-        if self.lora:
-            base = WanNetwork(self.transformer(self.dtype))
+        base = self.network(self.dtype) if self.lora else None
+        if base:
             depth = {"student": L - cfg.H} | ({"fake": L} if kind == "stage 2" else {})
-            lora.adapt(base, self.lora, cfg.lora_scale, depth)
-            base.to(self.device)
-        net = lora.graft(whole(), base, cfg.H) if self.lora else whole()
-        student = tmd.TMDStudent(net, cfg.H).to(self.device)
-        del net  # the student has a copy
-        speed.prepare(student.net, **facts)
+            lora.adapt(base, self.lora, cfg.lora_scale, depth).to(self.device)
+        student = self.student(base)
+        speed.prepare(student, **facts)
         seconds, peaks, last = {}, {}, [speed.moment(self.device)]
 
         def on_step(phase, terms):
@@ -271,15 +230,19 @@ class Bench:
                 one = replace(cfg.stage1(), updates=rounds, flow_map_share=float(difference))
                 tmd.train_stage1(student, data, how, one, **shared)
             else:
-                teacher, fake = (lora.Role(base), lora.Role(base, "fake")) if self.lora else (self.frozen(), whole())
+                roles = (lora.Role(base), lora.Role(base, "fake")) if base else ()
+                teacher, fake = roles or (self.frozen(), self.network(torch.float32))
                 speed.prepare(teacher, **facts), speed.prepare(fake, **facts)
                 size = feature_channels(teacher), cfg.disc_width, len(cfg.tap_blocks)
                 disc = WanDiscriminator(*size, checkpointing=True).to(self.device)
                 two = replace(cfg.stage2(), iterations=2 * rounds, student_every=2)
                 tmd.train_stage2(student, teacher, disc, data, how, two, taps=cfg.tap_blocks, fake_score=fake, **shared)
-        found = {"seconds": {part: statistics.median(s[1:]) for part, s in seconds.items()}, "n": rounds - 1}
+        found = {
+            "seconds": {part: statistics.median(s[1:] or s) for part, s in seconds.items()},
+            "n": max(rounds - 1, 1),
+        }
         if self.cuda:
-            found["peak_gb"] = {part: max(gb[1:]) for part, gb in peaks.items()}
+            found["peak_gb"] = {part: max(gb[1:] or gb) for part, gb in peaks.items()}
         return found | facts | {"lora": self.lora, "difference": difference, "tf32": tf32}
 
     def cases(self) -> dict:
@@ -288,18 +251,18 @@ class Bench:
         full = {"stage 2, full checkpointing": (partial(stage2, mode="full"), False)} if self.mode != "full" else {}
         few = GRIDS[:3] if self.lora else GRIDS  # 14B: the bars first, the rest in "sampling"
         return {
+            FIRST: (partial(self.forward, stock=True), False),
+            "stage 2, naive": (partial(stage2, naive=True), False),
             "attention": (self.attention, False),
-            "rates": (self.rates, False),
+            "rates": (partial(rates.measure, self), False),
             "forward, compiled": (partial(self.forward, compiled=True), self.cfg.compile != "on"),
             "sampling, graphed head": (partial(self.sampling, graphed=True, grids=few), True),
             "stage 2": (stage2, False),
-            "stage 2, naive": (partial(stage2, naive=True), False),
             **full,  # in the naive baseline's memory
             "stage 1": (stage1, False),
             "stage 1, no finite difference": (partial(stage1, difference=False), False),
             "sampling": (self.sampling, False),
             "forward": (self.forward, False),
-            "forward, stock call": (partial(self.forward, stock=True), False),
             "VAE decode": (self.vae, False),
             "stage 1, TF32": (partial(stage1, tf32=True), True),
             "stage 2, not compiled": (partial(stage2, compiled=False), True),

@@ -47,7 +47,7 @@ class WanNetwork(tmd.Network):
 
     Hidden states are tokens (B, n, D); after ulysses.share(net, K) they are the n / K of this rank. ctx is (text
     tokens, rotary table, (T', H', W')), made once a sample. `checkpointing` is the activation checkpointing of each
-    block: "none", "selective" (all but attention) or "full".
+    block: "none", "selective" (all but attention) or "full"; `outside` that of the output layer.
     Where the network is `frozen` (speed.prepare), each block's keys and values stand for the text tokens. They are made
     once for a tensor c, WHICH MUST NOT BE CHANGED IN PLACE.
     """
@@ -59,7 +59,7 @@ class WanNetwork(tmd.Network):
             raise ValueError(f"{other}; give a text-to-video one (Wan2.1-T2V-1.3B or -14B).")
         tmd.choose("checkpointing", checkpointing, CHECKPOINTING)
         self.transformer, self.checkpointing, self.tables, self.ranks = transformer, checkpointing, {}, 1
-        self.frozen, self.prompt = False, (None, None)
+        self.frozen, self.prompt, self.outside = False, (None, None), "none"
 
     # Properties, not registered again: each weight has one name.
     patch = property(lambda self: self.transformer.patch_embedding)
@@ -109,11 +109,16 @@ class WanNetwork(tmd.Network):
             h = speed.checkpointed(block, self.checkpointing, h, text, six, rope)
         return h
 
-    def output(self, h, e):
-        net, (_, temb, (_, _, grid)) = self.transformer, e
+    def last(self, h, temb):
+        """Wan's output layer, before the tokens become a picture."""
+        net = self.transformer
         shift_, scale = (net.scale_shift_table + temb[:, None]).chunk(2, 1)
-        h = (net.norm_out(h.float()) * (1 + scale) + shift_).type_as(h)
-        return tmd.at_least_fp32(self.unpatchify(ulysses.gather(net.proj_out(h), self.ranks), grid, channels_last=True))
+        return net.proj_out((net.norm_out(h.float()) * (1 + scale) + shift_).type_as(h))
+
+    def output(self, h, e):
+        _, temb, (_, _, grid) = e
+        tokens = ulysses.gather(speed.checkpointed(self.last, self.outside, h, temb), self.ranks)
+        return tmd.at_least_fp32(self.unpatchify(tokens, grid, channels_last=True))
 
     def unpatchify(self, tokens, grid, channels_last: bool):
         """Tokens (B, n, p q r C) -> (B, C, T, H, W).
@@ -160,6 +165,22 @@ class ScaleBranch(nn.Module):
         return self.over(h).mean((2, 3, 4))
 
 
+class Readers(torch.autograd.Function):
+    """h for n readers: their gradients are summed in float32, whatever precision h has."""
+
+    @staticmethod
+    def forward(ctx, h, n: int):
+        return tuple(h.view_as(h) for _ in range(n))
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        *others, last = gradients
+        total = tmd.at_least_fp32(last)
+        for gradient in reversed(others):  # as autograd would add them up
+            total = total + gradient
+        return total.to(last.dtype), None
+
+
 class WanDiscriminator(nn.Module):
     """Conv3D heads on the teacher's tapped features at five scales: list of (B, C, T, H, W) -> logits (B, heads).
 
@@ -179,8 +200,11 @@ class WanDiscriminator(nn.Module):
 
     def forward(self, features):
         dtype = self.logits[0][0].weight.dtype
-        scales = lambda head, h: torch.cat([branch(h) for branch in head], -1)
-        joined = [scales(head, h.to(dtype)) for head, h in zip(self.heads, features, strict=True)]
+        # autocast's convolutions take half precision as it is; a float32 copy would be kept until the backward pass
+        if not torch.is_autocast_enabled(features[0].device.type):
+            features = [h.to(dtype) for h in features]
+        scales = lambda head, h: torch.cat([b(h) for b, h in zip(head, Readers.apply(h, len(head)))], -1)
+        joined = [scales(head, h) for head, h in zip(self.heads, features, strict=True)]
         return torch.cat([logit(z) for logit, z in zip(self.logits, joined)], -1)
 
 

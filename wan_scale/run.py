@@ -17,6 +17,7 @@ command goes on from the last checkpoint.
     export    the student as a folder for TMDWanPipeline.from_pretrained
     eval      score sheet of what was sampled; with --vbench-results VBench's three numbers beside the paper's
     bench     seconds and memory of every step on this GPU at full size, with random weights: nothing to download
+    smoke     every step once, few updates of everything, at full size with random weights: nothing to download
     teacher   flow matching of MODEL's transformer on the shards, for folders made by hand
 
     compare   A B, two folders of samples: pages for a blind preference study; --tally ANSWERS...: its win rates
@@ -43,7 +44,8 @@ from settings import parser
 from wan_scale.config import PRESETS, Wan, preset
 from wan_scale.pages.command import PAGES, pages
 
-COMMANDS = ("plan", "data", "stage1", "stage2", "kd", "dmd2v", "sample", "export", "eval", "bench", "teacher")
+COMMANDS = ("plan", "data", "stage1", "stage2", "kd", "dmd2v", "sample", "export", "eval", "bench", "smoke",
+            "teacher")  # fmt: skip
 NEEDS = """Nothing was started: this reproduction needs three things that are not here.
 
   weights   a Wan2.1-T2V folder in the Hugging Face layout (tens of GB with its text encoder), given with --model
@@ -191,6 +193,15 @@ def bench(cfg: Wan, name: str) -> None:
     print(benchmarks.markdown([bench.run(cfg, size_of(name), name, out)]))
 
 
+def smoke(cfg: Wan, name: str, given: dict) -> None:
+    from wan_scale import smoke
+    from wan_scale.training import dist
+
+    dist.start(cfg.device)
+    smoke.run(smoke.settings(cfg, name, given), size_of(name))
+    dist.stop()
+
+
 def plan(cfg: Wan, name: str) -> None:
     from wan_scale.cost.report import report
     from wan_scale.cost.work import measured_rates
@@ -228,6 +239,8 @@ def work(command: str | None, name: str | None, given: dict, dry: bool, own: dic
         return plan(cfg, name or "1.3b")
     if command == "bench":
         return bench(cfg, name or "1.3b")
+    if command == "smoke":
+        return smoke(cfg, name or "1.3b", given)
     if name == "tiny":
         from wan_scale.tiny import tiny_world
 

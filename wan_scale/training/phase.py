@@ -53,22 +53,26 @@ class WanPhase(tmd.Phase):
     Its nets may be sharded (FSDP2) or whole on each rank. ema_on: the device of the EMA, if it is not the net's.
     A step whose gradient is not finite is skipped and counted; `patience` of them in a row are a FloatingPointError,
     and so is a phase without any other. Beside every save_every updates it saves every `minutes`, and on SIGTERM.
-    verify: compare checksums of checkpoints of any size.
+    verify: compare checksums of checkpoints of any size. before: a folder of checkpoints that go with the first save.
     """
 
     KEPT = (*tmd.Phase.KEPT, "skipped", "in_a_row", "made", "ends")
 
     def __init__(self, *args, feed: Feed, accumulate: int = 1, patience: int = 5, keep: int = 2, context: int = 1,
-                 ema_on: str | None = None, minutes: float = math.inf, verify: bool = False, **kw):  # fmt: skip
+                 ema_on: str | None = None, minutes: float = math.inf, verify: bool = False, before=None,
+                 **kw):  # fmt: skip
         self.average = partial(EMA, device=ema_on)
         super().__init__(*args, **kw)
         self.minutes, self.verify, self.saved, self.due = minutes, verify, time.monotonic(), [0.0, 0.0]
+        self.before = before
         self.ends, self.steps = [], 0  # where it had been finished before it went on; where it ends now
         self.feed, self.accumulate, self.patience, self.keep = feed, accumulate, patience, keep
         # ranks that share a clip draw alike
         self.replica, self.replicas = dist.rank() // context, dist.world() // context
         self.seed = self.generator.initial_seed()
         self.micro, self.skipped, self.means = 0, 0, {}
+        self.together = in_step(accumulate * self.replicas, self.replicas)
+        self.coin = torch.Generator(self.generator.device) if self.together > 1 else None
         self.in_a_row = dict.fromkeys(self.nets, 0)  # by net: one of them may go on well
         self.made = dict.fromkeys(self.nets, 0)  # updates that were not skipped
 
@@ -105,6 +109,7 @@ class WanPhase(tmd.Phase):
         if self.micro == 0:
             optimizer.zero_grad(set_to_none=True)
         loss = sum(terms.values()) / self.accumulate
+        dist.reduce_over_copies(net, self.micro == self.accumulate - 1)
         with torch.autocast(loss.device.type, enabled=False):  # as tmd.Phase: float32 parts have float32 gradients
             loss.backward()
         dist.reshard(*self.nets.values())  # what the micro-batch's calls left gathered
@@ -129,13 +134,19 @@ class WanPhase(tmd.Phase):
         optimizer.zero_grad(set_to_none=True)
         return terms
 
+    def begin(self, micro: int) -> None:
+        """Set the number of this rank's next micro-batch, and by it all that is drawn."""
+        self.micro = micro
+        self.feed.number = (self.step * self.accumulate + micro) * self.replicas + self.replica
+        self.generator.manual_seed(mixed(self.seed, self.feed.number))
+        if self.coin:
+            self.coin.manual_seed(mixed(self.seed, f"coin {self.feed.number // self.together}"))
+
     def run(self, iterate, steps, path=None, on_step=None, **kw):
         def accumulated(phase):
             self.means = {}
             for micro in range(self.accumulate):
-                self.micro = micro
-                self.feed.number = (self.step * self.accumulate + self.micro) * self.replicas + self.replica
-                self.generator.manual_seed(mixed(self.seed, self.feed.number))
+                self.begin(micro)
                 iterate(phase)
             now = [float(bool(asked)), float(time.monotonic() - self.saved > 60 * self.minutes)]
             values = [torch.as_tensor(v, device=self.generator.device) for v in (*self.means.values(), *now)]
@@ -146,16 +157,19 @@ class WanPhase(tmd.Phase):
             if on_step:
                 on_step(phase, terms)
             if path and any(self.due) and self.step < steps:
-                self.save(path)
+                if self.due[0] or self.step % every:  # else it is saved anyway
+                    self.save(path)
                 if self.due[0]:
                     saved = f"saved at update {self.step}, the same command goes on"
                     raise RuntimeError(f"{self.name}: told to stop; {saved}.")
 
-        self.steps, progress = steps, kw.pop("progress", True) and dist.rank() == 0
+        self.steps, progress, every = steps, kw.pop("progress", True) and dist.rank() == 0, kw.get("save_every", 1000)
         if path:
             checkpoints.sweep(path)
             if dist.rank() == 0:
-                checkpoints.check_room(path, self.size(), self.keep)
+                saves = math.ceil(steps / every) if self.minutes >= 1e6 else math.inf  # else the clock saves as well
+                student = sum(map(size_of, self.ema.named.values()))
+                checkpoints.check_room(path, self.size(), min(self.keep, saves - 1), student)
         with told_to_stop(bool(path)) as asked:
             ema = super().run(accumulated, steps, path, on_step=stepped, progress=progress, **kw)
             if any(dist.gathered(bool(asked))):  # in the last update: what comes next must not begin
@@ -170,8 +184,8 @@ class WanPhase(tmd.Phase):
 
     def size(self) -> int:
         """Bytes of a checkpoint: of every net the weights and both moments, and the EMA."""
-        size = lambda found: sum(p.numel() * p.element_size() for p in found)
-        return 3 * sum(size(net.parameters()) for net in self.nets.values()) + size(self.ema.named.values())
+        trained = sum(size_of(p) for net in self.nets.values() for p in net.parameters())
+        return 3 * trained + sum(map(size_of, self.ema.named.values()))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every weight, both moments and the step count of its AdamW, and the EMA; sharing their memory."""
@@ -190,6 +204,8 @@ class WanPhase(tmd.Phase):
         state = {key: getattr(self, key) for key in self.KEPT}
         checkpoints.save(path, f"step-{self.step:08d}", self.tensors(), state, self.keep, self.verify)
         self.saved = time.monotonic()
+        if self.before:
+            checkpoints.drop(self.before)
 
     def load(self, path):
         """The newest complete checkpoint of `path` (none: a fresh start); CheckpointError if it is of another run or
@@ -209,6 +225,21 @@ class WanPhase(tmd.Phase):
             setattr(self, key, state[key])
         if keys and self.step in (old[k] for k in keys):  # it had come to its end
             self.ends = [*self.ends, self.step]
+
+
+def size_of(p: torch.Tensor) -> int:
+    """Bytes of a tensor, of a sharded one those of all ranks."""
+    return p.numel() * p.element_size()
+
+
+def in_step(micro_batches: int, ranks: int) -> int:
+    """How many micro-batches in a row, of `micro_batches` an update, toss stage 1's coin for r < s alike.
+
+    Those of all ranks at once, or most would wait for one that needs the finite difference. Up to eight ranks it is the
+    same number, and so the same update, for any of them.
+    """
+    eight = math.gcd(8, micro_batches)
+    return ranks if eight % ranks else eight  # choice: ranks in step
 
 
 @contextmanager
