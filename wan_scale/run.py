@@ -109,6 +109,8 @@ def make_data(cfg: Wan, kd: bool = False) -> None:
         dist.say(f"{out} was made by another command; its clips are taken as they are.")
     else:
         with only_one(out, dist.rank()):
+            for left in out.glob("*.tmp") if dist.rank() == 0 else ():
+                left.unlink()  # of a kill
             dist.barrier()  # no rank writes before this
             make_clips(cfg, out, kd)
             dist.barrier()

@@ -2,7 +2,7 @@
 
     out/manifest.json         as of any data folder; `format` says how the clips lie in their files, `stored` whether
                               their latents are raw (and are normalised on reading)
-    out/source.json           where the files are; `data --from` at their new place renews it
+    out/source.json           where the files are, how many clips are wanted of each; `data --from` renews it
     out/negative.safetensors  embedding of the negative prompt, by the model folder's own text encoder
     out/shard-<file>.json     sidecar of one published file: its clips with the places and checksums of their tensors,
                               dropped clips with reason, mean and std by channel
@@ -66,11 +66,13 @@ def take(folder, published, out, *, kind="", convert=False, check="all", rank=0,
     if strangers:
         gone = f"{out / min(strangers)} is the index of a file that {published} does not hold"
         raise ValueError(f"{gone}; bring the file back, or delete its index.")
+    wanted = shares(files, kind, limit)
     if rank == 0:
-        write_json(out / "source.json", {"folder": str(Path(published).resolve())})
+        whole = {name: wanted.get(path) for name, path in names.items()}  # None: all clips of a file
+        write_json(out / "source.json", {"folder": str(Path(published).resolve()), "files": whole})
         texts = {out / "negative.safetensors": {"negative": manifest["negative_prompt"]}}
         encode_text(folder, texts, device=device, max_length=manifest["text_length"], progress=False)
-    digest, read, wanted = manifest_digest(manifest), 0, shares(files, kind, limit)
+    digest, read = manifest_digest(manifest), 0
     mine = list(names.items())[rank::world]
     for name, path in tqdm(mine, desc="files", disable=None if rank == 0 else True, mininterval=0.5):
         n = wanted.get(path)
