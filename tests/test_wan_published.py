@@ -127,12 +127,12 @@ WRITERS = {"rcm": write_rcm, "fastvideo": write_fastvideo, "fastgen": write_fast
 every_kind = pytest.mark.parametrize("kind", WRITERS)
 
 
-def own(tiny, out, found=None, n=CLIPS):
+def own(tiny, out, found=None, n=CLIPS, **more):
     """Shards of the same clips as `data` makes them."""
-    found, manifest = found or clips(n), make_manifest(tiny, "teacher", **SIZE, kd=False, shard_size=4)
+    found, manifest = found or clips(), make_manifest(tiny, "teacher", **SIZE, kd=False, shard_size=4)
     records = [{"prompt": PROMPTS[i], "seed": i} for i in range(n)]
     load = lambda: lambda record, text: {"latent": found[record["seed"]][0].float()}
-    where = dict(rank=0, world=1, device="cpu", text_of=lambda record: found[record["seed"]][1])
+    where = dict(rank=0, world=1, device="cpu", text_of=lambda record: found[record["seed"]][1], **more)
     shards.fill(tiny, out, manifest, records, load, **where)
     return out
 
@@ -510,6 +510,55 @@ def test_the_ladder_samples_the_captions_of_its_clips(tiny, tmp_path, capsys, la
     )
     status, steps, _ = ladder("--out", tmp_path / "out3")
     assert status == 1 and not steps and "give --model and --prompts (or --from FOLDER)" in capsys.readouterr().err
+
+
+def test_a_phase_that_was_stopped_keeps_its_clips(tiny, tmp_path, capsys, ladder):
+    """While a phase is unfinished, files that came since are left out by the same command, or it could not go on; once
+    it has ended they are taken. A folder of our own shards does not grow either.
+    """
+    write_rcm(tmp_path / "from", tiny)
+    (tmp_path / "from" / "shard00001.tar").rename(tmp_path / "late")
+    given = ("--out", tmp_path / "out", "--from", tmp_path / "from")
+    assert ladder(*given)[0] == 0
+    before = Reader(tmp_path / "out" / "data").identity
+    (tmp_path / "late").rename(tmp_path / "from" / "shard00001.tar")
+    state = tmp_path / "out" / "stage1" / "checkpoints" / "step-00000002" / "state.json"
+    state.parent.mkdir(parents=True)
+    state.touch()
+    assert ladder(*given)[0] == 0 and Reader(tmp_path / "out" / "data").identity == before
+    assert "stage1 was stopped midway" in capsys.readouterr().out
+    (tmp_path / "out" / "stage1" / "student.json").touch()
+    assert ladder(*given)[0] == 0 and len(Reader(tmp_path / "out" / "data")) == CLIPS
+    held = contents(own(tiny, tmp_path / "own", n=3))
+    own(tiny, tmp_path / "own", grow=False)
+    assert contents(tmp_path / "own") == held
+
+
+def test_prompts_that_were_not_given_are_the_captions(tiny, tmp_path, monkeypatch, capsys):
+    """`sample` and `kd` after `data --from` take the first captions, more of them when more are asked for; a file that
+    was edited stays.
+    """
+    from wan_scale.sampling import sample
+    from wan_scale.training import train
+
+    write_rcm(tmp_path / "from", tiny)
+    published.take(tiny, tmp_path / "from", tmp_path / "out" / "data", **SIZE)
+    asked = []
+    monkeypatch.setattr(sample, "sample", lambda cfg, *_: asked.append(cfg.prompts))
+    monkeypatch.setattr(run, "make_data", lambda cfg, kd=False: asked.append(cfg.prompts))
+    monkeypatch.setattr(train, "kd", lambda cfg: None)
+
+    def call(*args):
+        size = ("--frames", 9, "--height", 32, "--width", 48, "--H", 2, "--taps", "1,2,3", "--device", "cpu")
+        given = ("--model", tiny, "--out", tmp_path / "out", "--skip-layer", 1, *size, *args)
+        assert run.main([str(arg) for arg in given]) == 0
+        return [json.loads(line)["prompt"] for line in open(asked.pop(), encoding="utf-8")]
+
+    assert call("sample", "--sample-prompts", 1) == PROMPTS[:1]
+    assert call("sample", "--sample-prompts", 4) == PROMPTS[:4]
+    (tmp_path / "out" / "captions.jsonl").write_text('{"prompt": "mine"}\n')
+    assert call("sample", "--sample-prompts", 2) == ["mine"]
+    assert call("kd", "--kd-clips", 5) == PROMPTS[:5] and call("kd", "--kd-clips", 0) == PROMPTS
 
 
 def test_the_ladder_takes_shards_of_another_model(tiny, tmp_path, capsys, ladder):

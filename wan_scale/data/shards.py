@@ -73,13 +73,15 @@ def check_disk(out: Path, manifest: dict, records: list[dict], world: int) -> No
 
 
 def fill(folder: Path, out: str | Path, manifest: dict, records: list[dict], load, *, rank: int, world: int,
-         device, text_of=None) -> int:  # fmt: skip
+         device, text_of=None, grow=True) -> int:  # fmt: skip
     """Make this rank's unfinished shards; returns the number of clips made.
 
     load() -> make(record, text (text_length, text_dim)) -> {"latent": x, "noise": x_1}. `load` is called after the text
     encoder is gone; `make` may raise Dropped. text_of(record) -> (n, text_dim): a text that needs no text encoder.
-    Shards of fewer clips than now asked for get the others, and keep what they have.
+    Shards of fewer clips than now asked for get the others, and keep what they have; without `grow` none are added.
     """
+    if not grow and (Path(out) / "manifest.json").exists():
+        records = records[: read_manifest(out)["prompts"]]
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} is not one of {world} ranks; give 0 <= rank < world.")
     size = manifest["shard_size"]

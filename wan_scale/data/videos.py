@@ -17,13 +17,13 @@ VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 
 
 def encode_videos(folder, videos_dir, out, *, rank=0, world=1, frames=81, height=480, width=832, fps=16.0,
-                  shard_size=64, limit=None, device="cpu", dtype=torch.float32) -> int:  # fmt: skip
+                  shard_size=64, limit=None, device="cpu", dtype=torch.float32, grow=True) -> int:  # fmt: skip
     """Latents of the videos of a folder (VIDEOS); returns the number of clips made.
 
     Each has its caption in a .txt of the same name. A video is turned and stretched as players do, resampled to `fps`
     from its start (Wan's own is 16), scaled to cover height x width and cropped to its centre. Dropped with a reason:
     "no caption", "caption not UTF-8", "control character in caption", "unreadable", "too short". The latent is the
-    posterior's mean, normalised as the transformer takes it.
+    posterior's mean, normalised as the transformer takes it. grow: of shards.fill.
     """
     folder, there = check_folder(folder), sorted(path for path in Path(videos_dir).glob("*") if path.is_file())
     videos = [path for path in there if path.suffix.lower() in VIDEOS][:limit]
@@ -61,7 +61,7 @@ def encode_videos(folder, videos_dir, out, *, rank=0, world=1, frames=81, height
 
         return make
 
-    return fill(folder, out, manifest, records, load, rank=rank, world=world, device=device)
+    return fill(folder, out, manifest, records, load, rank=rank, world=world, device=device, grow=grow)
 
 
 def caption(path: Path) -> dict:

@@ -248,7 +248,7 @@ def grid(cfg: Wan, folders: dict[str, Path], prompts: int = 4) -> str:
 
 
 CARD = """---
-license: apache-2.0
+license: other
 library_name: wan_scale
 pipeline_tag: text-to-video
 ---
@@ -256,6 +256,8 @@ pipeline_tag: text-to-video
 
 A Wan2.1 student of Transition Matching Distillation (arXiv:2601.09881): {M} outer transition(s) of {N} inner step(s),
 flow head of {H} blocks, effective NFE {nfe:.2f}, no guidance. Made from `{teacher}`, phase `{phase}`.
+
+Wan2.1's weights are under Apache-2.0. The licence of the clips that it was trained on counts as well.
 
 With the code it was made with on the Python path (the folder that holds `wan_scale/`):
 
