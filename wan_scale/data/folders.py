@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -100,8 +101,6 @@ def check_part(folder: Path, part: str, config: dict, made_by=None) -> None:
 
     made_by: that class, where it is not the stock one.
     """
-    from accelerate import init_empty_weights
-
     cls = made_by or stock(part)
     where, wanted = folder / PARTS[part][0], cls.__name__
     named = config.get("_class_name") or config.get("architectures") or wanted
@@ -121,12 +120,21 @@ def check_part(folder: Path, part: str, config: dict, made_by=None) -> None:
         if [*packed, config.get("patch_size")] != [4, 8, None]:
             raise ValueError(f"{where} does not pack 4 frames of 8x8 pixels, as Wan2.1 does; copy it again.")
     try:
-        with init_empty_weights():
-            net = cls(cls.config_class.from_dict(config)) if part == "text_encoder" else cls.from_config(config)
+        net = skeleton(cls, json.dumps(config))
     except Exception as e:  # whatever a constructor says to values that it was not made for
         raise ValueError(f"{where} does not describe a {wanted} ({type(e).__name__}); copy it again.") from e
     ignore = tuple(getattr(net, "_keys_to_ignore_on_load_unexpected", None) or ())
     check(net, files(folder, name=PARTS[part][1]), ignore)
+
+
+@lru_cache(maxsize=8)
+def skeleton(cls, config: str):
+    """A part without memory, of its config as JSON: a command checks its folder several times."""
+    from accelerate import init_empty_weights
+
+    config = json.loads(config)
+    with init_empty_weights():
+        return cls(cls.config_class.from_dict(config)) if hasattr(cls, "config_class") else cls.from_config(config)
 
 
 @contextmanager
