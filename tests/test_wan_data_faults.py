@@ -36,6 +36,9 @@ def tiny(tmp_path_factory):
     return make_tiny(tmp_path_factory.mktemp("model") / "tiny")
 
 
+TEXT = "text_encoder/model.safetensors"
+
+
 @pytest.fixture
 def fake(monkeypatch):
     make_fake(monkeypatch)
@@ -70,6 +73,23 @@ def test_data_may_grow(fake, tiny, tmp_path, monkeypatch):
     with pytest.raises(ValueError) as error:
         generate(tiny, written(tmp_path / "o.txt", ["x", *PROMPTS, "y"]), tmp_path / "out", **how)
     says(error, "the first 6")
+
+
+def test_data_does_not_grow_by_another_text_encoder(fake, tiny, tmp_path):
+    """Clips are not mixed whose texts two text encoders embedded; a folder of an older version does not say which."""
+    (tmp_path / "p.txt").write_text("a cat\na dog\n")
+    make = lambda model, n: generate(model, tmp_path / "p.txt", tmp_path / "out", limit=n, **SMALL)
+    make(tiny, 1)
+    other = shutil.copytree(tiny, tmp_path / "other")
+    shutil.copy(make_tiny(tmp_path / "seed", seed=1) / TEXT, other / TEXT)
+    with pytest.raises(ValueError) as error:
+        make(other, 2)
+    says(error, "made with another text_encoder")
+    path = tmp_path / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["text_encoder"]
+    path.write_text(json.dumps(manifest))
+    assert make(other, 2) == 1
 
 
 def test_a_damaged_shard_does_not_grow(fake, tiny, tmp_path):

@@ -50,7 +50,8 @@ def take(folder, published, out, *, kind="", convert=False, check="all", rank=0,
         raise ValueError(f"{files[0]} holds no clip; {COPY}.")
     stored = {"shard_size": shard_size} if convert else {"format": kind}
     # the text encoder and VAE of all Wan2.1 folders are the same, and the transformer did not make these clips
-    manifest = make_manifest(folder, "published", frames, height, width, transformer=None, source=kind,
+    none = {"transformer": None, "text_encoder": None}
+    manifest = make_manifest(folder, "published", frames, height, width, **none, source=kind,
                              kd=all("noise" in clip for clip in clips), **stored)  # fmt: skip
     manifest["model"] = kind
     check_shape(first, clips[0], manifest)
