@@ -1,5 +1,6 @@
 """One thread for all tests: the networks are tiny, and two threads are slower (and noisier) on them."""
 
+import gc
 import sys
 from concurrent.futures import Future
 from pathlib import Path
@@ -23,6 +24,13 @@ def pytest_collection_modifyitems(items):
 def one_thread_and_seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def garbage():
+    """What is there before a file's tests is not looked through again by each gc.collect(), a quarter of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

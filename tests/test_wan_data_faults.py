@@ -36,6 +36,9 @@ def tiny(tmp_path_factory):
     return make_tiny(tmp_path_factory.mktemp("model") / "tiny")
 
 
+TEXT = "text_encoder/model.safetensors"
+
+
 @pytest.fixture
 def fake(monkeypatch):
     make_fake(monkeypatch)
@@ -70,6 +73,23 @@ def test_data_may_grow(fake, tiny, tmp_path, monkeypatch):
     with pytest.raises(ValueError) as error:
         generate(tiny, written(tmp_path / "o.txt", ["x", *PROMPTS, "y"]), tmp_path / "out", **how)
     says(error, "the first 6")
+
+
+def test_data_does_not_grow_by_another_text_encoder(fake, tiny, tmp_path):
+    """Clips are not mixed whose texts two text encoders embedded; a folder of an older version does not say which."""
+    (tmp_path / "p.txt").write_text("a cat\na dog\n")
+    make = lambda model, n: generate(model, tmp_path / "p.txt", tmp_path / "out", limit=n, **SMALL)
+    make(tiny, 1)
+    other = shutil.copytree(tiny, tmp_path / "other")
+    shutil.copy(make_tiny(tmp_path / "seed", seed=1) / TEXT, other / TEXT)
+    with pytest.raises(ValueError) as error:
+        make(other, 2)
+    says(error, "made with another text_encoder")
+    path = tmp_path / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["text_encoder"]
+    path.write_text(json.dumps(manifest))
+    assert make(other, 2) == 1
 
 
 def test_a_damaged_shard_does_not_grow(fake, tiny, tmp_path):
@@ -128,10 +148,34 @@ def test_a_broken_text_encoder_is_told(tiny, tmp_path):
 
 def clip_of(path, levels, *output):
     """A video of grey frames by ffmpeg, with the given options."""
-    frames = np.repeat(np.asarray(levels, np.uint8), 32 * 48 * 3).tobytes()
+    levels = np.asarray(levels, np.uint8)
+    levels = levels.reshape(len(levels), -1)  # a grey a frame, or all its values
+    frames = np.broadcast_to(levels, (len(levels), 32 * 48 * 3)).tobytes()
     raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "48x32", "-r", "60", "-i", "-"]
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *raw, *output, str(path)]
     subprocess.run(command, input=frames, check=True)
+
+
+def test_pixels_that_are_not_square(tmp_path):
+    """A video whose pixels are twice as wide as high is stretched, as a player shows it, before it is cropped."""
+    stripes = np.zeros((9, 32, 48, 3), np.uint8)
+    stripes[:, :8] = stripes[:, -8:] = 255
+    clip_of(tmp_path / "a.mp4", stripes, "-vf", "setsar=2/1", "-pix_fmt", "yuv444p", "-qp", "0")
+    x = read_video(tmp_path / "a.mp4", 9, 32, 96, 60.0).mean((0, 1, 3))
+    assert x[:8].min() > 0.9 and x[-8:].min() > 0.9 and x[9:-9].max() < -0.9
+
+
+def test_another_video_of_the_same_name_is_noticed(fake, tiny, tmp_path, monkeypatch):
+    """The folder that holds the latents of a video is not taken for those of its replacement."""
+    (tmp_path / "a.mp4").write_bytes(b"1")
+    (tmp_path / "a.txt").write_text("a cat")
+    monkeypatch.setattr(videos, "read_video", lambda *_: torch.rand(3, 9, 32, 48) * 2 - 1)
+    encode = lambda: encode_videos(tiny, tmp_path, tmp_path / "out", frames=9, height=32, width=48)
+    assert (encode(), encode()) == (1, 0)
+    (tmp_path / "a.mp4").write_bytes(b"12")
+    with pytest.raises(ValueError) as error:
+        encode()
+    says(error, "its 1 prompts or videos are not the first 1 of these")
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.MKV"])
@@ -198,6 +242,18 @@ def test_many_prompts_are_read_at_once(tmp_path):
 
 
 # ---- Disks and locales -----------------------------------------------------------------------------------------------
+
+
+def test_ranks_may_write_one_file_at_once(tmp_path, monkeypatch):
+    """Every rank of `data` writes the manifest: one that is in the middle of it takes no other's file away."""
+    path = tmp_path / "manifest.json"
+    monkeypatch.setenv("RANK", "0")
+    with files.atomic(path) as one:
+        one.write(b"{}")
+        monkeypatch.setenv("RANK", "1")
+        with files.atomic(path) as other:
+            other.write(b"{}")
+    assert contents(tmp_path) == {"manifest.json": b"{}"}
 
 
 def test_a_full_disk_is_a_sentence_and_costs_nothing(fake, tiny, tmp_path, monkeypatch):
@@ -323,9 +379,10 @@ def test_a_model_folder_is_the_same_by_every_path(tiny, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tiny)
     for model in (".", str(tiny), f"../{tiny.name}"):
-        sample.stamp(tmp_path, run.preset("tiny", model=model), teacher=True)
-    with pytest.raises(RuntimeError, match="another model"):
-        sample.stamp(tmp_path, run.preset("tiny", model=str(tmp_path)), teacher=True)
+        sample.stamp(tmp_path, run.preset("tiny", model=model), True, {})
+    other = make_tiny(tmp_path / tiny.name, seed=1)  # its folder is called alike
+    with pytest.raises(RuntimeError, match="another transformer"):
+        sample.stamp(tmp_path, run.preset("tiny", model=str(other)), True, {})
 
 
 def test_a_changed_bit_of_the_negative_embedding_is_noticed(tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from wan_scale import run
 from wan_scale.data import text
-from wan_scale.data.folders import check_folder
+from wan_scale.data.folders import check_folder, checksums, fingerprint
 from wan_scale.data.teacher import generate
 from wan_scale.data.text import encode_text
 from wan_scale.model import load_transformer
@@ -214,3 +214,26 @@ def test_a_tokenizer_that_does_not_belong(folder, tmp_path):
     words.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="words and the text encoder"):
         encode_text(folder, job)
+
+
+@pytest.mark.parametrize("name", ["a", "m", "z"])
+def test_a_fingerprint_sees_every_tensor(folder, name):
+    """A fine-tuning that leaves the last megabytes of the weights alone is another transformer."""
+    state = {key: torch.ones(600_000) for key in "amz"}
+    change_tensors(folder, DIT, lambda _: state)
+    before = fingerprint(folder, DIT)
+    change_tensors(folder, DIT, lambda _: state | {name: 1.01 * state[name]})
+    assert fingerprint(folder, DIT) != before
+
+
+@pytest.mark.parametrize("part, file", [(T5, FILE[T5]), (VAE, FILE[VAE]), (VAE, "config.json"),
+                                        ("tokenizer", "tokenizer.json")])  # fmt: skip
+def test_a_checksum_sees_every_byte(folder, part, file):
+    """One byte of a weight file, a config or the words changes the part's checksum, and no other's."""
+    before, path = checksums(folder), folder / part / file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
+    after = checksums(folder)
+    assert before.keys() == after.keys() == {"tokenizer", T5, VAE}
+    assert {key for key in after if after[key] != before[key]} == {part}

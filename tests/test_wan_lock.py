@@ -6,10 +6,13 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
+from contextlib import suppress
 
 import pytest
 
+from wan_scale.data import lock
 from wan_scale.data.lock import NAME, only_one
 
 
@@ -66,9 +69,60 @@ def test_without_locks_another_host_is_believed(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="process 1 on elsewhere"):
         with only_one(tmp_path):
             pass
-    (tmp_path / NAME).write_text('{"ho')
+    (tmp_path / NAME).write_text('{"ho')  # being written, or of a host that lost its power
+    with pytest.raises(RuntimeError, match="in use by another process"):
+        with only_one(tmp_path):
+            pass
+    os.utime(tmp_path / NAME, (0, 0))
     with only_one(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("left", [None, '{"host": "here", "process": 0}'])
+def test_without_locks_one_of_several_gets_it(tmp_path, monkeypatch, left):
+    """Runs that start together, on an empty folder or on a stale file: one holds it, the others are refused."""
+
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    monkeypatch.setattr(socket, "gethostname", lambda: "here")
+    monkeypatch.setattr(lock, "living", lambda who: who["process"] != 0)
+    if left:
+        (tmp_path / NAME).write_text(left)
+    together, refused, got = threading.Barrier(2), threading.Event(), []
+
+    def run():
+        together.wait()
+        with suppress(RuntimeError), only_one(tmp_path):
+            got.append(1)
+            refused.wait(2)
+            return
+        refused.set()
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert got == [1] and not any(tmp_path.iterdir())
+
+
+def test_a_lock_that_was_deleted_and_taken_again_stays(tmp_path):
+    """A run whose lock a person deleted does not remove that of the run which came after it."""
+    with only_one(tmp_path):
+        (tmp_path / NAME).unlink()
+        with only_one(tmp_path):
+            there = (tmp_path / NAME).stat().st_ino
+            (tmp_path / NAME).rename(tmp_path / "theirs")
+        (tmp_path / "theirs").rename(tmp_path / NAME)
+    assert (tmp_path / NAME).stat().st_ino == there
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    """A file in the folder's place is a sentence."""
+    (tmp_path / "file").touch()
+    with pytest.raises(RuntimeError, match=r"\.lock could not be written: .*; see to it"):
+        with only_one(tmp_path / "file"):
+            pass
 
 
 def test_a_folder_that_was_made_for_the_lock_alone_goes_again(tmp_path):

@@ -3,7 +3,11 @@
 import io
 import json
 import shutil
+import sys
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from safetensors.torch import load_file, save
 from wan_data_help import contents, says
 
 from wan_scale import run
-from wan_scale.data import published, shards
+from wan_scale.data import published, shards, sources
 from wan_scale.data.files import atomic
 from wan_scale.data.manifest import make_manifest
 from wan_scale.data.reader import Reader
@@ -123,12 +127,12 @@ WRITERS = {"rcm": write_rcm, "fastvideo": write_fastvideo, "fastgen": write_fast
 every_kind = pytest.mark.parametrize("kind", WRITERS)
 
 
-def own(tiny, out, found=None, n=CLIPS):
+def own(tiny, out, found=None, n=CLIPS, **more):
     """Shards of the same clips as `data` makes them."""
-    found, manifest = found or clips(n), make_manifest(tiny, "teacher", **SIZE, kd=False, shard_size=4)
+    found, manifest = found or clips(), make_manifest(tiny, "teacher", **SIZE, kd=False, shard_size=4)
     records = [{"prompt": PROMPTS[i], "seed": i} for i in range(n)]
     load = lambda: lambda record, text: {"latent": found[record["seed"]][0].float()}
-    where = dict(rank=0, world=1, device="cpu", text_of=lambda record: found[record["seed"]][1])
+    where = dict(rank=0, world=1, device="cpu", text_of=lambda record: found[record["seed"]][1], **more)
     shards.fill(tiny, out, manifest, records, load, **where)
     return out
 
@@ -209,6 +213,45 @@ def test_two_ranks_a_stop_and_more_files_give_the_same_index(tiny, tmp_path, kin
     assert contents(tmp_path / "one") == contents(tmp_path / "clips")
 
 
+@pytest.mark.parametrize("convert", [False, True])
+def test_a_folder_that_is_half_made_is_not_trained_on(tiny, tmp_path, convert):
+    """What one of two ranks has made, the other's part missing, is refused by the reader and is not complete."""
+    write_rcm(tmp_path / "from", tiny)
+    how = dict(world=2, convert=convert, shard_size=2, **SIZE)
+    published.take(tiny, tmp_path / "from", tmp_path / "out", rank=0, **how)
+    assert not shards.complete(tmp_path / "out")
+    with pytest.raises(ValueError) as error:
+        Reader(tmp_path / "out")
+    says(error, "out is unfinished (2 of 6 clips" if convert else "out is unfinished (1 of 2 files", "`data`")
+    published.take(tiny, tmp_path / "from", tmp_path / "out", rank=1, **how)
+    assert shards.complete(tmp_path / "out") and len(Reader(tmp_path / "out")) == CLIPS
+
+
+def test_captions_can_be_read_as_prompts(tiny, tmp_path, monkeypatch):
+    """A published prompt with a control character, or not in UTF-8, is trained on by its text and not sampled."""
+    monkeypatch.setattr(sys.modules[__name__], "PROMPTS", ["a\0b", "a \ufffd", *PROMPTS[2:]])
+    write_rcm(tmp_path / "from", tiny)
+    published.take(tiny, tmp_path / "from", tmp_path / "out", **SIZE)
+    assert captions(tmp_path / "out", 2) == ["a dog", "a small cube"] and len(Reader(tmp_path / "out")) == CLIPS
+
+
+def test_two_threads_open_a_tar_once(tmp_path, monkeypatch):
+    """A preview reads beside the thread that reads ahead: neither closes the file under the other."""
+    write_tar(tmp_path / "a.tar", {"a": b"1"})
+    tar, opened, both = sources.Tar(tmp_path / "a.tar", "rcm"), [], threading.Barrier(2, timeout=0.3)
+
+    def slowly(*args):
+        with suppress(threading.BrokenBarrierError):
+            both.wait()
+        opened.append(args)
+        return open(*args)
+
+    monkeypatch.setattr(sources, "open", slowly, raising=False)
+    with ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(lambda _: tar.bytes([512, 1]), range(2))] == [b"1", b"1"]
+    assert len(opened) == 1
+
+
 def test_the_filter_counts_what_it_drops(tiny, tmp_path):
     """A clip with NaN, a still one and a text with inf are left out with their reasons, in place and converted."""
     found = clips()
@@ -285,6 +328,11 @@ BAD = {  # kind, what happens to its folder, words of the sentence
     "empty tar": ("rcm", lambda f, m: (f / "shard00000.tar").write_bytes(b""), ("shard00000.tar", "truncated")),
     "a damaged header": ("rcm", lambda f, m: flip(f / "shard00001.tar", header(f)), ("shard00001.tar", "damaged")),
     "no text": ("rcm", lambda f, m: without(f / "shard00001.tar", "embed.pt"), ("000000003.latent.pt without its",)),
+    "no latent": ("rcm", lambda f, m: without(f / "shard00001.tar", "latent.pt"), ("000000003.embed.pt without its",)),
+    "a tar of something": ("rcm", lambda f, m: write_tar(f / "z.tar", {"a.txt": b"1"}), ("z.tar", "no clip of rcm")),
+    "a tar of another kind": ("rcm", lambda f, m: [write_fastgen(f / "z", m)], ("000000.tar", "no clip of rcm")),
+    "whole numbers": ("rcm", lambda f, m: write_rcm(f, m, [(x.to(torch.int8), t) for x, t in clips()]),
+                      ("no tensor", "TypeError")),
     "no pickle": ("rcm", lambda f, m: write_tar(f / "shard00001.tar", {"1.latent.pt": b"cos\nsystem\n(S'true'\ntR.",
                   "1.embed.pt": b"1"}), ("shard00001.tar", "no tensor")),
     "another shape": ("rcm", lambda f, m: write_rcm(f, m, [(x if i != 4 else x[:, :2], t) for i, (x, t)
@@ -360,11 +408,13 @@ DAMAGED = [  # file, what is written there by key, or None: the key is gone; wor
     ("manifest.json", {"kd": None}, "kd"),
     ("source.json", {"folder": 3}, "names no folder"),
     ("shard-shard00000.tar.json", {"mean": [[]]}, "mean"),
-    ("shard-shard00000.tar.json", {"clips": [{"id": 0}]}, "places of its clips"),
-    ("shard-shard00000.tar.json", {"clips": [{"id": 0, "latent": 3, "text": [0, 1, 2]}]}, "places of its clips"),
-    ("shard-shard00000.tar.json", {"clips": [{"id": 0, "latent": [0, 10**12, 2], "text": [0, 1, 2]}]}, "truncated"),
+    ("shard-shard00000.tar.json", {"of": 1, "clips": [{"id": 0}]}, "places of its clips"),
+    ("shard-shard00000.tar.json", {"of": 1, "clips": [{"id": 0, "latent": 3, "text": [0, 1, 2]}]}, "places of its"),
+    ("shard-shard00000.tar.json", {"of": 1, "clips": [{"id": 0, "latent": [0, 10**12, 2], "text": [0, 1, 2]}]},
+     "truncated"),
+    ("shard-shard00000.tar.json", {"clips": []}, "unfinished (1 of 2 files are to be made)"),
     ("shard-shard00000.tar.json", {"dropped": [{"id": "x"}]}, "dropped"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, changes, words", DAMAGED)
@@ -380,8 +430,6 @@ def test_a_damaged_index_is_a_sentence(tiny, tmp_path, name, changes, words):
 
 def test_without_pyarrow_it_is_asked_for(tiny, tmp_path, monkeypatch):
     """A sentence, and only where Parquet files are read."""
-    import sys
-
     write_rcm(tmp_path / "from", tiny)
     (tmp_path / "parquet").mkdir()
     (tmp_path / "parquet" / "a.parquet").write_bytes(b"PAR1")
@@ -462,6 +510,55 @@ def test_the_ladder_samples_the_captions_of_its_clips(tiny, tmp_path, capsys, la
     )
     status, steps, _ = ladder("--out", tmp_path / "out3")
     assert status == 1 and not steps and "give --model and --prompts (or --from FOLDER)" in capsys.readouterr().err
+
+
+def test_a_phase_that_was_stopped_keeps_its_clips(tiny, tmp_path, capsys, ladder):
+    """While a phase is unfinished, files that came since are left out by the same command, or it could not go on; once
+    it has ended they are taken. A folder of our own shards does not grow either.
+    """
+    write_rcm(tmp_path / "from", tiny)
+    (tmp_path / "from" / "shard00001.tar").rename(tmp_path / "late")
+    given = ("--out", tmp_path / "out", "--from", tmp_path / "from")
+    assert ladder(*given)[0] == 0
+    before = Reader(tmp_path / "out" / "data").identity
+    (tmp_path / "late").rename(tmp_path / "from" / "shard00001.tar")
+    state = tmp_path / "out" / "stage1" / "checkpoints" / "step-00000002" / "state.json"
+    state.parent.mkdir(parents=True)
+    state.touch()
+    assert ladder(*given)[0] == 0 and Reader(tmp_path / "out" / "data").identity == before
+    assert "stage1 was stopped midway" in capsys.readouterr().out
+    (tmp_path / "out" / "stage1" / "student.json").touch()
+    assert ladder(*given)[0] == 0 and len(Reader(tmp_path / "out" / "data")) == CLIPS
+    held = contents(own(tiny, tmp_path / "own", n=3))
+    own(tiny, tmp_path / "own", grow=False)
+    assert contents(tmp_path / "own") == held
+
+
+def test_prompts_that_were_not_given_are_the_captions(tiny, tmp_path, monkeypatch, capsys):
+    """`sample` and `kd` after `data --from` take the first captions, more of them when more are asked for; a file that
+    was edited stays.
+    """
+    from wan_scale.sampling import sample
+    from wan_scale.training import train
+
+    write_rcm(tmp_path / "from", tiny)
+    published.take(tiny, tmp_path / "from", tmp_path / "out" / "data", **SIZE)
+    asked = []
+    monkeypatch.setattr(sample, "sample", lambda cfg, *_: asked.append(cfg.prompts))
+    monkeypatch.setattr(run, "make_data", lambda cfg, kd=False: asked.append(cfg.prompts))
+    monkeypatch.setattr(train, "kd", lambda cfg: None)
+
+    def call(*args):
+        size = ("--frames", 9, "--height", 32, "--width", 48, "--H", 2, "--taps", "1,2,3", "--device", "cpu")
+        given = ("--model", tiny, "--out", tmp_path / "out", "--skip-layer", 1, *size, *args)
+        assert run.main([str(arg) for arg in given]) == 0
+        return [json.loads(line)["prompt"] for line in open(asked.pop(), encoding="utf-8")]
+
+    assert call("sample", "--sample-prompts", 1) == PROMPTS[:1]
+    assert call("sample", "--sample-prompts", 4) == PROMPTS[:4]
+    (tmp_path / "out" / "captions.jsonl").write_text('{"prompt": "mine"}\n')
+    assert call("sample", "--sample-prompts", 2) == ["mine"]
+    assert call("kd", "--kd-clips", 5) == PROMPTS[:5] and call("kd", "--kd-clips", 0) == PROMPTS
 
 
 def test_the_ladder_takes_shards_of_another_model(tiny, tmp_path, capsys, ladder):

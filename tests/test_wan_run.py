@@ -14,10 +14,12 @@ from diffusers import WanPipeline
 
 from wan_scale import run
 from wan_scale.config import preset
+from wan_scale.data.files import read_json
 from wan_scale.data.prompts import NEGATIVE
 from wan_scale.pictures import read_video, write_video
 from wan_scale.pipeline import TMDWanPipeline
 from wan_scale.sampling import sample
+from wan_scale.sampling.vbench import label
 from wan_scale.training import train
 
 FEW = [
@@ -214,9 +216,9 @@ def test_teacher_is_the_stock_pipeline(ladder, tmp_path):
     stock = WanPipeline.from_pretrained(ladder / "tiny-wan")
     stock.scheduler = type(stock.scheduler).from_config(stock.scheduler.config, flow_shift=5.0)
     how = {"negative_prompt": NEGATIVE, "guidance_scale": 5.0, "num_inference_steps": 2}
-    (seed,) = (v.seed for v in sample.planned(cfg) if v.name == "a blue cube-0.mp4")
-    frames = stock("a blue cube", generator=torch.Generator().manual_seed(seed), **how, **SIZE).frames[0]
-    write_video(frames, tmp_path / "stock.mp4", comment=f"seed {seed}")
+    (video,) = (v for v in sample.planned(cfg) if v.name == "a blue cube-0.mp4")
+    frames = stock("a blue cube", generator=torch.Generator().manual_seed(video.seed), **how, **SIZE).frames[0]
+    write_video(frames, tmp_path / "stock.mp4", comment=label(video, read_json(folder / "made.json")))
     assert (tmp_path / "stock.mp4").read_bytes() == (folder / "a blue cube-0.mp4").read_bytes()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from wan_scale.data.files import write_json
 from wan_scale.pictures import write_video
 from wan_scale.sampling import cheap_metrics as cheap
 from wan_scale.sampling import vbench
@@ -174,14 +175,48 @@ def test_a_prompt_that_is_no_file_name_is_refused(prompt):
 
 
 def test_missing_counts_what_is_not_whole_or_of_another_seed(tmp_path):
-    """A video that was written from its seed is done; an absent, empty or cut one and one of another seed are not."""
-    plan = vbench.plan_videos(records(), samples=2, flickering_samples=2)
+    """A video that was written from its seed is done; an absent, empty or cut one is not, nor one of another seed, of a
+    rewritten text or of another maker.
+    """
+    plan, made = vbench.plan_videos(records(), samples=2, flickering_samples=2), {"student": "a"}
     for video, seed in zip(plan[:3], (plan[0].seed, 7, plan[2].seed)):
-        write_video(smooth(0, 3).numpy(), tmp_path / video.name, comment=f"seed {seed}")
+        comment = vbench.label(video._replace(seed=seed), made)
+        write_video(smooth(0, 3).numpy(), tmp_path / video.name, comment=comment)
     cut = tmp_path / plan[2].name
     cut.write_bytes(cut.read_bytes()[:-1])
     (tmp_path / plan[3].name).touch()
-    assert vbench.missing(tmp_path, plan) == plan[1:] and vbench.missing(tmp_path / "none", plan) == plan
+    assert vbench.missing(tmp_path, plan, made) == plan[1:] and vbench.missing(tmp_path / "none", plan, made) == plan
+    assert vbench.missing(tmp_path, [plan[0]._replace(prompt="a longer text")], made)
+    assert vbench.missing(tmp_path, plan[:1], {"student": "b"})
+
+
+def test_a_video_belongs_to_its_folder_and_its_name(tmp_path):
+    """Two mp4s swapped between folders, one renamed within its own, and made.json of another are told before a score;
+    what others made has no mark and passes.
+    """
+    two = [video for video in vbench.plan_videos(records(), samples=2) if video.index == 0][:2]
+    made = {who: {"student": who, "guidance": 5.0} for who in "ab"}
+    for who in "ab":
+        (tmp_path / who).mkdir()
+        write_json(tmp_path / who / "made.json", made[who])
+        for video in two if who == "a" else two[:1]:
+            write_video(smooth(0, 3).numpy(), tmp_path / who / video.name, comment=vbench.label(video, made[who]))
+    check = lambda: [vbench.check_marks(tmp_path / who) for who in "ab"]
+    assert check() == [made["a"], made["b"]]
+
+    def swap(one, other):
+        data = [(tmp_path / path).read_bytes() for path in (one, other)]
+        for path, bytes in zip((other, one), data):
+            (tmp_path / path).write_bytes(bytes)
+
+    name, other = (video.name for video in two)
+    for pair in ((f"a/{name}", f"b/{name}"), (f"a/{name}", f"a/{other}"), ("a/made.json", "b/made.json")):
+        swap(*pair)
+        with pytest.raises(RuntimeError, match=r"mp4 was not made as .*made\.json says, or under another name; put it"):
+            check()
+        swap(*pair)
+    write_video(smooth(0, 3).numpy(), tmp_path / "b" / "x-0.mp4", comment="seed 1")
+    assert check()
 
 
 def test_rewritten_prompts_change_the_text_and_not_the_name(tmp_path):

@@ -162,6 +162,8 @@ class TMDWanPipeline(WanPipeline):
         self.check_inputs(prompt, None, height, width, prompt_embeds)
         model, device, self.seconds = self.transformer, self._execution_device, {}
         grid = {"M": model.how.M if M is None else M, "N": model.how.N if N is None else N}
+        if wrong := [f"{name} is {value}" for name, value in grid.items() if type(value) is not int]:
+            raise ValueError(f"{wrong[0]}; give a whole number.")
         if not model.how.H and grid["N"] != 1:
             raise ValueError(f"N is {grid['N']}, and a student without a flow head (DMD2-v) has N = 1; leave it away.")
         how = WanStudentConfig(**{key: getattr(model.how, key) for key in HOW} | grid)

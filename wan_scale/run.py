@@ -94,11 +94,21 @@ def make_data(cfg: Wan, kd: bool = False) -> None:
         dist.say(f"{out} was made by another command; its clips are taken as they are.")
     else:
         with only_one(out, dist.rank()):
+            for left in out.glob("*.tmp") if dist.rank() == 0 else ():
+                left.unlink()  # of a kill
             dist.barrier()  # no rank writes before this
             make_clips(cfg, out, kd)
             dist.barrier()
     if dist.rank() == 0:
         print(shards.summary(out), flush=True)
+
+
+def midway(cfg: Wan) -> str:
+    """The phase of OUT that was stopped midway, or "": it goes on with the very clips that it began with."""
+    from wan_scale.training import checkpoints
+
+    begun = (p for p in ("stage1", "stage2", "dmd2v") if not cfg.folder(p, "student.json").exists())
+    return next((p for p in begun if checkpoints.complete(cfg.folder(p, "checkpoints"))), "")
 
 
 def of_others(cfg: Wan, out: Path) -> bool:
@@ -117,20 +127,25 @@ def of_others(cfg: Wan, out: Path) -> bool:
     return bool(cfg.data) and manifest.get("transformer") != fingerprint(Path(cfg.model), "transformer")
 
 
-def with_prompts(cfg: Wan) -> Wan:
-    """The settings with prompts to sample where none were given: the first captions of the data, in OUT."""
+def with_prompts(cfg: Wan, n: int, name: str = "captions.jsonl") -> Wan:
+    """The settings with prompts where none were given: the first n captions of the data, in OUT/NAME.
+
+    An edited file stays; one of fewer prompts gets the others.
+    """
     from wan_scale.data import shards
     from wan_scale.data.files import atomic
     from wan_scale.training import dist
 
-    path = cfg.folder("captions.jsonl")
-    if dist.rank() == 0 and not path.exists():
-        prompts = shards.captions(cfg.shards, cfg.sample_prompts or 64)
-        if not prompts:
+    path = cfg.folder(name)
+    if dist.rank() == 0 and (cfg.shards / "manifest.json").exists():
+        prompts = shards.captions(cfg.shards, n)
+        if not prompts and not path.exists():
             raise RuntimeError(f"the clips of {cfg.shards} have no prompts; give some to sample with --prompts.")
-        lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts]
-        with atomic(path) as file:
-            file.write("".join(lines).encode())
+        lines = "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts).encode()
+        if not path.exists() or lines.startswith(path.read_bytes()):
+            cfg.folder().mkdir(parents=True, exist_ok=True)
+            with atomic(path) as file:
+                file.write(lines)
     dist.barrier()
     return replace(cfg, prompts=str(path))
 
@@ -143,6 +158,9 @@ def make_clips(cfg: Wan, out: Path, kd: bool) -> None:
 
     device = dist.start(cfg.device)
     where = {"rank": dist.rank(), "world": dist.world(), "device": device}
+    if not kd and (phase := midway(cfg)):
+        dist.say(f"{phase} was stopped midway: {out} takes no new clips before it has ended.")
+        where["grow"] = False
     clip = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width, "shard_size": cfg.shard_size}
     if cfg.from_ and not kd:
         how = {"kind": cfg.from_kind, "convert": cfg.convert, "check": cfg.from_check, "limit": cfg.clips or None}
@@ -221,10 +239,10 @@ def plan(cfg: Wan, name: str) -> None:
 
 def lacks_prompts(cfg: Wan, command: str | None) -> bool:
     """Whether a command has nothing to make clips of, or nothing to sample."""
-    if command == "sample":
-        return not cfg.prompts
-    clips = cfg.prompts or cfg.videos or cfg.from_ or (cfg.shards / "manifest.json").exists()
-    return command in (None, "data") and not clips
+    there = (cfg.shards / "manifest.json").exists()
+    if command in ("sample", "kd"):
+        return not (cfg.prompts or there or (cfg.vbench_info and command == "sample"))
+    return command in (None, "data") and not (cfg.prompts or cfg.videos or cfg.from_ or there)
 
 
 def work(command: str | None, name: str | None, given: dict, dry: bool, own: dict) -> None:
@@ -258,6 +276,10 @@ def work(command: str | None, name: str | None, given: dict, dry: bool, own: dic
     dist.start(cfg.device)
     if command in (None, "data", "stage1", "stage2", "kd", "dmd2v", "teacher"):
         train.accumulation(cfg)  # before hours of data
+    if command == "sample" and not (cfg.prompts or cfg.vbench_info):
+        cfg = with_prompts(cfg, cfg.sample_prompts or 64)
+    if command == "kd" and not cfg.prompts:
+        cfg = with_prompts(cfg, cfg.kd_clips or sys.maxsize, "kd-captions.jsonl")
     if not command and (cfg.prompts or cfg.vbench_info):
         sample.planned(cfg)
     m, n = given.get("M"), given.get("N")  # sampling may differ from training only where the command line says so
@@ -276,7 +298,7 @@ def work(command: str | None, name: str | None, given: dict, dry: bool, own: dic
         steps[step]()
         free_memory()  # or the next phase would find the last one's nets on the GPU
         if step == "data" and not command and not (cfg.prompts or cfg.vbench_info):
-            cfg = with_prompts(cfg)
+            cfg = with_prompts(cfg, cfg.sample_prompts or 64)
             sample.planned(cfg)
     if not command:
         evaluate(cfg, {who: sample.sample(replace(cfg, student=who)) for who in ("tmd", "teacher")})

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -39,8 +40,13 @@ def writing(path: Path):
 
 @contextmanager
 def atomic(path: Path, temporary: Path | None = None):
-    """A binary file to write; it appears as `path` whole at the end of the block. RuntimeError if the disk is full."""
-    temporary = temporary or path.with_name(f"{path.name}.tmp")  # the same each time: a kill leaves one at most
+    """A binary file to write; it appears as `path` whole at the end of the block. RuntimeError if the disk is full.
+
+    Ranks may write the same file at once: each has a temporary of its own. It is the same each time, so a kill leaves
+    one at most.
+    """
+    rank = f".{os.environ['RANK']}" if "RANK" in os.environ else ""  # set by torchrun
+    temporary = temporary or path.with_name(f"{path.name}{rank}.tmp")
     try:
         with writing(path):
             with open(temporary, "wb") as file:
@@ -64,6 +70,17 @@ def file_sha256(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def known_sha256(path: Path) -> str:
+    """file_sha256, read once a process while the file's size and the time of its change stay."""
+    stat = path.stat()
+    return remembered(path.resolve(), stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def remembered(path: Path, size: int, changed: int) -> str:
+    return file_sha256(path)
 
 
 class HashedFile:

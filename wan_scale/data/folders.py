@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from wan_scale.data.files import read_json
+from wan_scale.data.files import known_sha256, read_json
 from wan_scale.data.stored import DIFFUSERS, NAME, check, files, weight_files
 
 PARTS = {  # part of a Wan2.1 folder: (its config, its weights)
@@ -20,6 +22,7 @@ PARTS = {  # part of a Wan2.1 folder: (its config, its weights)
     "vae": ("config.json", NAME),
     "scheduler": ("scheduler_config.json", None),
 }
+PIECE = 4096  # bytes of a tensor that its fingerprint reads
 CLASSES = {"text_encoder": "UMT5EncoderModel", "transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
 
 
@@ -98,8 +101,6 @@ def check_part(folder: Path, part: str, config: dict, made_by=None) -> None:
 
     made_by: that class, where it is not the stock one.
     """
-    from accelerate import init_empty_weights
-
     cls = made_by or stock(part)
     where, wanted = folder / PARTS[part][0], cls.__name__
     named = config.get("_class_name") or config.get("architectures") or wanted
@@ -119,12 +120,21 @@ def check_part(folder: Path, part: str, config: dict, made_by=None) -> None:
         if [*packed, config.get("patch_size")] != [4, 8, None]:
             raise ValueError(f"{where} does not pack 4 frames of 8x8 pixels, as Wan2.1 does; copy it again.")
     try:
-        with init_empty_weights():
-            net = cls(cls.config_class.from_dict(config)) if part == "text_encoder" else cls.from_config(config)
+        net = skeleton(cls, json.dumps(config))
     except Exception as e:  # whatever a constructor says to values that it was not made for
         raise ValueError(f"{where} does not describe a {wanted} ({type(e).__name__}); copy it again.") from e
     ignore = tuple(getattr(net, "_keys_to_ignore_on_load_unexpected", None) or ())
     check(net, files(folder, name=PARTS[part][1]), ignore)
+
+
+@lru_cache(maxsize=8)
+def skeleton(cls, config: str):
+    """A part without memory, of its config as JSON: a command checks its folder several times."""
+    from accelerate import init_empty_weights
+
+    config = json.loads(config)
+    with init_empty_weights():
+        return cls(cls.config_class.from_dict(config)) if hasattr(cls, "config_class") else cls.from_config(config)
 
 
 @contextmanager
@@ -148,17 +158,34 @@ def check_words(folder: str | Path, tokenizer, encoder) -> None:
 
 
 def fingerprint(folder: Path, part: str) -> str:
-    """sha256 of a part's config and of the end of each weight file.
+    """sha256 of a part's config, of its weight files' headers and of the middle of every tensor.
 
-    It tells two fine-tunings apart without reading all weights.
+    It tells two fine-tunings apart, of a few layers too, without reading all weights.
     """
     config, weights = PARTS[part]
     digest = hashlib.sha256((folder / part / config).read_bytes())
     for path in weight_files(folder / part, weights):
         with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - (1 << 20)))
-            digest.update(file.read())
+            header = file.read(int.from_bytes(file.read(8), "little"))
+            digest.update(header)
+            for start, end in sorted(e["data_offsets"] for e in json.loads(header).values() if "data_offsets" in e):
+                file.seek(8 + len(header) + max(start, (start + end) // 2 - PIECE // 2))
+                digest.update(file.read(min(PIECE, end - start)))
     return digest.hexdigest()
+
+
+def checksums(folder: str | Path, parts=("tokenizer", "text_encoder", "vae")) -> dict[str, str]:
+    """{part: sha256 of its config and of all its weights or words}: what a student shares with its folder.
+
+    A second a GB, once a process.
+    """
+    found = {}
+    for part in parts:
+        where, (config, weights) = Path(folder) / part, PARTS[part]
+        rest = weight_files(where, weights) if weights else (where / "tokenizer.json", where / "spiece.model")
+        digests = [known_sha256(path) for path in (where / config, *rest) if path.is_file()]
+        found[part] = hashlib.sha256(" ".join(digests).encode()).hexdigest()
+    return found
 
 
 def free_memory() -> None:

@@ -12,7 +12,8 @@ from wan_scale.data.files import read_json, write_json
 from wan_scale.data.folders import fingerprint
 from wan_scale.data.prompts import NEGATIVE
 
-LABELS = {"model", "versions"}  # for people: a renamed model folder or a newer library is no other data
+# not compared by readers: a renamed model folder or a newer library is no other data; text_encoder may be unknown
+LABELS = {"model", "versions", "text_encoder"}
 GROWING = {"prompts", "prompts_sha256"}  # how many clips, and which: more may come behind those that are there
 
 
@@ -33,6 +34,7 @@ def make_manifest(folder: Path, kind: str, frames: int, height: int, width: int,
         "kind": kind,
         "model": folder.resolve().name,
         "transformer": fingerprint(folder, "transformer"),
+        "text_encoder": fingerprint(folder, "text_encoder"),
         "negative_prompt": NEGATIVE,
         "text_length": 512,
         "text_dim": transformer["text_dim"],
@@ -72,6 +74,8 @@ def open_out(out: str | Path, manifest: dict, records: list[dict] | None = None)
     if path.exists():
         old = read_json(path)
         differs = sorted(key for key in {*old, *manifest} - LABELS - GROWING if old.get(key) != manifest.get(key))
+        texts = {one.get("text_encoder") for one in (old, manifest)} - {None}  # older and published folders have none
+        differs += ["text_encoder"] * (len(texts) > 1)
         if differs:
             told = ", ".join(f"{key} ({str(old.get(key))[:40]}, now {str(manifest.get(key))[:40]})" for key in differs)
             raise ValueError(f"{out} was made with another {told}; give the same settings or another folder.")

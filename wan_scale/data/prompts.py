@@ -16,6 +16,7 @@ NEGATIVE = (
 
 # Controls, NUL among them, but no tab; and halves of a character, which JSON can write and UTF-8 cannot.
 CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\ud800-\udfff]")
+UNREADABLE = re.compile(f"{CONTROL.pattern}|\ufffd")  # or what a decoder puts where it found no character
 
 
 def decoded(data: bytes) -> str:

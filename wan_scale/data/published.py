@@ -2,7 +2,7 @@
 
     out/manifest.json         as of any data folder; `format` says how the clips lie in their files, `stored` whether
                               their latents are raw (and are normalised on reading)
-    out/source.json           where the files are; `data --from` at their new place renews it
+    out/source.json           where the files are, how many clips are wanted of each; `data --from` renews it
     out/negative.safetensors  embedding of the negative prompt, by the model folder's own text encoder
     out/shard-<file>.json     sidecar of one published file: its clips with the places and checksums of their tensors,
                               dropped clips with reason, mean and std by channel
@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from wan_scale.data.checks import Dropped, broken, channel_statistics, look_raw, pooled_statistics
-from wan_scale.data.files import write_json
+from wan_scale.data.files import read_json, write_json
 from wan_scale.data.folders import check_folder
 from wan_scale.data.manifest import make_manifest, manifest_digest, open_out
 from wan_scale.data.shards import fill
@@ -34,13 +34,14 @@ LOOKED_AT = 16  # clips of the first file that tell raw latents from normalised 
 
 
 def take(folder, published, out, *, kind="", convert=False, check="all", rank=0, world=1, frames=81, height=480,
-         width=832, shard_size=64, limit=None, device="cpu") -> int:  # fmt: skip
+         width=832, shard_size=64, limit=None, device="cpu", grow=True) -> int:  # fmt: skip
     """Make `out` a data folder of the clips in `published`; returns how many clips were read now.
 
     kind: one of sources.KINDS, if it cannot be seen. convert: rewrite them as our shards. check "all" reads every clip
     once: the filter, and a checksum that each later reading compares; "first" reads LOOKED_AT clips of each file.
-    limit: only the first clips. Raises ValueError or RuntimeError in one sentence: a file cut short, a clip without its
-    text, another shape than frames, height and width give.
+    limit: only the first clips. Without `grow`, files and clips that came later are left out. Raises ValueError or
+    RuntimeError in one sentence: a file cut short, a clip without its text, another shape than frames, height and width
+    give.
     """
     folder, (kind, files) = check_folder(folder), source_files(published, kind)
     first = source(files[0], kind)
@@ -49,7 +50,8 @@ def take(folder, published, out, *, kind="", convert=False, check="all", rank=0,
         raise ValueError(f"{files[0]} holds no clip; {COPY}.")
     stored = {"shard_size": shard_size} if convert else {"format": kind}
     # the text encoder and VAE of all Wan2.1 folders are the same, and the transformer did not make these clips
-    manifest = make_manifest(folder, "published", frames, height, width, transformer=None, source=kind,
+    none = {"transformer": None, "text_encoder": None}
+    manifest = make_manifest(folder, "published", frames, height, width, **none, source=kind,
                              kd=all("noise" in clip for clip in clips), **stored)  # fmt: skip
     manifest["model"] = kind
     check_shape(first, clips[0], manifest)
@@ -58,19 +60,24 @@ def take(folder, published, out, *, kind="", convert=False, check="all", rank=0,
         told = "raw, normalised on reading" if manifest["stored"] == "raw" else "normalised"
         print(f"{published}: {len(files)} files of {kind}, latents {told}", flush=True)
     if convert:
-        return converted(folder, files, out, manifest, limit, rank=rank, world=world, device=device)
+        return converted(folder, files, out, manifest, limit, rank=rank, world=world, device=device, grow=grow)
 
     out = open_out(out, manifest)
     names = {name_of(path, published): path for path in files}
+    before = None if grow else read_source(out).get("files")
+    if before:
+        names = {name: path for name, path in names.items() if name in before}
     strangers = {path.name for path in out.glob("shard-*.json")} - {sidecar_of(out, name).name for name in names}
     if strangers:
         gone = f"{out / min(strangers)} is the index of a file that {published} does not hold"
         raise ValueError(f"{gone}; bring the file back, or delete its index.")
+    wanted = {path: before[name] for name, path in names.items()} if before else shares(files, kind, limit)
     if rank == 0:
-        write_json(out / "source.json", {"folder": str(Path(published).resolve())})
+        whole = {name: wanted.get(path) for name, path in names.items()}  # None: all clips of a file
+        write_json(out / "source.json", {"folder": str(Path(published).resolve()), "files": whole})
         texts = {out / "negative.safetensors": {"negative": manifest["negative_prompt"]}}
         encode_text(folder, texts, device=device, max_length=manifest["text_length"], progress=False)
-    digest, read, wanted = manifest_digest(manifest), 0, shares(files, kind, limit)
+    digest, read = manifest_digest(manifest), 0
     mine = list(names.items())[rank::world]
     for name, path in tqdm(mine, desc="files", disable=None if rank == 0 else True, mininterval=0.5):
         n = wanted.get(path)
@@ -79,6 +86,12 @@ def take(folder, published, out, *, kind="", convert=False, check="all", rank=0,
             write_json(sidecar_of(out, name), sidecar)
             read += len(sidecar["clips"]) + len(sidecar["dropped"])
     return read
+
+
+def read_source(out: Path) -> dict:
+    """source.json of a folder: {"folder", "files": {name: clips wanted, None for all}}; {} before it is there."""
+    path = out / "source.json"
+    return read_json(path) if path.exists() else {}
 
 
 def name_of(path: Path, published) -> str:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from wan_scale.data.checks import check_normalised, pooled_statistics
 from wan_scale.data.files import file_sha256, read_json
 from wan_scale.data.manifest import manifest_digest
-from wan_scale.data.sidecars import AGAIN, read_manifest, read_sidecar
+from wan_scale.data.sidecars import AGAIN, lacking, read_manifest, read_sidecar
 from wan_scale.data.sources import COPY, InPlace
 from wan_scale.data.text import pad_text, read_negative
 
@@ -62,7 +62,10 @@ class Reader:
             self.clips += [(len(self.shards), clip["id"]) for clip in sidecar["clips"]]
             places = places_of(path, sidecar["clips"], self.manifest["kd"]) if self.in_place else None
             self.shards.append({"path": shard, "sha256": sidecar["sha256"], "places": places})
-            sidecars.append({key: sidecar[key] for key in ("mean", "std")} | {"clips": range(len(sidecar["clips"]))})
+            counts = {key: range(len(sidecar[key])) for key in ("clips", "dropped")}
+            sidecars.append({key: sidecar.get(key) for key in ("file", "of", "mean", "std")} | counts)
+        if left := lacking(self.folder, self.manifest, sidecars):
+            raise ValueError(f"{self.folder} is unfinished ({left} are to be made); run the same `data` command again.")
         if not self.clips:
             raise ValueError(f"{self.folder} holds no clip that passed the filter; look at its summary.")
         self.mean, self.std = pooled_statistics(sidecars)

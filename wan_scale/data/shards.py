@@ -28,7 +28,8 @@ from wan_scale.data.checks import Dropped, broken, channel_statistics, pooled_st
 from wan_scale.data.files import HashedFile, atomic, file_sha256, write_json, write_safetensors
 from wan_scale.data.folders import free_memory
 from wan_scale.data.manifest import manifest_digest, open_out
-from wan_scale.data.sidecars import read_manifest, read_sidecar, read_sidecars
+from wan_scale.data.prompts import UNREADABLE
+from wan_scale.data.sidecars import lacking, read_manifest, read_sidecar, read_sidecars
 from wan_scale.data.text import encode_text, pad_text
 
 DTYPES = {"latent": ("F16", torch.float16), "text": ("BF16", torch.bfloat16), "noise": ("F32", torch.float32)}
@@ -72,13 +73,15 @@ def check_disk(out: Path, manifest: dict, records: list[dict], world: int) -> No
 
 
 def fill(folder: Path, out: str | Path, manifest: dict, records: list[dict], load, *, rank: int, world: int,
-         device, text_of=None) -> int:  # fmt: skip
+         device, text_of=None, grow=True) -> int:  # fmt: skip
     """Make this rank's unfinished shards; returns the number of clips made.
 
     load() -> make(record, text (text_length, text_dim)) -> {"latent": x, "noise": x_1}. `load` is called after the text
     encoder is gone; `make` may raise Dropped. text_of(record) -> (n, text_dim): a text that needs no text encoder.
-    Shards of fewer clips than now asked for get the others, and keep what they have.
+    Shards of fewer clips than now asked for get the others, and keep what they have; without `grow` none are added.
     """
+    if not grow and (Path(out) / "manifest.json").exists():
+        records = records[: read_manifest(out)["prompts"]]
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} is not one of {world} ranks; give 0 <= rank < world.")
     size = manifest["shard_size"]
@@ -203,18 +206,18 @@ def pack(out: Path, k: int, ids: range, manifest: dict, records: list[dict]) -> 
 
 
 def complete(out: Path) -> bool:
-    """Whether every shard of the manifest is finished; of published clips, whether any file is indexed."""
+    """Whether every shard of the manifest is finished; of published clips, whether every file is indexed."""
     manifest = read_manifest(out)
     if "format" in manifest:
-        return any(out.glob("shard-*.json"))
+        return bool(sidecars := read_sidecars(out)) and not lacking(out, manifest, sidecars)
     n, size = manifest["prompts"], manifest["shard_size"]
     return all(finished(out, k, min(size, n - k * size)) for k in range(-(-n // size)))
 
 
 def captions(out: str | Path, n: int) -> list[str]:
-    """The first n different prompts of a folder's clips."""
+    """The first n different prompts of a folder's clips, less those that no prompt file may hold."""
     found = {clip.get("prompt", ""): 0 for sidecar in read_sidecars(out) for clip in sidecar["clips"]}
-    return [prompt for prompt in found if prompt][:n]
+    return [prompt for prompt in found if prompt and not UNREADABLE.search(prompt)][:n]
 
 
 def summary(out: str | Path) -> str:

@@ -44,6 +44,19 @@ def read_sidecars(out: str | Path) -> list[dict]:
     return [read_sidecar(path) for path in sorted(Path(out).glob("shard-*.json"))]
 
 
+def lacking(out: str | Path, manifest: dict, sidecars: list[dict]) -> str:
+    """What `data` has still to make in a folder, in words; "" where it is complete."""
+    made = {s["file"]: len(s["clips"]) + len(s["dropped"]) for s in sidecars}
+    if "format" not in manifest:
+        n = manifest["prompts"] - sum(made.values())
+        return f"{n} of {manifest['prompts']} clips" if n else ""
+    wanted = read_json(Path(out) / "source.json").get("files")
+    wanted = wanted if isinstance(wanted, dict) else {}  # an older version wrote none
+    of = {s["file"]: s.get("of") for s in sidecars}
+    left = [name for name, n in wanted.items() if made.get(name, 0) != (of.get(name, -1) if n is None else n)]
+    return f"{len(left)} of {len(wanted)} files" if left else ""
+
+
 def read_manifest(out: str | Path) -> dict:
     """The manifest of a folder."""
     path = Path(out) / "manifest.json"

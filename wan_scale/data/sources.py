@@ -96,12 +96,13 @@ class Tar:
     """One tar of rCM or FastGen."""
 
     def __init__(self, path: Path, kind: str):
-        self.path, self.members, self.file = Path(path), KINDS[kind], None
+        self.path, self.kind, self.members = Path(path), kind, KINDS[kind]
+        self.lock, self.file = threading.Lock(), None
 
     def scan(self) -> list[dict]:
         """Its clips in order: {"key", "prompt", "latent": place, "text": place[, "noise": place]}; reads headers only.
 
-        ValueError if the tar is cut short or a clip lacks its text.
+        ValueError if the tar is cut short, if it holds other things alone, or if a clip lacks its text or latent.
         """
         places = {}
         with opened(self.path) as tar:
@@ -127,14 +128,20 @@ class Tar:
                 words = " ".join(prompt.decode("utf-8-sig", "replace").split())
                 found = {part: place for part, place in found.items() if place}
                 clips.append({"key": key, "prompt": words, **found})
+        end = "." + self.members["text"]
+        keys = {clip["key"] for clip in clips}
+        if alone := [name for name in places if name.endswith(end) and name.removesuffix(end) not in keys]:
+            raise ValueError(f"{self.path} holds {alone[0]} without its {self.members['latent']}; {COPY}.")
+        if places and not clips:
+            raise ValueError(f"{self.path} holds no clip of {self.kind} (*.{self.members['latent']}); {COPY}.")
         return clips
 
     def bytes(self, place: list) -> bytes:
         """What lies at a place; ValueError if the file ends before."""
         offset, size = place[:2]
         try:
-            if self.file is None:
-                self.file = open(self.path, "rb")
+            with self.lock:  # or two threads open it, and the one that is let go closes under its reader
+                self.file = self.file or open(self.path, "rb")
             there = 0 <= offset and 0 <= size <= os.fstat(self.file.fileno()).st_size - offset
             data = os.pread(self.file.fileno(), size, offset) if there else b""
             while data and len(data) < size:  # one call reads at most 2 GB
@@ -151,6 +158,8 @@ class Tar:
         data = self.bytes(place)
         try:
             x = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            if not x.is_floating_point():
+                raise TypeError(f"{x.dtype} is packed somehow")
             # a slice of a batch was saved with the whole batch under it; clone lets that go
             return plain(x, name).clone(), zlib.crc32(data)
         except Exception as e:  # unpickling raises nearly anything

@@ -19,13 +19,13 @@ from wan_scale.seeds import generator
 
 def generate(folder, prompts_file, out, *, rank=0, world=1, steps=50, guidance=5.0, flow_shift=3.0, sampler="unipc",
              frames=81, height=480, width=832, shard_size=64, seed_offset=0, kd=False, skip_layer=None, limit=None,
-             device="cpu", dtype=None, fast=None) -> int:  # fmt: skip
+             device="cpu", dtype=None, fast=None, grow=True) -> int:  # fmt: skip
     """Latents of the teacher for every prompt, by the stock pipeline; returns the number of clips made.
 
     A clip depends on its prompt and seed (+ seed_offset) alone, not on rank or order. limit: only the first prompts.
     kd: keep the noise as well. skip_layer: leave that block out of the unguided pass (skip-layer guidance; the paper's
     pairs: 10). dtype: by default bfloat16 on a GPU, float32 on a CPU. fast(transformer) may set it up for this GPU
-    (speed.stock). Raises ValueError or RuntimeError in one sentence before anything is loaded.
+    (speed.stock). grow: of shards.fill. Raises ValueError or RuntimeError in one sentence before anything is loaded.
     """
     folder = check_folder(folder)
     records = read_prompts(prompts_file)[:limit]
@@ -55,7 +55,7 @@ def generate(folder, prompts_file, out, *, rank=0, world=1, steps=50, guidance=5
 
         return make
 
-    return fill(folder, out, manifest, records, load, rank=rank, world=world, device=device)
+    return fill(folder, out, manifest, records, load, rank=rank, world=world, device=device, grow=grow)
 
 
 def load_teacher(folder: Path, manifest: dict, negative: torch.Tensor, device, dtype, fast=None):

@@ -17,13 +17,13 @@ VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 
 
 def encode_videos(folder, videos_dir, out, *, rank=0, world=1, frames=81, height=480, width=832, fps=16.0,
-                  shard_size=64, limit=None, device="cpu", dtype=torch.float32) -> int:  # fmt: skip
+                  shard_size=64, limit=None, device="cpu", dtype=torch.float32, grow=True) -> int:  # fmt: skip
     """Latents of the videos of a folder (VIDEOS); returns the number of clips made.
 
-    Each has its caption in a .txt of the same name. A video is resampled to `fps` from its start (Wan's own is 16),
-    scaled to cover height x width and cropped to its centre. Dropped with a reason: "no caption", "caption not UTF-8",
-    "control character in caption", "unreadable", "too short". The latent is the posterior's mean, normalised as the
-    transformer takes it.
+    Each has its caption in a .txt of the same name. A video is turned and stretched as players do, resampled to `fps`
+    from its start (Wan's own is 16), scaled to cover height x width and cropped to its centre. Dropped with a reason:
+    "no caption", "caption not UTF-8", "control character in caption", "unreadable", "too short". The latent is the
+    posterior's mean, normalised as the transformer takes it. grow: of shards.fill.
     """
     folder, there = check_folder(folder), sorted(path for path in Path(videos_dir).glob("*") if path.is_file())
     videos = [path for path in there if path.suffix.lower() in VIDEOS][:limit]
@@ -35,7 +35,9 @@ def encode_videos(folder, videos_dir, out, *, rank=0, world=1, frames=81, height
     others = sorted({p.suffix.lower() or p.name for p in there if p.suffix.lower() not in (*VIDEOS, ".txt")})
     if others and rank == 0:
         print(f"{videos_dir}: files of other kinds are left out ({', '.join(others[:5])}).", flush=True)
-    records = [{**caption(path.with_suffix(".txt")), "video": path.name, "seed": 0} for path in videos]
+    # by its size another video of the same name shows
+    about = lambda path: {"video": path.name, "bytes": path.stat().st_size, "seed": 0}
+    records = [{**caption(path.with_suffix(".txt")), **about(path)} for path in videos]
     manifest = make_manifest(
         folder, "videos", frames, height, width, fps=fps, kd=False, dtype=str(dtype).removeprefix("torch."),
         shard_size=shard_size, vae=fingerprint(folder, "vae"),
@@ -59,7 +61,7 @@ def encode_videos(folder, videos_dir, out, *, rank=0, world=1, frames=81, height
 
         return make
 
-    return fill(folder, out, manifest, records, load, rank=rank, world=world, device=device)
+    return fill(folder, out, manifest, records, load, rank=rank, world=world, device=device, grow=grow)
 
 
 def caption(path: Path) -> dict:
@@ -82,8 +84,9 @@ def read_video(path: Path, frames: int, height: int, width: int, fps: float) -> 
     """
     import imageio.v2 as imageio
 
-    # the first frame at 0, then at each 1 / fps the last frame up to then, its time rounded; no second resampling
-    resampled = ["-vf", f"setpts=PTS-STARTPTS,fps={fps}", "-fps_mode", "passthrough"]
+    # the first frame at 0, then at each 1 / fps the last frame up to then, its time rounded; no second resampling;
+    # pixels that are not square are made so
+    resampled = ["-vf", f"setpts=PTS-STARTPTS,fps={fps},scale=iw*sar:ih,setsar=1", "-fps_mode", "passthrough"]
     found = []
     try:
         with imageio.get_reader(path, "ffmpeg", output_params=resampled) as video:

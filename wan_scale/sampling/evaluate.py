@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from wan_scale.config import Wan
 from wan_scale.data.files import atomic, write_json
-from wan_scale.sampling import vbench
+from wan_scale.sampling import sample, vbench
 from wan_scale.sampling.cheap_metrics import MEANING, means, score_folder
 from wan_scale.training import kept
 
@@ -27,6 +28,7 @@ def compared(found: dict[str, dict]) -> list[str]:
 
 def sheet(cfg: Wan, folders: dict[str, Path]) -> str:
     """OUT/scores.json and OUT/scores.md from {name: folder of mp4s}; returns the text."""
+    made = {name: vbench.check_marks(folder) for name, folder in folders.items()}
     found = {name: score_folder(folder) for name, folder in folders.items()}
     shared = compared(found)
     timed = {name: folder / "timing.json" for name, folder in folders.items()}
@@ -43,6 +45,9 @@ def sheet(cfg: Wan, folders: dict[str, Path]) -> str:
             + " | ".join("-" if v is None else f"{v:.4f}" for v in values)
             + f" | {meaning.replace('|', chr(92) + '|')} |"
         )
+    for name in folders:
+        if made[name].get("student", now := newest(cfg, name)) != now and now:
+            lines.append(f"\n{name}: these videos are of an earlier student; move {folders[name]} away to sample anew.")
     for name, t in timing.items():
         seconds = ", ".join(f"{part} {s:.3g} s" for part, s in t["median_seconds"].items())
         lines.append(
@@ -64,6 +69,17 @@ def sheet(cfg: Wan, folders: dict[str, Path]) -> str:
     with atomic(cfg.folder("scores.md")) as file:
         file.write(text.encode())
     return text
+
+
+def newest(cfg: Wan, name: str) -> str:
+    """The sha256 of the newest finished student whose videos lie in samples/NAME; "" if there is none."""
+    kind = name.partition("-")[0]
+    if kind not in sample.PHASES:
+        return ""
+    try:
+        return sample.finished_student(replace(cfg, student=kind))[1]["sha256"]
+    except RuntimeError:  # none, or one that `sample` would name
+        return ""
 
 
 def told(found: dict[str, dict], shared: list[str]) -> str:

@@ -16,7 +16,7 @@ import tmd_minimal as tmd
 from wan_scale import speed
 from wan_scale.config import Wan
 from wan_scale.data.files import file_sha256, read_json, write_json, writing
-from wan_scale.data.folders import check_folder, check_words, fingerprint, loading
+from wan_scale.data.folders import check_folder, check_words, checksums, fingerprint, loading
 from wan_scale.data.prompts import NEGATIVE, read_prompts
 from wan_scale.pictures import contact_sheet, needs_ffmpeg, read_video, write_video
 from wan_scale.pipeline import HOW, TMDWanModel, TMDWanPipeline
@@ -99,9 +99,14 @@ def folder_of(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
     name = cfg.student
     if name != "teacher":
         facts = finished_student(cfg)[1]
-        m, n = facts["M"] if M is None else M, (facts["N"] if N is None else N) if facts["H"] else 1
-        name += "" if (m, n) == (facts["M"], facts["N"]) else f"-M{m}N{n}"
+        grid = grid_of(facts, M, N)
+        name += "" if all(grid[key] == facts[key] for key in grid) else f"-M{grid['M']}N{grid['N']}"
     return cfg.folder("samples", name)
+
+
+def grid_of(facts: dict, M: int | None, N: int | None) -> dict:
+    """{"M", "N"} that are sampled: those given, else those of the training; without a flow head N is 1."""
+    return {"M": facts["M"] if M is None else M, "N": (facts["N"] if N is None else N) if facts["H"] else 1}
 
 
 def planned(cfg: Wan) -> list[vbench.Video]:
@@ -137,24 +142,40 @@ def file_name(prompt: str) -> str:
     return f"{name.lstrip('.')}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
 
 
-def stamp(folder: Path, cfg: Wan, teacher: bool) -> None:
+def check_parts(cfg: Wan, facts: dict) -> dict[str, str]:
+    """Checksums of the folder's text encoder and VAE; RuntimeError if they are none of those at the student's training.
+
+    A student trained by an older version does not know them.
+    """
+    found = checksums(cfg.model)
+    if other := [part for part, sha256 in (facts.get("parts") or found).items() if found.get(part) != sha256]:
+        apart = f"{cfg.model} has another {' and '.join(other)} than when the student was trained, or a damaged one"
+        raise RuntimeError(f"{apart}; copy it again, or give the --model of the training.")
+    return found
+
+
+def stamp(folder: Path, cfg: Wan, teacher: bool, grid: dict) -> dict:
     """made.json says what made a folder's videos; RuntimeError if another did: they would be scored as these."""
     made = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
     if teacher:
         made |= {"steps": cfg.data_steps, "guidance": cfg.data_guidance, "flow_shift": cfg.flow_shift}
-        made |= {"model": Path(cfg.model).resolve().name}  # "." has no name
+        made |= {"transformer": students.transformer_of(cfg), "parts": checksums(cfg.model)}
     else:
         facts = students.check_weights(finished_student(cfg)[0])
-        made |= {"phase": facts["phase"], "student": facts["sha256"]}
+        made |= {"phase": facts["phase"], "student": facts["sha256"], **grid, "parts": check_parts(cfg, facts)}
     path = folder / "made.json"
     old = read_json(path) if path.exists() else made
-    if other := ", ".join(key for key in made if old.get(key) != made[key]):
+    if older := [key for key in made if key not in old]:
+        untold = f"{folder} holds videos that an older version made, which did not note their {', '.join(older)}"
+        raise RuntimeError(f"{untold}; move it away to sample anew.")
+    if other := ", ".join(key for key in made if old[key] != made[key]):
         raise RuntimeError(f"{folder} holds videos made with another {other}; move it away to sample anew.")
     for left in folder.glob(".*.tmp.mp4") if dist.rank() == 0 else ():
         left.unlink()  # of a kill
     dist.barrier()  # all have looked before one writes
     if dist.rank() == 0:
         write_json(path, made)
+    return made
 
 
 def sample(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
@@ -166,11 +187,8 @@ def sample(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
     device, teacher = dist.start(cfg.device), cfg.student == "teacher"
     folder = folder_of(cfg, M, N)
     folder.mkdir(parents=True, exist_ok=True)
-    if dist.rank() == 0:  # of a run that was killed
-        for stale in folder.glob(".*.tmp.mp4"):
-            stale.unlink()
-    stamp(folder, cfg, teacher)
-    todo = vbench.missing(folder, planned(cfg)[dist.rank() :: dist.world()])
+    made = stamp(folder, cfg, teacher, {} if teacher else grid_of(finished_student(cfg)[1], M, N))
+    todo = vbench.missing(folder, planned(cfg)[dist.rank() :: dist.world()], made)
     dist.say(f"sample: {len(todo)} videos to make on this rank, in {folder}")
     if dist.rank() == 0:
         old = read_json(folder / PROMPTS) if (folder / PROMPTS).exists() else {}
@@ -193,7 +211,7 @@ def sample(cfg: Wan, M: int | None = None, N: int | None = None) -> Path:
                 weights.check_finite(getattr(pipe, part), f"the {cfg.student}'s {part}")
             nothing = f"the {cfg.student}'s frames for {video.prompt[:60]!r} are not finite"
             raise RuntimeError(f"{nothing}; try --precision fp32, or train that phase again.")
-        write_video(frames, folder / video.name, comment=f"seed {video.seed}")
+        write_video(frames, folder / video.name, comment=vbench.label(video, made))
         times.append(getattr(pipe, "seconds", {}))
     if dist.rank() == 0 and not teacher:
         how, layers = pipe.transformer.how, pipe.transformer.layers
@@ -234,7 +252,7 @@ def grid(cfg: Wan, folders: dict[str, Path], prompts: int = 4) -> str:
 
 
 CARD = """---
-license: apache-2.0
+license: other
 library_name: wan_scale
 pipeline_tag: text-to-video
 ---
@@ -242,6 +260,8 @@ pipeline_tag: text-to-video
 
 A Wan2.1 student of Transition Matching Distillation (arXiv:2601.09881): {M} outer transition(s) of {N} inner step(s),
 flow head of {H} blocks, effective NFE {nfe:.2f}, no guidance. Made from `{teacher}`, phase `{phase}`.
+
+Wan2.1's weights are under Apache-2.0. The licence of the clips that it was trained on counts as well.
 
 With the code it was made with on the Python path (the folder that holds `wan_scale/`):
 
@@ -265,6 +285,7 @@ def export(cfg: Wan) -> Path:
     Files that `export` did not write stay, and so does a card that was edited. RuntimeError where the disk is full.
     """
     _, facts = finished_student(cfg)
+    check_parts(cfg, facts)
     final = cfg.folder("export" if cfg.student == "tmd" else f"export-{cfg.student}")
     temporary = final.with_name(final.name + ".tmp")
     pipe = make_pipeline(cfg, torch.device("cpu"), dtype=torch.float32)

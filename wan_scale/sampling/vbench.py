@@ -27,6 +27,7 @@ from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
+from wan_scale.data.files import read_json
 from wan_scale.pictures import comment_of
 
 # dimension: (min, max, weight). A raw score in [0, 1] counts as (score - min) / (max - min), not clamped, so it may
@@ -184,9 +185,35 @@ def plan_videos(
     return videos
 
 
-def missing(folder: str | Path, planned: list[Video]) -> list[Video]:
-    """The planned clips that `folder` does not hold whole, or holds from another seed."""
-    return [video for video in planned if comment_of(Path(folder) / video.name) != f"seed {video.seed}"]
+def missing(folder: str | Path, planned: list[Video], made: dict) -> list[Video]:
+    """The planned clips that `folder` does not hold whole, or holds from another seed, text or maker."""
+    return [video for video in planned if comment_of(Path(folder) / video.name) != label(video, made)]
+
+
+def label(video: Video, made: dict) -> str:
+    """An mp4's comment: its seed, and marks of the text it was made of, of what made it (made.json) and of its name."""
+    text = hashlib.sha256(video.prompt.encode()).hexdigest()[:8]
+    return f"seed {video.seed}, text {text}, made {mark(video.name, made)}"
+
+
+def mark(name: str, made: dict) -> str:
+    """What binds an mp4 to its name and to made.json of its folder."""
+    return hashlib.sha256(json.dumps([name, made], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_marks(folder: str | Path) -> dict:
+    """made.json of a folder ({} if there is none), if it made the mp4s that bear a mark; others' mp4s pass.
+
+    RuntimeError naming an mp4 that was made by another, or under another name.
+    """
+    path = Path(folder) / "made.json"
+    made = read_json(path) if path.exists() else {}
+    for video in sorted(Path(folder).glob("*.mp4")):
+        _, marked, found = (comment_of(video) or "").partition(", made ")
+        if marked and found != mark(video.name, made):
+            other = f"{video} was not made as {path} says, or under another name"
+            raise RuntimeError(f"{other}; put it back where it was made, or delete it and sample it again.")
+    return made
 
 
 # ---------------------------------------------------------------- what came back
