@@ -31,6 +31,8 @@ def read(path: Path, advice: str) -> dict:
         value = read_json(path)
     except (OSError, ValueError, RecursionError) as e:
         raise RuntimeError(f"{path} is not JSON; {advice}.") from e
-    if value.pop(SEAL, None) != digest(value):
+    if SEAL not in value:
+        raise RuntimeError(f"{path} has no checksum: an older version wrote it, or it is damaged; {advice}.")
+    if value.pop(SEAL) != digest(value):
         raise RuntimeError(f"{path} is damaged (its checksum differs); {advice}.")
     return value

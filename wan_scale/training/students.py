@@ -11,7 +11,7 @@ import torch
 import tmd_minimal as tmd
 from wan_scale.config import Wan, WanStudentConfig
 from wan_scale.data.files import file_sha256
-from wan_scale.data.folders import fingerprint
+from wan_scale.data.folders import checksums, fingerprint
 from wan_scale.training import checkpoints, dist, kept, weights
 from wan_scale.training.phase import LENGTHS, WanPhase
 
@@ -23,6 +23,7 @@ def describe(cfg: Wan, how: WanStudentConfig, layers: int, **more) -> dict:
     nfe = tmd.effective_nfe(how.M, how.N, how.H, layers)
     clip = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
     made = {"recipe": cfg.of_the_training(more["phase"]), "transformer": transformer_of(cfg)}
+    made["parts"] = checksums(cfg.model) if dist.rank() == 0 else {}  # rank 0 writes student.json
     return {**asdict(how), **clip, "effective_nfe": nfe, **made, **more}
 
 
