@@ -114,11 +114,13 @@ def test_a_long_log_is_bounded_and_loses_no_spike_nor_alarm(folder, monkeypatch)
     lines = []
     for step in range(1, 2001):
         lines.append({"step": step, "vsd" if step % 2 else "fake": 1.0, "seconds": 1.0 * step})
-        lines += [{"step": step, "alarm": "a"}, {"step": step, "preview": STEADY}] * (step % 500 == 0)
+        rare = [{"alarm": "a"}, {"preview": STEADY}, {"memory": {}}, {"alarm": "b"}]
+        lines += [{"step": step, **values} for values in rare] * (step % 500 == 0)
     log.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     read = run_page.read_log(log)
-    count = {key: sum(key in line for line in read) for key in ("alarm", "preview", "vsd", "fake")}
-    assert len(read) <= 50 and count["alarm"] == count["preview"] == 4 and min(count["vsd"], count["fake"]) > 15
+    count = {key: sum(key in line for line in read) for key in ("alarm", "preview", "memory", "vsd", "fake")}
+    assert len(read) <= 58 and (count["alarm"], count["preview"], count["memory"]) == (8, 4, 4)
+    assert min(count["vsd"], count["fake"]) > 15
 
 
 def test_broken_lines_and_numbers_are_left_out(folder):

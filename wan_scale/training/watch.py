@@ -82,8 +82,10 @@ def trying(work, what: str) -> None:
 
 
 def machine(device: torch.device) -> str:
-    which = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
-    return f"{dist.world()} x {which}" if device.type == "cuda" else f"{dist.world()} process(es) on {which}"
+    n = dist.world()
+    if device.type == "cuda":
+        return f"{n} x {torch.cuda.get_device_name(device)}"
+    return "a CPU" if n == 1 else f"{n} processes on CPUs"
 
 
 def planned(cfg: Wan, name: str, device: torch.device, speed: dict) -> dict:
