@@ -11,7 +11,17 @@ import shutil
 from pathlib import Path
 
 import tmd_minimal as tmd
-from toys import bench, claims_2d, claims_video, plane_pictures, verdicts, video_pictures
+from toys import (
+    bench,
+    claims_2d,
+    claims_video,
+    explore_plane,
+    explore_video,
+    pages,
+    plane_pictures,
+    verdicts,
+    video_pictures,
+)
 from toys.video_teacher import RECIPES
 from wan_scale.config import preset
 from wan_scale.cost import benchmarks as wan_bench
@@ -40,6 +50,7 @@ COPIES = {  # results: runs
     "wan_shapes/scores.json": "wan-shapes/scores.json",
 }
 
+PAGES = {"toy_2d/explore.html": explore_plane.TEMPLATE, "toy_video/explore.html": explore_video.TEMPLATE}
 CLAIMS = {  # the paper's, in short; C5 and C9 to C12 as far as a rung has rows of them
     "C0": "transition matching beats flow matching at few steps (not TMD's own)",
     "C1": "TMD beats DMD2-v at like NFE, most at M = 1",
@@ -213,8 +224,10 @@ def collect() -> None:
 def main() -> None:
     collect()
     weights()
-    pages = {"README.md": front, "toys/README.md": rungs, "RESULTS.md": tables, "wan_scale/README.md": plans}
-    for page, found in pages.items():
+    for page, template in PAGES.items():  # of today's style and script, also where nothing was run again
+        pages.write(RESULTS / page, template, *pages.read(RESULTS / page))
+    texts = {"README.md": front, "toys/README.md": rungs, "RESULTS.md": tables, "wan_scale/README.md": plans}
+    for page, found in texts.items():
         Path(page).write_text(fill(Path(page).read_text(encoding="utf-8"), found()), encoding="utf-8")
     Path("wan_scale/BENCHMARKS.md").write_text(benchmarks(), encoding="utf-8")
 

@@ -11,13 +11,10 @@ from pathlib import Path
 import settings
 
 RESULTS = Path(__file__).parent
+SHOWN = ("teacher/50", "teacher/4", "dmd2v", "tmd")
 STILLS = {  # page: what its address asks for (page.js reads it), width and height in pixels
-    "toy_2d/explore.html": ("model=tmd&frame=2", 1060, 760),
-    "toy_video/explore.html": (
-        "N=4&shade=bright&shape=cross&motion=eight&frame=3&models=teacher/50,dmd2v,tmd",
-        1060,
-        700,
-    ),
+    "toy_2d/explore.html": ("model=tmd&frame=4", 1060, 780),
+    "toy_video/explore.html": ("shade=bright&shape=cross&motion=eight&frame=3&models=" + ",".join(SHOWN), 1060, 780),
 }
 
 

@@ -1,6 +1,5 @@
 """The page of the plane in a real browser: no network, no console error, and what is clicked is what is drawn."""
 
-import json
 import re
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from browser import needs_browser, opened
 
 import tmd_minimal as tmd
+from results import publish
 from toys import explore_plane, pages
 from toys.plane import PlanarLadder, Toy
 
@@ -60,7 +60,7 @@ def page(tmp_path_factory):
     tmd_student = tmd.TMDStudent(teacher, 1)
     students = {"dmd2v": tmd.PlainStudent(teacher), "stage1": tmd_student, "tmd": tmd_student}
     facts, pack = explore_plane.measure(ladder, teacher, students)
-    path = pages.write(folder / "explore.html", explore_plane.TEMPLATE, facts, pack)
+    path = pages.write(folder / "explore.html", explore_plane.TEMPLATE, facts, pack.base64())
     return path, facts, pack, ladder, students["tmd"]
 
 
@@ -69,12 +69,20 @@ def test_the_page_stands_alone_and_is_small(page):
     text = page[0].read_text(encoding="utf-8")
     assert page[0].stat().st_size < 3e6 and "{{" not in text
     assert not re.search(r"(src|href)\s*=|https?://|import\(|fetch\(", text)
-    facts = json.loads(text.split("const facts = ", 1)[1].split(";\n", 1)[0])
+    facts = pages.read(page[0])[0]
     assert len(facts["views"]["tmd/2/4/renoised/consistent"]["frames"]) == 2 * (1 + 5) + 1
     assert (
         len(facts["views"]["teacher/4"]["frames"]) == 5
         and facts["views"]["tmd/1/1/deterministic/consistent"]["nfe"] == 1
     )
+
+
+@pytest.mark.parametrize("name", publish.PAGES)
+def test_the_published_pages_are_made_of_the_templates(name):
+    """results/ shows pages of today's templates, style and script; `make publish` renews them from their numbers."""
+    path, template = publish.RESULTS / name, publish.PAGES[name]
+    assert path.read_text(encoding="utf-8") == pages.fill(template, *pages.read(path)), "run `make publish`"
+    assert path.stat().st_size < pages.LIMIT and path.with_suffix(".png").exists()
 
 
 def test_its_points_are_the_samplers(page):

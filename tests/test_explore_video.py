@@ -1,6 +1,5 @@
 """The page of tiny videos in a real browser: what is chosen is what plays, with the scores that the ruler gave."""
 
-import json
 import re
 
 import pytest
@@ -43,7 +42,7 @@ def page(tmp_path_factory):
     students = {"dmd2v": tmd.PlainStudent(teacher), "stage1": tmd.TMDStudent(teacher, 1), "tmd": student}
     facts, clips = explore_video.measure(ladder, teacher, students, {"teacher_50": ladder.x.flip(3)})
     more, pack = explore_video.packed(clips, SEEDS, 1)
-    path = pages.write(folder / "explore.html", explore_video.TEMPLATE, {**facts, **more}, pack)
+    path = pages.write(folder / "explore.html", explore_video.TEMPLATE, {**facts, **more}, pack.base64())
     return path, {**facts, **more}, pack, ladder, student
 
 
@@ -82,7 +81,7 @@ def test_large_clips_still_fit(tmp_path, page, monkeypatch):
     for limit, seeds in ((300_000, 4), (150_000, 2), (60_000, 1)):
         monkeypatch.setattr(pages, "LIMIT", limit)
         path = explore_video.write(tmp_path, ladder, None, {})
-        told = json.loads(path.read_text(encoding="utf-8").split("const facts = ", 1)[1].split(";\n", 1)[0])
+        told = pages.read(path)[0]
         assert (told["seeds"], told["pixels"]) == (seeds, 12)
     shrunk, pack = explore_video.packed({"data": noise}, 1, 2)
     assert shrunk["pixels"] == 6 and pack.size == noise[:30].numel() // 4

@@ -121,4 +121,5 @@ def in_training(ladder: PlanarLadder, student, how, pack: pages.Pack) -> dict:
 
 def write(folder: Path, ladder: PlanarLadder, teacher, students: dict) -> Path:
     """Measure and write folder/explore.html, one file of at most 3 MB; returns its path."""
-    return pages.write(folder / "explore.html", TEMPLATE, *measure(ladder, teacher, students))
+    facts, pack = measure(ladder, teacher, students)
+    return pages.write(folder / "explore.html", TEMPLATE, facts, pack.base64())

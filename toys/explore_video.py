@@ -94,9 +94,9 @@ def write(folder: Path, ladder: VideoLadder, teacher, students: dict, samples: d
     ways = [(seeds, 1) for seeds in (SEEDS, 2, 1)] + [(1, k) for k in (2, 4, 8, 16) if side // k >= least]
     for seeds, shrink in ways:
         more, pack = packed(clips, seeds, shrink)
-        if len(pack.base64()) < 0.93 * pages.LIMIT:
+        if len(text := pack.base64()) < 0.93 * pages.LIMIT:
             break
-    return pages.write(folder / "explore.html", TEMPLATE, {**facts, **more}, pack)
+    return pages.write(folder / "explore.html", TEMPLATE, {**facts, **more}, text)
 
 
 def main() -> None:

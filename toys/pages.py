@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import zlib
 from pathlib import Path
 
@@ -41,21 +42,35 @@ class Pack:
         return base64.b64encode(zlib.compress(self.array().tobytes(), 9)).decode()
 
 
-def write(path: Path, template: Path, facts: dict, pack: Pack) -> Path:
-    """Fill the template and write the page, whole or not at all; returns its path."""
+def fill(template: Path, facts: dict, packed: str) -> str:
+    """The page: the template with its four marks filled."""
     page = template.read_text(encoding="utf-8")
     filled = {
         "STYLE": (HERE / "page.css").read_text(encoding="utf-8"),
         "SCRIPT": (HERE / "page.js").read_text(encoding="utf-8"),
         "FACTS": json.dumps(facts).replace("</", "<\\/"),  # a word of the facts cannot end the script
-        "PACKED": pack.base64(),
+        "PACKED": packed,
     }
     for mark, value in filled.items():
         page = page.replace(f"{{{{{mark}}}}}", value)
+    return page
+
+
+def write(path: Path, template: Path, facts: dict, packed: str) -> Path:
+    """Fill the template and write the page, whole or not at all; returns its path."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
+    temporary.write_text(fill(template, facts, packed), encoding="utf-8")
     os.replace(temporary, path)
     return path
+
+
+def read(path: Path) -> tuple[dict, str]:
+    """The facts and the packed numbers of a page, so that it can be filled into a newer template."""
+    text = path.read_text(encoding="utf-8")
+    facts, packed = re.search(r"const facts = (.*);$", text, re.M), re.search(r'unpack\("([^"]*)"', text)
+    if not facts or not packed:
+        raise ValueError(f"{path} is no page of a run; make it again with its run.")
+    return json.loads(facts[1]), packed[1]
 
 
 def possible(counts: set[int], gamma: float) -> list[int]:
