@@ -191,12 +191,16 @@ def sample_outer(x: torch.Tensor, outer_grid: torch.Tensor, generator: torch.Gen
     return outer_grid.to(x.device)[torch.randint(1, len(outer_grid), (len(x),), generator=generator, device=x.device)]
 
 
-def sample_s_r(x, inner_grid, s_shift: float, flow_map_share: float, generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """s ~ shift(U, s_shift); r = s_k, k = max{j : s_j <= s}, for `flow_map_share`; else r = s. Two (B,)."""
+def sample_s_r(x, inner_grid, s_shift: float, flow_map_share: float, generator, coin=None):
+    """s ~ shift(U, s_shift); r = s_k, k = max{j : s_j <= s}, for `flow_map_share`; else r = s. Two (B,).
+
+    coin: a generator for that choice alone, which batches can share; without it, `generator`.
+    """
     s = sample_times(x, s_shift, generator, inner_grid.dtype)
     grid = inner_grid.to(x.device)
     below = grid[torch.searchsorted(grid, s, right=True) - 1]
-    is_map = torch.rand(len(x), generator=generator, device=x.device) < flow_map_share  # choice: a coin per sample
+    flips = torch.rand(len(x), generator=coin or generator, device=x.device)  # choice: a coin per sample
+    is_map = flips < flow_map_share
     return s, torch.where(is_map, below, s)
 
 
@@ -483,9 +487,10 @@ def adaptive_loss(error, c: float = 1.0):
     return (square.sum(1) / (square.sum(1) + c * square.shape[1]).detach()).mean()
 
 
-def stage1_draw(x, outer_grid, inner_grid, s_shift=3.0, flow_map_share=0.25, cond_drop=0.1, generator=None) -> dict:
+def stage1_draw(x, outer_grid, inner_grid, s_shift=3.0, flow_map_share=0.25, cond_drop=0.1, generator=None,
+                coin=None) -> dict:  # fmt: skip
     """All random numbers of one stage 1 update (Alg. 2): t, x_1, y_1, s, r and which conditions are dropped."""
-    s, r = sample_s_r(x, inner_grid, s_shift, flow_map_share, generator)
+    s, r = sample_s_r(x, inner_grid, s_shift, flow_map_share, generator, coin)
     t, x_1, y_1 = sample_outer(x, outer_grid, generator), randn_like(x, generator), randn_like(x, generator)
     dropped = torch.rand(len(x), generator=generator, device=x.device) < cond_drop
     return {"t": t, "x_1": x_1, "y_1": y_1, "s": s, "r": r, "dropped": dropped}
@@ -643,6 +648,7 @@ class Phase:
     """
 
     average = staticmethod(lambda net: copy.deepcopy(net).requires_grad_(False))  # what holds the EMA
+    coin = None  # stage 1's choice of r < s: a generator that processes share, where they wait for each other
     KEPT = ("name", "config", "step", "seconds", "log", "ema_updates")  # the plain values of a checkpoint
 
     def __init__(self, name, nets: dict, averaged: str, lr: float, ema: float, seed: int, config, clip=1.0):
@@ -779,7 +785,7 @@ def train_stage1(student, data, how: StudentConfig, cfg: Stage1Config, *, c_neg=
     def iterate(phase):
         x, c = data(cfg.batch, phase.generator)
         draws = stage1_draw(x, how.outer_grid, how.inner_grid, cfg.s_shift, cfg.flow_map_share, cfg.cond_drop,
-                            phase.generator)  # fmt: skip
+                            phase.generator, phase.coin)  # fmt: skip
         loss = tm_mf_loss(student, x, c, **draws, c_neg=c_neg, guidance=cfg.guidance, target=how.target,
                           field=how.field, derivative=cfg.derivative, fd_step=cfg.fd_step,
                           adaptive_c=cfg.adaptive_c)  # fmt: skip

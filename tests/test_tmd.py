@@ -78,6 +78,16 @@ def test_s_r_sampling(g):
     assert (s < 0.75).float().mean() == pytest.approx(0.5, abs=0.01)  # median of shift(U, 3)
 
 
+def test_a_shared_coin_chooses_alike():
+    """Batches that share a coin take r < s in the same places, at other s; nothing else is drawn from it."""
+    x, grid, made = torch.zeros(64, 2), tmd.make_grid(4, 10.0), lambda seed: torch.Generator().manual_seed(seed)
+    (s, r), (other, below) = (tmd.sample_s_r(x, grid, 3.0, 0.25, made(i), made(7)) for i in (2, 3))
+    assert torch.equal(r < s, below < other) and 0 < (r < s).sum() < 64 and not torch.equal(s, other)
+    assert torch.equal(s, tmd.sample_s_r(x, grid, 3.0, 0.25, made(2))[0])
+    alone, shared = (tmd.stage1_draw(x, grid, grid, generator=made(2), coin=coin) for coin in (None, made(7)))
+    assert not torch.equal(alone["r"], shared["r"]) and torch.equal(shared["r"], r)
+
+
 def test_outer_times_are_uniform_over_the_grid(g):
     """t_i uniform over t_1 ... t_M; t_0 = 0 is never drawn."""
     grid = tmd.make_grid(4, 10.0)

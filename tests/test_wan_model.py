@@ -174,6 +174,56 @@ def test_discriminator_has_the_papers_size():
     assert logits.shape == (3, 2) and features[0].grad.abs().sum() == 0 and features[1].grad.abs().sum() > 0
 
 
+def copying(net, features):
+    """The discriminator as it reads on paper: every feature in the weights' precision, then every branch of its head.
+
+    An oracle, written out once more.
+    """
+    weight, joined = net.logits[0][0].weight, []
+    for head, h in zip(net.heads, features):
+        h = h.to(weight.dtype)
+        joined.append(torch.cat([branch(h) for branch in head], -1))
+    return torch.cat([logit(z) for logit, z in zip(net.logits, joined)], -1)
+
+
+def of_discriminator(net, forward, features):
+    """[logits, gradients of weights and of features], bytes that a forward keeps beside its features."""
+    net.zero_grad()
+    features, saved = [h.detach().clone().requires_grad_(h.requires_grad) for h in features], {}
+
+    def seen(x):
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    given = {h.untyped_storage().data_ptr() for h in features}
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        with torch.autograd.graph.saved_tensors_hooks(seen, lambda x: x):
+            logits = forward(features)
+        (logits * torch.arange(1.0, 1 + logits.numel()).view_as(logits)).sum().backward()
+    kept = sum(size for place, size in saved.items() if place not in given)
+    return [logits, *(p.grad for p in net.parameters()), *(h.grad for h in features if h.requires_grad)], kept
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+@pytest.mark.parametrize("lean", [False, True])
+def test_discriminator_keeps_no_second_copy_of_features(inputs, lean, g):
+    """In bf16 autocast the branches read bf16 features where they lie: logits and gradients are, to the bit, those of
+    float32 copies, in the critics' update and in the student's (`inputs`); with checkpointing nothing as large as a
+    feature is kept beside it, without it no copy of it.
+    """
+    net = WanDiscriminator(8, 4, 2, hidden=16, checkpointing=lean)
+    features = [torch.randn(2, 8, 4, 12, 16, generator=g).bfloat16().requires_grad_(inputs) for _ in range(2)]
+    ours, kept = of_discriminator(net, net, features)
+    wanted, before = of_discriminator(net, lambda h: copying(net, h), features)
+    assert len(ours) == len(wanted) and all(torch.equal(a, b) for a, b in zip(ours, wanted))
+    assert all(p.grad.dtype == torch.float32 for p in net.parameters())
+    one = features[0].nbytes
+    if lean:  # before: both features in float32
+        assert before >= 2 * 2 * one and kept < one / 2
+    else:  # before: each of five branches had its own bf16 copy of its feature
+        assert before - kept == 2 * 5 * one
+
+
 @pytest.mark.parametrize("shape", [(1, 16, 3, 7, 8), (1, 4, 3, 8, 8), (1, 16, 8, 8)])
 def test_latents_that_do_not_fit(net, shape):
     """Odd sizes, another channel count and a missing axis are named."""

@@ -21,7 +21,7 @@ from wan_scale.cost.report import report
 from wan_scale.data.teacher import generate
 from wan_scale.model import WanDiscriminator
 from wan_scale.tiny import make_tiny
-from wan_scale.training import logs, train
+from wan_scale.training import dist, logs, train
 from wan_scale.training.checkpoints import complete
 from wan_scale.training.phase import EMA, Feed, WanPhase, mixed
 
@@ -87,12 +87,10 @@ def test_two_ranks_equal_one(world, tmp_path):
     done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     two = torch.load(tmp_path / "two" / "found.pt", weights_only=True)
-    cfg, need = wan_ranks.settings(tmp_path, tmp_path), []
-    for number in (4, 5):  # of stage 1's third update: the ranks call the head unequally often
-        drawn, how = torch.Generator().manual_seed(mixed(cfg.seed, number)), cfg.how()
-        found = tmd.stage1_draw(torch.zeros(1, 16, 3, 8, 8), how.outer_grid, how.inner_grid, generator=drawn)
-        need.append(bool((found["r"] < found["s"]).any()))
-    assert need == [True, False]
+    seed = wan_ranks.settings(tmp_path, tmp_path).seed
+    coins = [torch.Generator().manual_seed(mixed(seed, f"coin {step}")) for step in range(3)]
+    flips = [bool(torch.rand(1, generator=coin) < 0.25) for coin in coins]
+    assert flips == [False, False, True]  # an update has the finite difference
     for phase in ("stage1", "stage2"):
         one = wan_ranks.run(phase, tmp_path, tmp_path / "one")
         assert (one["world"], two[phase]["world"]) == (1, 2)
@@ -101,6 +99,40 @@ def test_two_ranks_equal_one(world, tmp_path):
     assert [f.name for f in complete(tmp_path / "moved" / "stage2" / "checkpoints")] == ["step-00000003"]
     assert_same_run(one, wan_ranks.run("stage2", tmp_path, tmp_path / "moved"))
     assert len(list((tmp_path / "two" / "samples" / "tmd").glob("*.mp4"))) == 6
+
+
+@pytest.mark.parametrize("n", [64, 12, 2, 1])
+def test_ranks_toss_the_coin_of_stage_1_alike(monkeypatch, n):
+    """All ranks of a micro-step, and one process at the micro-batches that they would have, flip alike, in order and
+    after a resume; a quarter of the flips takes the flow map. A lone micro-batch has no shared coin.
+    """
+
+    def flips(world, updates):
+        found = {}
+        for rank in range(world):
+            monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+            monkeypatch.setattr(dist, "world", lambda: world)
+            net, feed = torch.nn.Linear(1, 1), Feed(None)
+            ours = WanPhase("p", {"net": net}, "net", 1e-3, 0.9, 0, {}, feed=feed, accumulate=n // world)
+            for ours.step in updates:
+                for micro in range(n // world):
+                    ours.begin(micro)
+                    found[feed.number] = ours.coin and bool(torch.rand(1, generator=ours.coin) < 0.25)
+        return found
+
+    updates = range(-(-2000 // n)) if n > 1 else range(3)
+    one = flips(1, updates)
+    for world in (w for w in (2, 3, 4, 8, 12, 64) if n % w == 0):
+        few = flips(world, updates[:8])
+        assert sorted(few) == list(range(8 * n))
+        for start in range(0, 8 * n, world):  # a micro-step of all ranks
+            assert len({few[start + i] for i in range(world)}) == 1
+        if world in (2, 4, 8):
+            assert few == {number: one[number] for number in few} == flips(world, [3]) | few
+    if n == 1:
+        assert {*one.values()} == {None}
+    else:
+        assert 0.18 < sum(one.values()) / len(one) < 0.32
 
 
 class Interrupted(Exception):
@@ -369,6 +401,16 @@ def test_checkpointed_discriminator_has_the_same_gradients(g):
         found.append([x.grad, *(p.grad for p in net.parameters())])
     for a, b in zip(*found):
         torch.testing.assert_close(a, b)
+
+
+def test_float32_is_exact_unless_tf32_is_asked_for(world, tmp_path):
+    """A phase sets TF32 for matmuls and for convolutions, whose default is on: else the finite difference would divide
+    the patch embedding's rounding by its step.
+    """
+    for asked in (True, False):
+        train.Training(settings(world, tmp_path, tf32=asked), "stage1", world / "data")
+        assert torch.backends.cudnn.allow_tf32 == asked
+        assert torch.get_float32_matmul_precision() == ("high" if asked else "highest")
 
 
 def test_auto_checkpointing_is_what_plan_proposes(world, tmp_path, capsys):

@@ -63,7 +63,7 @@ class Bench:
         self.lora = cfg.lora or 64 * (smallest > budget)  # what one GPU cannot train in full is measured with LoRA
         chosen = choose_checkpointing(config, self.tokens, budget, lora=self.lora, **held)
         self.mode = chosen if cfg.checkpointing == "auto" else cfg.checkpointing
-        torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
+        speed.tf32(cfg.tf32)
 
     # ---- Clock and networks ----
 
@@ -144,8 +144,8 @@ class Bench:
             once = lambda a, b: x[n, a].T @ x[n, b] if gradients else x[n, a] @ weight[a, b]
             measure(unit, sum(2 * n * a * b for a, b in pairs), lambda: [once(a, b) for a, b in pairs])
 
-        def exact(suffix, precision):
-            torch.set_float32_matmul_precision(precision)
+        def exact(suffix, tf32):
+            speed.tf32(tf32)
             layers(f"fp32 linear{suffix}", torch.float32)
             q = make(1, heads, n, D // heads, dtype=torch.float32)
             measure(f"fp32 attention{suffix}", 4 * n * n * D, lambda: F.scaled_dot_product_attention(q, q, q))
@@ -157,10 +157,9 @@ class Bench:
         layers("weight gradients", self.dtype, gradients=True)
         source, target = make(n, wide), make(n, wide)
         measure("bytes", 2 * source.nbytes, lambda: target.copy_(source))
-        now = torch.get_float32_matmul_precision()
-        exact("", "highest")
-        exact(", TF32", "high")
-        torch.set_float32_matmul_precision(now)
+        exact("", False)
+        exact(", TF32", True)
+        speed.tf32(self.cfg.tf32)
         channels = self.D // 4
         disc = WanDiscriminator(channels, self.cfg.disc_width, 1).to(self.device)
         feature = make(1, channels, *self.shape[1:]).requires_grad_()
@@ -228,7 +227,7 @@ class Bench:
         """
         mode = "full" if naive else mode or self.mode
         tf32, compiled = self.cfg.tf32 if tf32 is None else tf32, self.compiled if compiled is None else compiled
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        speed.tf32(tf32)
         facts = {"attn": "native" if naive else self.attn, "compiled": compiled and not naive, "checkpointing": mode}
         like = dict(**facts, tf32=tf32, lora=self.lora, flow_map_share=float(difference))
         step = lambda kind: self.cfg.micro_batch * self.expected(kind, **like)

@@ -160,6 +160,22 @@ class ScaleBranch(nn.Module):
         return self.over(h).mean((2, 3, 4))
 
 
+class Readers(torch.autograd.Function):
+    """h for n readers: their gradients are summed in float32, whatever precision h has."""
+
+    @staticmethod
+    def forward(ctx, h, n: int):
+        return tuple(h.view_as(h) for _ in range(n))
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        *others, last = gradients
+        total = tmd.at_least_fp32(last)
+        for gradient in reversed(others):  # as autograd would add them up
+            total = total + gradient
+        return total.to(last.dtype), None
+
+
 class WanDiscriminator(nn.Module):
     """Conv3D heads on the teacher's tapped features at five scales: list of (B, C, T, H, W) -> logits (B, heads).
 
@@ -179,8 +195,11 @@ class WanDiscriminator(nn.Module):
 
     def forward(self, features):
         dtype = self.logits[0][0].weight.dtype
-        scales = lambda head, h: torch.cat([branch(h) for branch in head], -1)
-        joined = [scales(head, h.to(dtype)) for head, h in zip(self.heads, features, strict=True)]
+        # autocast's convolutions take half precision as it is; a float32 copy would be kept until the backward pass
+        if not torch.is_autocast_enabled(features[0].device.type):
+            features = [h.to(dtype) for h in features]
+        scales = lambda head, h: torch.cat([b(h) for b, h in zip(head, Readers.apply(h, len(head)))], -1)
+        joined = [scales(head, h) for head, h in zip(self.heads, features, strict=True)]
         return torch.cat([logit(z) for logit, z in zip(self.logits, joined)], -1)
 
 

@@ -69,6 +69,8 @@ class WanPhase(tmd.Phase):
         self.replica, self.replicas = dist.rank() // context, dist.world() // context
         self.seed = self.generator.initial_seed()
         self.micro, self.skipped, self.means = 0, 0, {}
+        self.together = in_step(accumulate * self.replicas, self.replicas)
+        self.coin = torch.Generator(self.generator.device) if self.together > 1 else None
         self.in_a_row = dict.fromkeys(self.nets, 0)  # by net: one of them may go on well
         self.made = dict.fromkeys(self.nets, 0)  # updates that were not skipped
 
@@ -129,13 +131,19 @@ class WanPhase(tmd.Phase):
         optimizer.zero_grad(set_to_none=True)
         return terms
 
+    def begin(self, micro: int) -> None:
+        """Set the number of this rank's next micro-batch, and by it all that is drawn."""
+        self.micro = micro
+        self.feed.number = (self.step * self.accumulate + micro) * self.replicas + self.replica
+        self.generator.manual_seed(mixed(self.seed, self.feed.number))
+        if self.coin:
+            self.coin.manual_seed(mixed(self.seed, f"coin {self.feed.number // self.together}"))
+
     def run(self, iterate, steps, path=None, on_step=None, **kw):
         def accumulated(phase):
             self.means = {}
             for micro in range(self.accumulate):
-                self.micro = micro
-                self.feed.number = (self.step * self.accumulate + self.micro) * self.replicas + self.replica
-                self.generator.manual_seed(mixed(self.seed, self.feed.number))
+                self.begin(micro)
                 iterate(phase)
             now = [float(bool(asked)), float(time.monotonic() - self.saved > 60 * self.minutes)]
             values = [torch.as_tensor(v, device=self.generator.device) for v in (*self.means.values(), *now)]
@@ -209,6 +217,16 @@ class WanPhase(tmd.Phase):
             setattr(self, key, state[key])
         if keys and self.step in (old[k] for k in keys):  # it had come to its end
             self.ends = [*self.ends, self.step]
+
+
+def in_step(micro_batches: int, ranks: int) -> int:
+    """How many micro-batches in a row, of `micro_batches` an update, toss stage 1's coin for r < s alike.
+
+    Those of all ranks at once, or most would wait for one that needs the finite difference. Up to eight ranks it is the
+    same number, and so the same update, for any of them.
+    """
+    eight = math.gcd(8, micro_batches)
+    return ranks if eight % ranks else eight  # choice: ranks in step
 
 
 @contextmanager

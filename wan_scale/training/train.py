@@ -112,7 +112,7 @@ class Training:
     def __init__(self, cfg: Wan, name: str, shards: Path, start: str | None = None):
         self.cfg, self.name, self.folder = cfg, name, cfg.folder(name)
         self.device = dist.start(cfg.device, alone=cfg.offload_teacher)  # FSDP fetches an offloaded net, in a group
-        torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
+        speed.tf32(cfg.tf32)
         size = sum(file.stat().st_size for file in Path(shards).glob("shard-*.safetensors"))
         verify = cfg.verify or size < 50e9  # every rank reads a shard whole to check it: hours for terabytes
         order = mixed(cfg.seed, name in ("stage2", "dmd2v"))  # stage 2 meets the clips in another order than stage 1
