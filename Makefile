@@ -5,7 +5,7 @@ RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 WAN    := $(VENV)/.installed-wan
 
-.PHONY: toy video video-teacher wan test quick-test slow claims video-sweep video-claims bench bench-gpu tutorials publish lint clean
+.PHONY: toy video video-teacher wan test quick-test slow claims video-sweep video-claims bench bench-gpu rehearse tutorials publish lint clean
 
 toy: $(STAMP)            ## train teacher, baseline and TMD on two spirals and draw them
 	$(RUN) toy_2d.py --resume
@@ -47,6 +47,14 @@ bench: $(STAMP)          ## steps per second of every stage against their matmul
 bench-gpu: $(WAN)        ## seconds and memory of wan_scale/ at full size on a GPU, into wan_scale/bench_results/ (nine minutes)
 	$(RUN) wan_scale/run.py bench --preset 1.3b --bench-minutes 4
 	$(RUN) wan_scale/run.py bench --preset 14b --bench-minutes 4
+	$(RUN) -m results.publish
+
+rehearse: $(WAN)         ## every row of the plan's table at full size without a GPU: bytes and FLOPs counted (an hour on two cores)
+	$(RUN) wan_scale/run.py rehearse --preset 1.3b --gpus 1 --card-gb 80
+	$(RUN) wan_scale/run.py rehearse --preset 1.3b --gpus 8 --card-gb 80
+	$(RUN) wan_scale/run.py rehearse --preset 14b --gpus 1 --lora 64
+	$(RUN) wan_scale/run.py rehearse --preset 14b --gpus 8
+	$(RUN) wan_scale/run.py rehearse --preset 14b --gpus 64 --card-gb 80
 	$(RUN) -m results.publish
 
 tutorials: $(WAN)        ## execute every notebook from scratch, store its outputs, check them (some ten minutes)

@@ -17,6 +17,7 @@ command goes on from the last checkpoint.
     export    the student as a folder for TMDWanPipeline.from_pretrained
     eval      score sheet of what was sampled; with --vbench-results VBench's three numbers beside the paper's
     bench     seconds and memory of every step on this GPU at full size, with random weights: nothing to download
+    rehearse  an update of each phase at full size without a GPU: its bytes and FLOPs, counted, beside the plan's
     teacher   flow matching of MODEL's transformer on the shards, for folders made by hand
 """
 
@@ -39,7 +40,9 @@ from settings import command as run_command
 from settings import parser
 from wan_scale.config import PRESETS, Wan, preset
 
-COMMANDS = ("plan", "data", "stage1", "stage2", "kd", "dmd2v", "sample", "export", "eval", "bench", "teacher")
+COMMANDS = (
+    "plan", "data", "stage1", "stage2", "kd", "dmd2v", "sample", "export", "eval", "bench", "rehearse", "teacher"
+)  # fmt: skip
 NEEDS = """Nothing was started: this reproduction needs three things that are not here.
 
   weights   a Wan2.1-T2V folder in the Hugging Face layout (tens of GB with its text encoder), given with --model
@@ -208,6 +211,19 @@ def bench(cfg: Wan, name: str) -> None:
     print(benchmarks.markdown([bench.run(cfg, size_of(name), name, out)]))
 
 
+def rehearse(cfg: Wan, name: str) -> None:
+    from wan_scale.data.files import write_json
+    from wan_scale.rehearsal import report
+
+    command = " ".join(["python wan_scale/run.py", *sys.argv[1:]])
+    record = report.run(cfg, size_of(name), name, command, [cfg.phase] if cfg.phase else list(report.PHASES))
+    print(report.text(record))
+    path = Path("runs/wan-rehearsal", f"{report.label(record)}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)
+    print(path)
+
+
 def plan(cfg: Wan, name: str) -> None:
     from wan_scale.cost.report import report
     from wan_scale.cost.work import measured_rates
@@ -241,8 +257,8 @@ def work(command: str | None, name: str | None, given: dict, dry: bool) -> None:
         return
     if command == "plan":
         return plan(cfg, name or "1.3b")
-    if command == "bench":
-        return bench(cfg, name or "1.3b")
+    if command in ("bench", "rehearse"):
+        return {"bench": bench, "rehearse": rehearse}[command](cfg, name or "1.3b")
     if name == "tiny":
         cfg = tiny_world(cfg)
     elif not cfg.model or lacks_prompts(cfg, command):

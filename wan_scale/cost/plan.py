@@ -95,7 +95,7 @@ def plan(model: str | dict = "1.3b", *, gpus: int = 8, card_gb: float = 141, tfl
 
     together = micro_batch * (1 if lora else gpus // K)  # with adapters GPUs wait for each other once an update
     working = dict(disc_flops=disc["flops"], flow_map_share=flow_map_share, text=text, checkpointing=checkpointing,
-                   together=together)  # fmt: skip
+                   together=together, disc_checkpointing=disc_checkpointing)  # fmt: skip
     works = {kind: step_work(config, n, kind, compiled=compiled, **shared, **working) for kind in (*kinds, "kd")}
     steps = {kind: step_flops(config, n, kind, fp32_slowdown=fp32_slowdown, **shared, **working) for kind in works}
     in_seconds = lambda step: {term: time_of(work, rate) for term, work in step.items()}

@@ -55,7 +55,7 @@ def flops(config: dict, n_tokens: int, text: int = 512, H: int = 5) -> dict[str,
 def step_work(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5, M: int = 1,
               last_tap: int | None = None, guidance: bool = True, gan: bool = True, disc_flops: float = 0.0,
               flow_map_share: float = 0.25, together: int = 1, attention_backward: float = 2.5, text: int = 512,
-              lora: int = 0, checkpointing: str = "full", compiled: bool = False
+              lora: int = 0, checkpointing: str = "full", compiled: bool = False, disc_checkpointing: bool = False
               ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Work of one micro-batch of one clip, by what is evaluated and by unit: {term: {unit: FLOPs, or bytes}}.
 
@@ -66,6 +66,7 @@ def step_work(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5,
     plain ones do not (2).
     lora: the weights of a block take no gradient. The adapters' own products are left out: about 2 % of a block's
     linear ones at rank 64.
+    disc_checkpointing: the discriminator's branches run forward once more in the backward pass.
     """
     known_mode(checkpointing)
     k, part = known(config), flops(config, n_tokens, text, H)
@@ -122,7 +123,7 @@ def step_work(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5,
             "fake score": teacher(),
             "teacher, guided": teacher(times=1 + guidance),
             "teacher's features, with input gradient": features("inputs", gan),
-            "discriminator, with input gradient": convolution(2 * gan),
+            "discriminator, with input gradient": convolution((2 + disc_checkpointing) * gan),
         }
     elif kind == "critic":
         found = {
@@ -130,7 +131,7 @@ def step_work(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5,
             f"head x {N}": head(times=N),
             "fake score, trained": teacher(trained),
             "teacher's features, real and fake": features(times=2 * gan),
-            "discriminator, trained": convolution(6 * gan),
+            "discriminator, trained": convolution((6 + 2 * disc_checkpointing) * gan),
         }
     else:
         raise ValueError(f"kind is {kind!r}; choose one of 'stage1', 'student', 'critic', 'kd', 'sample', 'teacher'.")

@@ -1,1 +1,1 @@
-"""The training phases at full size without a GPU: on tensors that have shapes and no memory, bytes and FLOPs counted."""
+"""The training phases at full size without a GPU: on tensors of shapes and no memory, bytes and FLOPs counted."""

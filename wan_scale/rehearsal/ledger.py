@@ -34,7 +34,8 @@ NO = {"interpolate"}
 REPOSITORY = str(Path(__file__).resolve().parents[2])
 MOVES = ("c10d", "_c10d_functional", "fsdp", "tmd")  # namespaces whose operations are between GPUs
 WEIGHTS = ("weights", "gathered")
-FORWARD, BACKWARD = "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"
+FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
+BACKWARD = f"{FORWARD}_backward"
 
 
 class Ledger(TorchDispatchMode):

@@ -1,6 +1,6 @@
 """One update of each phase on a fake card: training/train.py's own code, with weights and clips that are shapes alone.
 
-    rehearse(preset("1.3b", gpus=8), WAN["1.3b"])   # {"stage1": {"memory": ..., "flops": ...}, "student": ..., ...}
+    rehearse(preset("1.3b", gpus=8), WAN["1.3b"], "selective")["stage1"]["memory"]    # {"weights": bytes, ...}
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from torch import nn
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-import tmd_minimal as tmd
 from wan_scale.config import Wan
 from wan_scale.cost.sizes import latent
 from wan_scale.rehearsal.card import card
@@ -47,15 +45,20 @@ def skeleton(config: dict, folder, dtype=torch.float32):
         return weights.cast(WanTransformer3DModel.from_config(config), dtype).eval()
 
 
-def fill(module: nn.Module, device, *_) -> nn.Module:
+def fill(ledger: Ledger, module: nn.Module, device, *_) -> nn.Module:
     """weights.fill without files: what has no memory yet gets its place on the device."""
-    return replaced(module, lambda p: torch.empty_like(p, device=device) if p.is_meta else p)
+    module = replaced(module, lambda p: torch.empty_like(p, device=device) if p.is_meta else p)
+    ledger.name(module.parameters(), "weights")
+    return module
 
 
-def shard(net: nn.Module, *how) -> nn.Module:
-    """dist.shard of a net that lies nowhere yet, as FSDP moves no real weight to a fake card."""
-    whole = dist.world() == 1 and not (len(how) > 1 and how[1])
-    return net if whole else sharded(replaced(net, lambda p: torch.empty_like(p, device="meta")), *how)
+def shard(net: nn.Module, shard_over: int, offload: bool, last_tap: int) -> nn.Module:
+    """dist.shard of a net that lies nowhere yet: FSDP would move real tensors to the card, and cannot to a fake one."""
+    if dist.world() == 1 and not offload:
+        return net
+    for owner in net.modules():
+        owner._buffers = {name: b if b is None else b.to(CARD) for name, b in owner._buffers.items()}
+    return sharded(replaced(net, lambda p: torch.empty_like(p, device="meta")), shard_over, offload, last_tap)
 
 
 sharded = dist.shard
@@ -101,11 +104,6 @@ class Job(train.Training):
     def batch(self, n: int, generator=None):
         return tuple(torch.empty(n, *size, device=CARD) for size in self.clip)
 
-    def place(self, net):
-        net = super().place(net)
-        self.ledger.name(net.parameters(), "weights")
-        return net
-
     def student(self, loop, how, student, **_) -> dict:
         """An update of each kind, counted."""
         feed = Feed(lambda position, n: self.batch(n))
@@ -138,17 +136,17 @@ class Job(train.Training):
 
     def on_step(self, phase: WanPhase, terms: dict) -> None:
         kind = "stage1" if "tm_mf" in terms else "student" if "vsd" in terms else "critic"
-        memory = self.ledger.peak(self.begin)
-        self.found[kind] = {"memory": memory, "flops": dict(self.ledger.flops), "seconds": round(time.perf_counter() - self.clock, 1)}
+        found = {"memory": self.ledger.peak(self.begin), "flops": dict(self.ledger.flops)}
+        self.found[kind] = found | {"seconds": round(time.perf_counter() - self.clock, 1)}
         if kind == "critic":  # on to the student's turn
             phase.step = self.cfg.stage2().student_every - 1
             self.mark(phase, "student")
 
 
-def rehearse(cfg: Wan, config: dict, phases=tuple(PHASES)) -> dict:
-    """{kind of update: {"memory" (bytes by term), "flops" (of a clip, by sort), "seconds" that the count took}}."""
-    cfg = replace(cfg, precision="bf16", stage1_updates=1, stage2_iterations=cfg.stage2().student_every, attn="native",
-                  compile="off", data="", out=cfg.out)  # fmt: skip
+def rehearse(cfg: Wan, config: dict, checkpointing: str, phases=tuple(PHASES)) -> dict:
+    """{kind of update: {"memory" (bytes by term), "flops" (of a micro-batch, by sort), "seconds" that it took}}."""
+    steps = {"stage1_updates": 1, "stage2_iterations": cfg.stage2().student_every}
+    cfg = replace(cfg, precision="bf16", attn="native", compile="off", checkpointing=checkpointing, **steps)
     found = {}
     for phase in phases:
         with tqdm(desc=phase, unit=" operations", mininterval=0.5) as bar, ExitStack() as stack:
@@ -158,7 +156,7 @@ def rehearse(cfg: Wan, config: dict, phases=tuple(PHASES)) -> dict:
                 (train, "transformer_of"): lambda _: "",
                 (weights, "files"): lambda *_, **__: {},
                 (weights, "skeleton"): partial(skeleton, config),
-                (weights, "fill"): fill,
+                (weights, "fill"): partial(fill, ledger),
                 (dist, "shard"): shard,
             }
             for (owner, name), value in places.items():
