@@ -75,6 +75,27 @@ def test_adapters_are_measured():
     assert (big.lora, small.lora, small.mode) == (64, 0, "selective")
 
 
+def test_only_what_is_grafted_has_memory(monkeypatch):
+    """With adapters the benchmark's student is made of a frame without memory: beside the bf16 base there are, at the
+    most, its own head, embeddings and new layers, never a float32 copy of the base; without adapters one copy of each.
+    """
+    config = run.size_of("tiny") | {"num_layers": 8, "ffn_dim": 1024}
+    size = lambda net, keep=lambda name: True: sum(p.nbytes for name, p in net.named_parameters() if keep(name))
+    for rank in (4, 0):
+        one = bench.Bench(preset("tiny", lora=rank, taps="1,7"), config, repeats=1)
+        base = bench.lora.adapt(one.network(torch.bfloat16), 4, 1.0, {"student": 6}) if rank else None
+        with test_wan_plan.Peak() as made:
+            student = one.student(base)
+        whole, own = size(one.network(torch.float32)), size(student, lambda name: ".adapter." not in name)
+        copied = size(student, lambda name: ".blocks." not in name) + sum(b.nbytes for b in student.buffers())
+        assert made.peak < own + 2 * copied and (own + 2 * copied < 0.7 * whole if rank else own > whole)
+        assert not any(p.is_meta or not p.isfinite().all() for p in student.parameters())
+        assert not student.span.mlp[-1].weight.any() and student.net.blocks[-1].norm2.weight.eq(1).all()
+    with test_wan_plan.Peak() as made:
+        net = one.network(torch.bfloat16)
+    assert made.peak < 1.1 * size(net)  # no float32 before it
+
+
 class Clock:
     """Stands for the time module: every call is 0.25 s later, and work() says how long it took."""
 

@@ -16,14 +16,16 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from test_wan_train import assert_same_run
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor.debug import CommDebugMode
 
 from wan_scale.config import preset
 from wan_scale.data.teacher import generate
 from wan_scale.model import WanNetwork, load_transformer
 from wan_scale.tiny import make_tiny
 from wan_scale.training import dist, students, train, weights
+from wan_scale.training.phase import Feed, WanPhase
 
-FOUR = {"global_batch": 4}
+FOUR = {"global_batch": 8}  # on four ranks two micro-batches an update
 SHARDED = "diffusion_pytorch_model.safetensors.index.json"
 
 
@@ -204,7 +206,7 @@ def test_student_of_another_shape(world, tmp_path):
 
 @pytest.mark.slow  # four ranks; two ranks stand in for them in the default suite
 def test_two_copies_equal_one_process(world, tmp_path):
-    """HSDP on 2 x 2 gloo ranks and one process with four micro-batches do the same stage 1 and stage 2; a run begun on
+    """HSDP on 2 x 2 gloo ranks and one process with eight micro-batches do the same stage 1 and stage 2; a run begun on
     2 x 2 goes on as one row of four and in one process, to the same end."""
     for name in ("tiny", "data"):
         (tmp_path / name).symlink_to(world / name)
@@ -219,6 +221,53 @@ def test_two_copies_equal_one_process(world, tmp_path):
     assert_same_run(one, wan_ranks.run("stage2", tmp_path, tmp_path / "begun-for-one", **FOUR))
     steps = [[len(found["losses"]) for found in (one, copies["row"])], copies["row"]["step"]]
     assert steps == [[6, 3], 6]  # the second half only
+
+
+@pytest.fixture
+def four_ranks():
+    """This process as the first of four whose collectives do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield
+    dist.stop()
+
+
+def test_copies_are_reduced_once_an_update(four_ranks, monkeypatch):
+    """Of three micro-batches two leave their gradients with the ranks that share a copy; the last sums over the copies,
+    once for every sharded part, before the optimizer steps. (The slow test above compares the sums.)
+    """
+    over_copies, real = [], torch.distributed.all_reduce
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *a, **kw: (over_copies.append(kw), real(*a, **kw))[1])
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 2, bias=False))
+    net.blocks = list(net)
+    net, seen = dist.shard(net, shard_over=2), []
+    made = WanPhase("p", {"net": net}, "net", 1e-3, 0.9, 0, {}, feed=Feed(None), accumulate=3)
+    step = made.optimizers["net"].step
+    monkeypatch.setattr(made.optimizers["net"], "step", lambda: (seen.append(net[1].weight.grad is not None), step()))
+    for micro in range(3):
+        made.begin(micro)
+        over_copies.clear()
+        made.update("net", {"loss": net(torch.ones(1, 4)).sum()})
+        assert len(over_copies) == (0, 0, 2)[micro]
+    assert seen == [True]
+
+
+def test_weights_are_looked_at_where_they_are(four_ranks, monkeypatch):
+    """Each rank reads its part of a sharded net and reduces nothing; what one rank finds, all of them say."""
+    net, told = torch.nn.Linear(4, 4), []
+    net.blocks = []
+    net = dist.shard(net)
+    monkeypatch.setattr(dist, "gathered", lambda value: (told.append(value), [["bias"], value])[1])
+    with CommDebugMode() as reduced, pytest.raises(RuntimeError, match=r"here holds .* not finite \(bias\); make or"):
+        weights.check_finite(net, "here")
+    assert told == [[]] and not reduced.get_total_counts()
+    dist.local(net.weight).data[0, 1] = float("nan")
+    with pytest.raises(RuntimeError, match=r"\(bias, and 1 more\)"):
+        weights.check_finite(net, "here")
+    assert told[1] == ["weight"]
+    monkeypatch.setattr(dist, "gathered", None)  # whole nets, as in sampling, where a rank may have nothing to do
+    weights.check_finite(torch.nn.Linear(2, 2), "here")
 
 
 def test_copies_that_do_not_divide():

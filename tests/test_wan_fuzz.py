@@ -22,7 +22,7 @@ from wan_scale.training.checkpoints import complete
 
 FEW = (
     "--sample-prompts 1 --clips 2 --stage1-updates 2 --stage2-iterations 5 --data-steps 1 --preview-every 2 "
-    "--shard-size 2 --samples-per-prompt 1 --save-every 2 --global-batch 2"
+    "--shard-size 2 --samples-per-prompt 1 --save-every 2 --global-batch 2 --keep-checkpoints"
 ).split()
 SAMPLE = "samples/tmd/a red ball-0.mp4"
 # (files, what is taken away before, command, what must come out as before)

@@ -400,7 +400,8 @@ class Peak(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+        real = (t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and not t.is_meta)
+        for storage in (t.untyped_storage() for t in real):
             if storage._cdata not in given | self.alive:
                 self.alive.add(storage._cdata)
                 self.now += storage.nbytes()

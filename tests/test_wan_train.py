@@ -18,6 +18,7 @@ import wan_ranks
 from wan_scale.config import PRESETS, Wan, preset
 from wan_scale.cost.plan import plan
 from wan_scale.cost.report import report
+from wan_scale.cost.sizes import GB
 from wan_scale.data.teacher import generate
 from wan_scale.model import WanDiscriminator
 from wan_scale.tiny import make_tiny
@@ -424,6 +425,72 @@ def test_auto_checkpointing_is_what_plan_proposes(world, tmp_path, capsys):
         assert student.net.checkpointing == wanted == {8.0: "none", 0.001: "full"}[gb]
         assert f"checkpointing {wanted}, chosen by `plan`" in capsys.readouterr().out
         assert f"checkpointing: {wanted}" in report(config, **cfg.planned())
+
+
+def test_a_gpu_is_taken_before_its_group_is_joined(monkeypatch):
+    """On GPUs: this rank's device first, then NCCL bound to it; the allocator's segments may grow, unless the user has
+    said how it works. On the CPU nothing of this is touched.
+    """
+    did, name = [], "PYTORCH_CUDA_ALLOC_CONF"
+    for key in (name, "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setattr(dist.dist, "init_process_group", lambda *a, **kw: did.append((a, kw.get("device_id"))))
+    monkeypatch.setattr(dist, "waiting_room", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: did.append((device, os.environ.get(name))))
+    monkeypatch.setenv("WORLD_SIZE", "2"), monkeypatch.setenv("LOCAL_RANK", "1")
+    assert dist.start("cpu") == torch.device("cpu") and did == [(("gloo",), None)] and name not in os.environ
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    one = torch.device("cuda", 1)
+    assert dist.start() == one
+    assert did[1:] == [(one, "expandable_segments:True"), (("nccl",), one)]
+    monkeypatch.setenv(name, "backend:cudaMallocAsync")
+    dist.start()
+    assert did[3] == (one, "backend:cudaMallocAsync")
+    monkeypatch.delenv(name), monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    dist.start()
+    assert did[5] == (one, None)
+
+
+def test_memory_is_told_beside_the_plan(monkeypatch):
+    """After the first update of each net: what the allocator held at most in that update, and what `plan` said."""
+    peak = {"allocated": 3 * GB, "reserved": 4 * GB}
+    for key in peak:
+        monkeypatch.setattr(torch.cuda, f"max_memory_{key}", lambda device, key=key: peak[key])
+    lower = lambda device: peak.update(allocated=GB, reserved=2 * GB)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lower)
+    memory = logs.Memory(torch.device("cuda"), {"critic": 5 * GB, "student": 6 * GB})
+    critic = {"update": "critic", "allocated_gb": 3, "reserved_gb": 4, "planned_gb": 5}
+    assert memory.after({"fake": 1, "disc": 1}) == critic
+    assert memory.after({"fake": 1, "disc": 1}) is None
+    assert memory.after({"vsd": 1}) == {"update": "student", "allocated_gb": 1, "reserved_gb": 2, "planned_gb": 6}
+    assert memory.after({"kd": 1}) == {"update": "kd", "allocated_gb": 1, "reserved_gb": 2}
+    assert logs.Memory(torch.device("cpu"), {}).after({"vsd": 1}) is None
+
+
+def test_memory_goes_to_the_log(world, tmp_path, monkeypatch, capsys):
+    """A phase writes it once a kind of update, and says it."""
+    seen = {"update": "stage1", "allocated_gb": 1.5, "planned_gb": 2.0}
+    monkeypatch.setattr(logs.Memory, "after", lambda self, terms: None if self.seen else self.seen.add(1) or seen)
+    cfg = settings(world, tmp_path, preview_every=0, stage1_updates=2)
+    train.stage1(cfg)
+    lines = [json.loads(line) for line in (cfg.folder("stage1") / "log.jsonl").read_text().splitlines()]
+    assert [line["memory"] for line in lines if "memory" in line] == [seen]
+    assert "stage1, first stage1 update, GB of memory: allocated 1.5, planned 2" in capsys.readouterr().out
+
+
+def test_the_ema_may_wait_in_host_memory(world, tmp_path, monkeypatch):
+    """On one GPU --ema-on-host keeps it there, as with adapters; where it is sharded already that is refused."""
+    made = []
+    monkeypatch.setattr(train, "WanPhase", lambda *a, **kw: (made.append(kw.get("ema_on")), WanPhase(*a, **kw))[1])
+    for asked in (False, True):
+        train.stage1(settings(world, tmp_path / str(asked), preview_every=0, stage1_updates=1, ema_on_host=asked))
+    assert made == [None, "cpu"]
+    same = [weights(tmp_path / str(asked) / "stage1") for asked in (False, True)]
+    assert same[0] == same[1]
+    monkeypatch.setattr(dist, "world", lambda: 2)
+    monkeypatch.setattr(train, "accumulation", lambda cfg: 1)
+    with pytest.raises(ValueError, match="with 2 GPUs the EMA is sharded already; drop --ema-on-host"):
+        train.Training(settings(world, tmp_path, ema_on_host=True), "stage1", world / "data")
 
 
 def test_log_and_previews(world, tmp_path):

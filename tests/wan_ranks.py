@@ -122,8 +122,10 @@ def two(root: Path) -> None:
 
 
 def copies(root: Path) -> None:
-    """Both stages on 2 x 2 ranks; from a checkpoint of theirs in the middle of stage 2 on as one row of 4."""
-    out, four = root / "copies", {"global_batch": 4}
+    """Both stages on 2 x 2 ranks, two micro-batches an update; from a checkpoint of theirs in the middle of stage 2 on
+    as one row of 4.
+    """
+    out, four = root / "copies", {"global_batch": 8}
     found = {phase: run(phase, root, out, shard_over=2, save_every=3, **four) for phase in ("stage1", "stage2")}
     if dist.rank() == 0:  # as if it had been stopped after 3 of 6
         for begun in (root / "begun", root / "begun-for-one"):

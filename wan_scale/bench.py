@@ -96,17 +96,19 @@ class Bench:
     def peak(self) -> dict:
         return {"peak_gb": torch.cuda.max_memory_allocated() / GB} if self.cuda else {}
 
-    def transformer(self, dtype: torch.dtype):
-        """The stock transformer with random weights, made on its device; float32 stays what diffusers keeps so."""
-        from diffusers import WanTransformer3DModel
-
+    def network(self, dtype: torch.dtype, but: str | None = None) -> WanNetwork:
+        """The stock transformer, random weights drawn on its device in their dtypes; `but`: names that get none yet."""
         torch.manual_seed(0)
-        with self.device:
-            net = WanTransformer3DModel(**self.config)
-        return weights.cast(net, dtype)
+        return WanNetwork(weights.draw(weights.empty(self.config, dtype, self.device), self.device, but))
 
     def frozen(self) -> WanNetwork:
-        return WanNetwork(self.transformer(self.dtype).requires_grad_(False))
+        return self.network(self.dtype).requires_grad_(False)
+
+    def student(self, base: WanNetwork | None) -> tmd.TMDStudent:
+        """Only what is its own gets memory: with a shared `base` neither the blocks of the base nor a copy of them."""
+        net = self.network(torch.float32, but="blocks.")
+        student = tmd.TMDStudent(lora.graft(net, base, self.cfg.H) if base else net, self.cfg.H)
+        return weights.draw(student, self.device).to(self.device)
 
     def batch(self, n: int = 1):
         g = torch.Generator().manual_seed(0)
@@ -236,16 +238,12 @@ class Bench:
         self.affordable(rounds * of_each)
         (x, c), cfg, how = self.batch(self.cfg.micro_batch), self.cfg, self.cfg.how()
         data, c_neg, L = (lambda n, g: (x, c)), torch.zeros_like(c[0]), self.config["num_layers"]
-        whole = lambda: WanNetwork(self.transformer(torch.float32))
-        if self.lora:
-            base = WanNetwork(self.transformer(self.dtype))
+        base = self.network(self.dtype) if self.lora else None
+        if base:
             depth = {"student": L - cfg.H} | ({"fake": L} if kind == "stage 2" else {})
-            lora.adapt(base, self.lora, cfg.lora_scale, depth)
-            base.to(self.device)
-        net = lora.graft(whole(), base, cfg.H) if self.lora else whole()
-        student = tmd.TMDStudent(net, cfg.H).to(self.device)
-        del net  # the student has a copy
-        speed.prepare(student.net, **facts)
+            lora.adapt(base, self.lora, cfg.lora_scale, depth).to(self.device)
+        student = self.student(base)
+        speed.prepare(student, **facts)
         seconds, peaks, last = {}, {}, [speed.moment(self.device)]
 
         def on_step(phase, terms):
@@ -270,7 +268,8 @@ class Bench:
                 one = replace(cfg.stage1(), updates=rounds, flow_map_share=float(difference))
                 tmd.train_stage1(student, data, how, one, **shared)
             else:
-                teacher, fake = (lora.Role(base), lora.Role(base, "fake")) if self.lora else (self.frozen(), whole())
+                roles = (lora.Role(base), lora.Role(base, "fake")) if base else ()
+                teacher, fake = roles or (self.frozen(), self.network(torch.float32))
                 speed.prepare(teacher, **facts), speed.prepare(fake, **facts)
                 size = feature_channels(teacher), cfg.disc_width, len(cfg.tap_blocks)
                 disc = WanDiscriminator(*size, checkpointing=True).to(self.device)

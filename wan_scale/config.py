@@ -15,11 +15,11 @@ from wan_scale.cost.work import CHECKPOINTING
 
 # Settings of the machine, of the log and of sampling: they may change between two starts of the same training.
 OF_THE_MACHINE = (
-    "model out data prompts videos device precision tf32 checkpointing attn compile save_every "
-    "save_minutes preview_every preview_prompts log_every graph context_parallel shard_over offload_teacher gpus "
-    "card_gb tflops rates bench_minutes phase layers verify data_steps data_guidance sampler clips shard_size kd_clips "
-    "skip_layer from_ from_kind from_check convert read_ahead student sample_prompts samples_per_prompt vbench_info "
-    "vbench_results"
+    "model out data prompts videos device precision tf32 checkpointing attn compile ema_on_host save_every "
+    "keep_checkpoints save_minutes preview_every preview_prompts log_every graph context_parallel shard_over "
+    "offload_teacher gpus card_gb tflops rates bench_minutes phase layers verify data_steps data_guidance sampler clips "
+    "shard_size kd_clips skip_layer from_ from_kind from_check convert read_ahead student sample_prompts samples_per_prompt "
+    "vbench_info vbench_results"
 ).split()
 PATHS = "model data prompts videos from_ rates vbench_info vbench_results".split()
 # Settings that only these phases read: for the others another value is the same run.
@@ -97,6 +97,8 @@ class Wan(Settings):
                             choices=("auto", "bf16", "fp32"))  # fmt: skip
     save_every: int = option(100, "updates between two checkpoints", "training", least=1)
     save_minutes: float = option(30.0, "minutes between two checkpoints, where updates are slow", "training", above=0)
+    keep_checkpoints: bool = option(False, "keep a phase's checkpoints when the phase that starts from it has its own",
+                                    "training")  # fmt: skip
 
     stage1_guidance: float = option(3.0, "guidance of stage 1; paper: 3", "stage 1", least=0, most=1000)
     adaptive_c: float = option(1.0, "c / d of the adaptive loss; paper: 1 (1.3B), 1e-5 (14B)", "stage 1",
@@ -133,6 +135,7 @@ class Wan(Settings):
     offload_teacher: bool = option(
         False, "keep the frozen teacher in host memory, fetched by blocks", "memory and speed"
     )
+    ema_on_host: bool = option(False, "one GPU: keep the EMA in host memory", "memory and speed")
     attn: str = option("auto", "attention backend: native, cudnn, flash or flex; auto: the fastest, timed at the start",
                        "memory and speed", choices=("auto", "cudnn", "flash", "flex", "native"))  # fmt: skip
     compile: str = option("auto", "compile the blocks: on or off; auto: on a GPU", "memory and speed",

@@ -47,7 +47,7 @@ class WanNetwork(tmd.Network):
 
     Hidden states are tokens (B, n, D); after ulysses.share(net, K) they are the n / K of this rank. ctx is (text
     tokens, rotary table, (T', H', W')), made once a sample. `checkpointing` is the activation checkpointing of each
-    block: "none", "selective" (all but attention) or "full".
+    block: "none", "selective" (all but attention) or "full"; `outside` that of the output layer.
     Where the network is `frozen` (speed.prepare), each block's keys and values stand for the text tokens. They are made
     once for a tensor c, WHICH MUST NOT BE CHANGED IN PLACE.
     """
@@ -59,7 +59,7 @@ class WanNetwork(tmd.Network):
             raise ValueError(f"{other}; give a text-to-video one (Wan2.1-T2V-1.3B or -14B).")
         tmd.choose("checkpointing", checkpointing, CHECKPOINTING)
         self.transformer, self.checkpointing, self.tables, self.ranks = transformer, checkpointing, {}, 1
-        self.frozen, self.prompt = False, (None, None)
+        self.frozen, self.prompt, self.outside = False, (None, None), "none"
 
     # Properties, not registered again: each weight has one name.
     patch = property(lambda self: self.transformer.patch_embedding)
@@ -109,11 +109,16 @@ class WanNetwork(tmd.Network):
             h = speed.checkpointed(block, self.checkpointing, h, text, six, rope)
         return h
 
-    def output(self, h, e):
-        net, (_, temb, (_, _, grid)) = self.transformer, e
+    def last(self, h, temb):
+        """Wan's output layer, before the tokens become a picture."""
+        net = self.transformer
         shift_, scale = (net.scale_shift_table + temb[:, None]).chunk(2, 1)
-        h = (net.norm_out(h.float()) * (1 + scale) + shift_).type_as(h)
-        return tmd.at_least_fp32(self.unpatchify(ulysses.gather(net.proj_out(h), self.ranks), grid, channels_last=True))
+        return net.proj_out((net.norm_out(h.float()) * (1 + scale) + shift_).type_as(h))
+
+    def output(self, h, e):
+        _, temb, (_, _, grid) = e
+        tokens = ulysses.gather(speed.checkpointed(self.last, self.outside, h, temb), self.ranks)
+        return tmd.at_least_fp32(self.unpatchify(tokens, grid, channels_last=True))
 
     def unpatchify(self, tokens, grid, channels_last: bool):
         """Tokens (B, n, p q r C) -> (B, C, T, H, W).

@@ -169,9 +169,6 @@ def fastest(times: dict) -> str:
     return min(ran, key=ran.get)
 
 
-# ---- Precision -------------------------------------------------------------------------------------------------------
-
-
 def tf32(allowed: bool) -> None:
     """TF32's 10 bits of mantissa in float32 matmuls AND convolutions, such as the patch embedding; else all 23.
 
@@ -231,19 +228,24 @@ compiled_forward = None
 # ---- To a whole network ----------------------------------------------------------------------------------------------
 
 
-def prepare(net, attn: str = "native", compiled: bool = False, checkpointing: str | None = None, frozen: bool = False):
-    """Make a WanNetwork fast; returns it.
+def prepare(of, attn: str = "native", compiled: bool = False, checkpointing: str | None = None, frozen: bool = False):
+    """Make a WanNetwork, or a student's, fast; returns what it was given.
 
     frozen (sampling): its weights will not move, so a prompt's keys and values are computed once and kept.
+    With activation checkpointing the output layer and a student's fusion, mostly float32, are computed again as well.
     """
+    net = getattr(of, "net", of)
     net.frozen, net.checkpointing = frozen, checkpointing or net.checkpointing
+    net.outside = "none" if net.checkpointing == "none" else "full"  # they have no attention to keep
+    if getattr(of, "fusion", None) == "gated":
+        of.fuse.forward = partial(checkpointed, type(of.fuse).forward, net.outside, of.fuse)
     # of --lora: used by the net, not owned
     under_adapters = [block.block for block in net.blocks if hasattr(block, "block")]
     stock(net.transformer, attn, under_adapters)
     if compiled:
         compile_blocks(net.blocks, net.checkpointing)
         net.checkpointing = "none"  # it happens within
-    return net
+    return of
 
 
 def stock(transformer, attn: str = "native", more=(), compiled: bool = False):
@@ -296,6 +298,9 @@ class GraphedHead:
         self.student, self.features, self.recorded = student, student.features, {}
 
     def head(self, y_s, s, r, m):
+        h, (text, *more) = m
+        if isinstance(text, list):  # keys and values of all blocks: the head reads, and a replay copies, its own
+            m = h, (text[-self.student.H :], *more)
         inputs, shape = torch.utils._pytree.tree_flatten((y_s, s, r, m))
         given = [v for v in inputs if isinstance(v, torch.Tensor)]
         if not self.records(y_s) or torch.is_grad_enabled():

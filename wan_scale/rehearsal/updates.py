@@ -14,8 +14,6 @@ from functools import partial
 from unittest.mock import patch
 
 import torch
-from accelerate import init_empty_weights
-from diffusers import WanTransformer3DModel
 from torch import nn
 from tqdm import tqdm
 
@@ -37,12 +35,6 @@ def replaced(module: nn.Module, new) -> nn.Module:
             if p is not None:
                 owner._parameters[name] = nn.Parameter(new(p), requires_grad=p.requires_grad)
     return module
-
-
-def skeleton(config: dict, folder, dtype=torch.float32):
-    """weights.skeleton without a folder."""
-    with init_empty_weights():
-        return weights.cast(WanTransformer3DModel.from_config(config), dtype).eval()
 
 
 def fill(ledger: Ledger, module: nn.Module, device, *_) -> nn.Module:
@@ -98,7 +90,7 @@ class Job(train.Training):
         self.clip = [(config["in_channels"], *size), (TEXT, config["text_dim"])]
         self.c_neg = torch.zeros(self.clip[1], device=CARD)
         self.accumulate = train.accumulation(cfg)
-        self.accuracy, self.speed, self.origin, self.found = None, None, {}, {}
+        self.accuracy, self.speed, self.before, self.found = None, None, None, {}
         ledger.name([self.c_neg], "activations")
 
     def batch(self, n: int, generator=None):
@@ -155,7 +147,7 @@ def rehearse(cfg: Wan, config: dict, checkpointing: str, phases=tuple(PHASES)) -
                 (train, "check_folder"): lambda *_, **__: None,
                 (train, "transformer_of"): lambda _: "",
                 (weights, "files"): lambda *_, **__: {},
-                (weights, "skeleton"): partial(skeleton, config),
+                (weights, "skeleton"): lambda folder, dtype: weights.empty(config, dtype).eval(),
                 (weights, "fill"): partial(fill, ledger),
                 (dist, "shard"): shard,
             }

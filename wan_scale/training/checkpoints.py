@@ -19,6 +19,7 @@ from wan_scale.data.files import file_sha256
 from wan_scale.training import dist, kept
 
 UNASKED = 50e9  # bytes: checksums of larger parts, a minute's reading, are compared only where asked for
+ASIDE = ".old.tmp"  # a checkpoint of the same name, until the new one has taken its place
 OLDER = "delete that folder to go on from the one before it"
 
 
@@ -32,18 +33,33 @@ def complete(path) -> list[Path]:
 def sweep(path) -> None:
     """Remove what a kill left half-written, here and in the phase's folder above."""
     if dist.rank() == 0:
+        for old in Path(path).glob(f"step-*{ASIDE}"):
+            if not (final := old.with_name(old.name.removesuffix(ASIDE))).exists():
+                os.replace(old, final)  # the kill came between the two moves
         for left in (*Path(path).glob("step-*.tmp"), *Path(path).parent.glob("*.tmp")):
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
-def check_room(path, size: int, keep: int) -> None:
-    """RuntimeError unless the disk takes the checkpoints that will lie there at once: `keep` and the one in work."""
+def drop(path) -> None:
+    """Remove all checkpoints of a phase; a kill leaves all of them or, for `sweep`, a .tmp."""
+    if dist.rank() == 0 and Path(path).exists():
+        going = Path(path).with_suffix(".tmp")
+        shutil.rmtree(going, ignore_errors=True)
+        os.replace(path, going)
+        shutil.rmtree(going)
+
+
+def check_room(path, size: int, keep: int, student: int = 0) -> None:
+    """RuntimeError unless the disk takes what will lie there at once: `keep` checkpoints, the one in work, and the
+    student in the end (bytes).
+    """
     there = Path(path)
     while not there.exists():
         there = there.parent
-    free, need = shutil.disk_usage(there).free, size * (keep + 1 - len(complete(path)))
+    free, need = shutil.disk_usage(there).free, size * (keep + 1 - len(complete(path))) + student
     if need > free:
-        gb = f"{need / 1e9:.3g} GB for {keep + 1} checkpoints are needed and {free / 1e9:.3g} GB are free"
+        needed = f"{need / 1e9:.3g} GB for {keep + 1} checkpoints and the student are needed"
+        gb = f"{needed} and {free / 1e9:.3g} GB are free"
         raise RuntimeError(f"{path} has too little disk: {gb}; free some, or give --out on another disk.")
 
 
@@ -59,7 +75,7 @@ def save(path, name: str, tensors: dict[str, torch.Tensor], state: dict, keep: i
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         dist.barrier()
-        dcp.save(tensors, checkpoint_id=temporary)
+        dcp.save(tensors, checkpoint_id=temporary, process_group=dist.patient())
         mine = [file for file in temporary.iterdir() if writer(file) == dist.rank()]
         small = verify or sum(file.stat().st_size for file in mine) < UNASKED  # or the GPUs would wait a minute a save
         sums = {file.name: file_sha256(file) for file in mine if small}
@@ -72,8 +88,11 @@ def save(path, name: str, tensors: dict[str, torch.Tensor], state: dict, keep: i
         stays = "the last one is kept; make room and give the same command"
         raise RuntimeError(f"checkpoint {final} could not be written ({cause(e)}); {stays}.") from e
     if dist.rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)
+        aside = final.with_name(final.name + ASIDE)
+        if final.exists():
+            os.replace(final, aside)
         os.replace(temporary, final)
+        shutil.rmtree(aside, ignore_errors=True)
         for old in complete(path)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
@@ -112,6 +131,6 @@ def load(folder: Path, tensors: dict[str, torch.Tensor], sums: dict[str, str], v
         if bad := [name for part in dist.gathered(bad) for name in part]:
             raise tmd.CheckpointError(f"{folder} is damaged (the checksum of {bad[0]} differs); {OLDER}.")
     try:
-        dcp.load(tensors, checkpoint_id=folder)
+        dcp.load(tensors, checkpoint_id=folder, process_group=dist.patient())
     except (CheckpointException, RuntimeError, ValueError, KeyError, OSError, EOFError) as e:
         raise tmd.CheckpointError(f"{folder} is damaged or of another shape; {OLDER}.") from e

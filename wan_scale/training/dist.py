@@ -33,15 +33,19 @@ def start(device: str = "auto", alone: bool = False) -> torch.device:
     if device == "cuda" and not cuda:
         none = "device is cuda, but this torch sees no GPU"
         raise ValueError(f"{none}; install a CUDA build of torch, or take --device cpu.")
-    many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    many, mine = int(os.environ.get("WORLD_SIZE", 1)) > 1, torch.device("cpu")
+    if cuda:
+        # before the first allocation: segments that grow leave no gaps between tensors of many sizes
+        if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        mine = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(mine)  # before NCCL looks for a GPU, or all ranks would begin on the first
     if (many or alone) and not dist.is_initialized():
         here = {} if many else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE, **here)
+        nccl = {"device_id": mine} if cuda else {}
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE, **nccl, **here)
         waiting_room()
-    if not cuda:
-        return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cuda", torch.cuda.current_device())
+    return mine
 
 
 def rank() -> int:
@@ -69,8 +73,13 @@ def context_group(K: int):
 
 @cache
 def waiting_room():
-    """A group of its own for barriers, whose patience is long; over gloo, which waits on no GPU."""
+    """A group of its own for barriers and files, whose patience is long; over gloo, which waits on no GPU."""
     return dist.new_group(backend="gloo", timeout=DAYS)
+
+
+def patient():
+    """The group for what may take long, such as a slow disk: not NCCL's, which would give up. None in one process."""
+    return waiting_room() if dist.is_initialized() else None
 
 
 def barrier() -> None:
@@ -127,6 +136,12 @@ def reshard(*nets: nn.Module) -> None:
     """
     for part in (module for net in nets for module in net.modules() if isinstance(module, FSDPModule)):
         part.reshard()
+
+
+def reduce_over_copies(net: nn.Module, now: bool) -> None:
+    """Whether the next backward pass sums gradients over the copies of the weights (HSDP) too; else they wait here."""
+    for part in (module for module in net.modules() if isinstance(module, FSDPModule)):
+        part.set_requires_all_reduce(now, recurse=False)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -21,8 +21,11 @@ from pathlib import Path
 
 import torch
 
+from wan_scale.cost.sizes import GB
 from wan_scale.data.files import atomic
 from wan_scale.training import kept
+
+KINDS = {"tm_mf": "stage1", "vsd": "student", "kd": "kd", "denoising": "teacher"}  # loss term: kind of update
 
 
 class Log:
@@ -62,6 +65,29 @@ def step_of(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return -1
+
+
+class Memory:
+    """Peak memory of the first update of each kind on this GPU, beside what `plan` said; nothing on a CPU.
+
+    planned: bytes by kind of update (plan()["peak"]).
+    """
+
+    def __init__(self, device, planned: dict):
+        self.device, self.planned, self.seen = device, planned, set()
+
+    def after(self, terms: dict) -> dict | None:
+        """After an update of these loss terms: {"update", "allocated_gb", "reserved_gb", "planned_gb"}, or None."""
+        if self.device.type != "cuda":
+            return None
+        kind = next((kind for term, kind in KINDS.items() if term in terms), "critic")
+        found = {"update": kind, "allocated_gb": torch.cuda.max_memory_allocated(self.device) / GB}
+        found["reserved_gb"] = torch.cuda.max_memory_reserved(self.device) / GB
+        torch.cuda.reset_peak_memory_stats(self.device)  # the next may be another net's
+        if kind in self.seen:
+            return None
+        self.seen.add(kind)
+        return found | ({"planned_gb": self.planned[kind] / GB} if kind in self.planned else {})
 
 
 class Accuracy:

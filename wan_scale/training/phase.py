@@ -53,16 +53,18 @@ class WanPhase(tmd.Phase):
     Its nets may be sharded (FSDP2) or whole on each rank. ema_on: the device of the EMA, if it is not the net's.
     A step whose gradient is not finite is skipped and counted; `patience` of them in a row are a FloatingPointError,
     and so is a phase without any other. Beside every save_every updates it saves every `minutes`, and on SIGTERM.
-    verify: compare checksums of checkpoints of any size.
+    verify: compare checksums of checkpoints of any size. before: a folder of checkpoints that go with the first save.
     """
 
     KEPT = (*tmd.Phase.KEPT, "skipped", "in_a_row", "made", "ends")
 
     def __init__(self, *args, feed: Feed, accumulate: int = 1, patience: int = 5, keep: int = 2, context: int = 1,
-                 ema_on: str | None = None, minutes: float = math.inf, verify: bool = False, **kw):  # fmt: skip
+                 ema_on: str | None = None, minutes: float = math.inf, verify: bool = False, before=None,
+                 **kw):  # fmt: skip
         self.average = partial(EMA, device=ema_on)
         super().__init__(*args, **kw)
         self.minutes, self.verify, self.saved, self.due = minutes, verify, time.monotonic(), [0.0, 0.0]
+        self.before = before
         self.ends, self.steps = [], 0  # where it had been finished before it went on; where it ends now
         self.feed, self.accumulate, self.patience, self.keep = feed, accumulate, patience, keep
         # ranks that share a clip draw alike
@@ -107,6 +109,7 @@ class WanPhase(tmd.Phase):
         if self.micro == 0:
             optimizer.zero_grad(set_to_none=True)
         loss = sum(terms.values()) / self.accumulate
+        dist.reduce_over_copies(net, self.micro == self.accumulate - 1)
         with torch.autocast(loss.device.type, enabled=False):  # as tmd.Phase: float32 parts have float32 gradients
             loss.backward()
         dist.reshard(*self.nets.values())  # what the micro-batch's calls left gathered
@@ -154,16 +157,17 @@ class WanPhase(tmd.Phase):
             if on_step:
                 on_step(phase, terms)
             if path and any(self.due) and self.step < steps:
-                self.save(path)
+                if self.due[0] or self.step % every:  # else it is saved anyway
+                    self.save(path)
                 if self.due[0]:
                     saved = f"saved at update {self.step}, the same command goes on"
                     raise RuntimeError(f"{self.name}: told to stop; {saved}.")
 
-        self.steps, progress = steps, kw.pop("progress", True) and dist.rank() == 0
+        self.steps, progress, every = steps, kw.pop("progress", True) and dist.rank() == 0, kw.get("save_every", 1000)
         if path:
             checkpoints.sweep(path)
             if dist.rank() == 0:
-                checkpoints.check_room(path, self.size(), self.keep)
+                checkpoints.check_room(path, self.size(), self.keep, student=sum(map(size_of, self.ema.named.values())))
         with told_to_stop(bool(path)) as asked:
             ema = super().run(accumulated, steps, path, on_step=stepped, progress=progress, **kw)
             if any(dist.gathered(bool(asked))):  # in the last update: what comes next must not begin
@@ -178,8 +182,8 @@ class WanPhase(tmd.Phase):
 
     def size(self) -> int:
         """Bytes of a checkpoint: of every net the weights and both moments, and the EMA."""
-        size = lambda found: sum(p.numel() * p.element_size() for p in found)
-        return 3 * sum(size(net.parameters()) for net in self.nets.values()) + size(self.ema.named.values())
+        trained = sum(size_of(p) for net in self.nets.values() for p in net.parameters())
+        return 3 * trained + sum(map(size_of, self.ema.named.values()))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every weight, both moments and the step count of its AdamW, and the EMA; sharing their memory."""
@@ -198,6 +202,8 @@ class WanPhase(tmd.Phase):
         state = {key: getattr(self, key) for key in self.KEPT}
         checkpoints.save(path, f"step-{self.step:08d}", self.tensors(), state, self.keep, self.verify)
         self.saved = time.monotonic()
+        if self.before:
+            checkpoints.drop(self.before)
 
     def load(self, path):
         """The newest complete checkpoint of `path` (none: a fresh start); CheckpointError if it is of another run or
@@ -217,6 +223,11 @@ class WanPhase(tmd.Phase):
             setattr(self, key, state[key])
         if keys and self.step in (old[k] for k in keys):  # it had come to its end
             self.ends = [*self.ends, self.step]
+
+
+def size_of(p: torch.Tensor) -> int:
+    """Bytes of a tensor, of a sharded one those of all ranks."""
+    return p.numel() * p.element_size()
 
 
 def in_step(micro_batches: int, ranks: int) -> int:

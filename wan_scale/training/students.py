@@ -15,7 +15,7 @@ from wan_scale.data.folders import fingerprint
 from wan_scale.training import checkpoints, dist, kept, weights
 from wan_scale.training.phase import LENGTHS, WanPhase
 
-AGAIN = "delete student.json and run that phase again: it goes on from its last checkpoint"
+AGAIN = "delete student.json and run that phase again: it goes on from its last checkpoint, where there is one"
 
 
 def describe(cfg: Wan, how: WanStudentConfig, layers: int, **more) -> dict:

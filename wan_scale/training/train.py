@@ -124,10 +124,13 @@ class Training:
         self.accumulate = accumulation(cfg)
         # what it is trained from, beside the settings; the phase `teacher` is to change the teacher
         self.origin = {} if name == "teacher" else {"transformer": transformer_of(cfg)}
+        self.before = cfg.folder(start, "checkpoints") if start and not cfg.keep_checkpoints else None
         if start:
             self.origin |= {"start": start_of(cfg.folder(start))}
         self.config = {**cfg.of_the_training(name), "data": self.reader.identity, **self.origin}
-        self.log, self.accuracy, self.speed = None, None, None
+        self.log, self.accuracy, self.speed, self.memory = None, None, None, None
+        if cfg.ema_on_host and dist.world() > 1 and not cfg.lora:
+            raise ValueError(f"with {dist.world()} GPUs the EMA is sharded already; drop --ema-on-host.")
 
     def place(self, net):
         """Fill a net and put it on this rank's device, sharded where there are many ranks.
@@ -135,7 +138,7 @@ class Training:
         With --lora it stays whole on each rank, because the base that the roles share could not be sharded.
         """
         cfg, teacher = self.cfg, not any(p.requires_grad for p in net.parameters())
-        self.fast(net.net if hasattr(net, "net") else net)
+        self.fast(net)
         if cfg.lora:
             return self.sound(weights.fill(net, self.device)).to(self.device)
         offload = teacher and cfg.offload_teacher
@@ -148,13 +151,16 @@ class Training:
         weights.check_finite(net, self.cfg.model)
         return net
 
-    def fast(self, net: WanNetwork) -> None:
+    def fast(self, net) -> None:
         """Attention backend, activation checkpointing and compilation: as the settings say, or as suits this GPU."""
         if self.speed is None:
             half = compute_dtype(self.cfg, self.device)
-            config = dict(net.transformer.config)
+            config = dict(getattr(net, "net", net).transformer.config)
             self.speed = dist.agreed(speed.chosen(self.cfg, config, self.device, half, backward=True))
-            self.speed["checkpointing"] = self.checkpointing(config, self.speed["compiled"])
+            self.speed["checkpointing"] = mode = self.checkpointing(config, self.speed["compiled"])
+            cuda = self.device.type == "cuda"
+            peaks = plan(config, **self.planned(self.speed["compiled"], checkpointing=mode))["peak"] if cuda else {}
+            self.memory = logs.Memory(self.device, peaks)
         speed.prepare(net, **self.speed)
 
     def checkpointing(self, config: dict, compiled: bool) -> str:
@@ -162,21 +168,26 @@ class Training:
         cfg = self.cfg
         if cfg.checkpointing != "auto":
             return cfg.checkpointing
-        cuda = self.device.type == "cuda"
+        these = self.planned(compiled)
+        mode = dist.agreed(plan(config, **these)["checkpointing"])
+        dist.say(f"checkpointing {mode}, chosen by `plan` for {dist.world()} x {these['card_gb']:.3g} GB")
+        return mode
+
+    def planned(self, compiled: bool, **more) -> dict:
+        """Arguments of plan.plan for these GPUs and this phase."""
+        cfg, cuda = self.cfg, self.device.type == "cuda"
         size = torch.cuda.get_device_properties(self.device).total_memory / GB if cuda else cfg.card_gb
         H = 0 if self.name in ("kd", "dmd2v") else cfg.H
-        these = cfg.planned(gpus=dist.world(), card_gb=size, H=H, N=cfg.N if H else 1, compiled=compiled)
-        mode = dist.agreed(plan(config, **these)["checkpointing"])
-        dist.say(f"checkpointing {mode}, chosen by `plan` for {dist.world()} x {size:.3g} GB")
-        return mode
+        these = {"gpus": dist.world(), "card_gb": size, "H": H, "N": cfg.N if H else 1, "compiled": compiled}
+        return cfg.planned(**these, **more)
 
     def maker(self, feed: Feed):
         """A WanPhase, as these settings want it."""
         cfg = self.cfg
         make = partial(self.kind, feed=feed, accumulate=self.accumulate, context=cfg.context_parallel,
-                       minutes=cfg.save_minutes, verify=cfg.verify)  # fmt: skip
-        # with --lora GPU memory is what it is about, and the EMA moves once an update
-        return partial(make, ema_on="cpu") if cfg.lora else make
+                       minutes=cfg.save_minutes, verify=cfg.verify, before=self.before)  # fmt: skip
+        # GPU memory is what it is about, and the EMA moves once an update
+        return partial(make, ema_on="cpu") if cfg.lora or cfg.ema_on_host else make
 
     def run(self, train, how, read=None) -> WanPhase:
         """Run train(feed, ...), a loop of tmd_minimal, in this GPU's precision. read: the reader's batch or pairs."""
@@ -201,6 +212,10 @@ class Training:
         accuracy = self.accuracy.value("disc" in terms) if self.accuracy else None
         if dist.rank() == 0:
             self.log = self.log or logs.Log(self.folder / "log.jsonl", phase.step - 1)
+            if memory := self.memory.after(terms):
+                words = ", ".join(f"{key.removesuffix('_gb')} {v:.4g}" for key, v in memory.items() if key != "update")
+                dist.say(f"{self.name}, first {memory['update']} update, GB of memory: {words}")
+                self.log.write(phase.step, {"memory": memory})
             # two in a row: in stage 2 the student's and a critic's
             if phase.step % self.cfg.log_every < 2 or phase.step == 1:
                 seen = {"accuracy": accuracy} if "disc" in terms else {}

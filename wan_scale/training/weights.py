@@ -29,18 +29,24 @@ def cast(model, dtype: torch.dtype):
     return model
 
 
+def empty(config: dict, dtype: torch.dtype = torch.float32, device="cpu"):
+    """The stock transformer of a config in from_pretrained's dtypes: parameters without memory, buffers on `device`."""
+    from accelerate import init_empty_weights
+    from diffusers import WanTransformer3DModel
+
+    # from_pretrained's own way: it draws the same numbers, so a student's new layers come out the same, too
+    with torch.device(device), init_empty_weights():
+        return cast(WanTransformer3DModel.from_config(config), dtype)
+
+
 def skeleton(folder: str | Path, dtype: torch.dtype = torch.float32):
     """A Wan2.1 folder's stock transformer in from_pretrained's dtypes.
 
     Its blocks have no memory yet; embeddings and output layer are read.
     """
-    from accelerate import init_empty_weights
     from diffusers import WanTransformer3DModel
 
-    config = WanTransformer3DModel.load_config(folder, subfolder="transformer")
-    # from_pretrained's own way: it draws the same numbers, so a student's new layers come out the same, too
-    with init_empty_weights():
-        net = cast(WanTransformer3DModel.from_config(config), dtype).eval()
+    net = empty(WanTransformer3DModel.load_config(folder, subfolder="transformer"), dtype).eval()
     stored = files(Path(folder) / "transformer")
     check(net, stored, tuple(net._keys_to_ignore_on_load_unexpected))
     return fill(net, "cpu", {name: s for name, s in stored.items() if not name.startswith("blocks.")})
@@ -59,14 +65,35 @@ def fill(module: nn.Module, device, stored: dict[str, Stored] | None = None, cha
             if (s := stored.get(full := f"{path}.{name}".lstrip("."))) is None:
                 continue
             if p.is_meta:
-                p = nn.Parameter(torch.empty_like(p, device=device), requires_grad=p.requires_grad)
-                owner.register_parameter(name, p)
+                p = placed(owner, name, device)
             if s.file not in opened:
                 opened[s.file] = safe_open(s.file, "pt")
             first, last = rows(p)
             if first < last:
                 read = opened[s.file].get_slice(s.key)[first:last]
                 dist.local(p).copy_(change[full](read) if full in change else read)
+    return module
+
+
+def placed(owner: nn.Module, name: str, device) -> nn.Parameter:
+    """Memory on `device` for a parameter that has none; the new parameter."""
+    p = getattr(owner, name)
+    p = nn.Parameter(torch.empty_like(p, device=device), requires_grad=p.requires_grad)
+    owner.register_parameter(name, p)
+    return p
+
+
+@torch.no_grad()
+def draw(module: nn.Module, device, but: str | None = None):
+    """Random numbers, for want of weights, in every parameter without memory yet, but for names that begin with `but`.
+
+    Never more than one parameter beside the module. Returns it.
+    """
+    for path, owner in module.named_modules():
+        for name, p in list(owner.named_parameters(recurse=False)):
+            if p.is_meta and not (but and f"{path}.{name}".startswith(but)):
+                p = placed(owner, name, device)
+                p.normal_(0, 0.02) if p.ndim > 1 else p.fill_(float(name == "weight"))  # or a bias, or a norm's scale
     return module
 
 
@@ -77,8 +104,14 @@ def read(s: Stored) -> torch.Tensor:
 
 
 def check_finite(module: nn.Module, where) -> None:
-    """RuntimeError if a parameter is NaN or infinite: its videos would show nothing."""
-    bad = [name for name, p in module.named_parameters() if not bool(torch.isfinite(p).all())]
+    """RuntimeError if a parameter is NaN or infinite: its videos would show nothing.
+
+    Of a sharded net each rank reads its own part, and all ranks, who must call, say the same.
+    """
+    finite = {name: torch.isfinite(dist.local(p)).all() for name, p in module.named_parameters()}
+    bad = [name for name, good in finite.items() if not bool(good)]  # the device has all to do before the first wait
+    if any(isinstance(p, DTensor) for p in module.parameters()):
+        bad = list(dict.fromkeys(name for part in dist.gathered(bad) for name in part))
     if bad:
         more = f", and {len(bad) - 1} more" * (len(bad) > 1)
         raise RuntimeError(f"{where} holds weights that are not finite ({bad[0]}{more}); make or copy it again.")
