@@ -17,9 +17,9 @@ from wan_scale.cost.work import CHECKPOINTING
 OF_THE_MACHINE = (
     "model out data prompts videos device precision tf32 checkpointing attn compile ema_on_host save_every "
     "keep_checkpoints save_minutes preview_every preview_prompts log_every graph context_parallel shard_over "
-    "offload_teacher gpus card_gb tflops rates bench_minutes phase layers verify data_steps data_guidance sampler clips "
-    "shard_size kd_clips skip_layer from_ from_kind from_check convert read_ahead student sample_prompts samples_per_prompt "
-    "vbench_info vbench_results"
+    "offload_teacher gpus card_gb tflops rates bench_minutes phase layers verify data_steps data_guidance sampler "
+    "clips shard_size kd_clips skip_layer from_ from_kind from_check convert read_ahead student sample_prompts "
+    "samples_per_prompt vbench_info vbench_results"
 ).split()
 PATHS = "model data prompts videos from_ rates vbench_info vbench_results".split()
 # Settings that only these phases read: for the others another value is the same run.

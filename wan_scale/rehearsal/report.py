@@ -98,7 +98,7 @@ def label(record: dict) -> str:
 
 
 def markdown(records: list[dict]) -> str:
-    """A row for each record and kind of update: counted beside planned, in all and by term; the terms that are apart."""
+    """A row for each record and kind of update: counted beside planned, in all and the worst of the terms."""
     rows = ["| setting | update | counted, GB | plan | error | largest error of a term above 1 GB | FLOPs, error |"]
     rows += ["|---" * 7 + "|"]
     for record in records:

@@ -82,8 +82,6 @@ class Last(WanPhase):
 class Job(train.Training):
     """Training with clips that are shapes alone, no files, and a ledger that is told what the phase holds."""
 
-    kind = Last
-
     def __init__(self, cfg: Wan, name: str, ledger: Ledger, config: dict):
         self.cfg, self.name, self.device, self.ledger = cfg, name, CARD, ledger
         size = latent(cfg.frames, cfg.height, cfg.width)
@@ -99,7 +97,7 @@ class Job(train.Training):
     def student(self, loop, how, student, **_) -> dict:
         """An update of each kind, counted."""
         feed = Feed(lambda position, n: self.batch(n))
-        make = partial(self.begun, self.maker(feed))
+        make = partial(self.begun, self.maker(feed, Last))
         with train.compute(self.cfg, self.device):
             loop(feed, seed=self.cfg.seed, make=make, on_step=self.on_step, progress=False)
         return self.found

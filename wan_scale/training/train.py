@@ -107,8 +107,6 @@ def accumulation(cfg: Wan) -> int:
 class Training:
     """What the phases share: device, data, micro-batches, log, previews. start: the phase whose student it takes."""
 
-    kind = WanPhase
-
     def __init__(self, cfg: Wan, name: str, shards: Path, start: str | None = None):
         self.cfg, self.name, self.folder = cfg, name, cfg.folder(name)
         self.device = dist.start(cfg.device, alone=cfg.offload_teacher)  # FSDP fetches an offloaded net, in a group
@@ -181,10 +179,10 @@ class Training:
         these = {"gpus": dist.world(), "card_gb": size, "H": H, "N": cfg.N if H else 1, "compiled": compiled}
         return cfg.planned(**these, **more)
 
-    def maker(self, feed: Feed):
+    def maker(self, feed: Feed, kind=WanPhase):
         """A WanPhase, as these settings want it."""
         cfg = self.cfg
-        make = partial(self.kind, feed=feed, accumulate=self.accumulate, context=cfg.context_parallel,
+        make = partial(kind, feed=feed, accumulate=self.accumulate, context=cfg.context_parallel,
                        minutes=cfg.save_minutes, verify=cfg.verify, before=self.before)  # fmt: skip
         # GPU memory is what it is about, and the EMA moves once an update
         return partial(make, ema_on="cpu") if cfg.lora or cfg.ema_on_host else make
@@ -194,10 +192,9 @@ class Training:
         cfg = self.cfg
         stride = dist.world() // cfg.context_parallel * cfg.micro_batch  # samples of all ranks at once
         feed = Feed(Ahead(self.reader, read or self.reader.batch, stride, cfg.read_ahead))
-        make = self.maker(feed)
         kept = {"path": str(self.folder / "checkpoints"), "save_every": self.cfg.save_every, "config": self.config}
         with compute(self.cfg, self.device):
-            return train(feed, seed=self.cfg.seed, make=make, on_step=partial(self.on_step, how), **kept)[1]
+            return train(feed, seed=self.cfg.seed, make=self.maker(feed), on_step=partial(self.on_step, how), **kept)[1]
 
     def student(self, train, how, student, **kw) -> dict:
         """run(), and the student that it leaves: its description."""
@@ -302,8 +299,7 @@ def stage2(cfg: Wan, plain: bool = False) -> dict:
     plain: the baseline DMD2-v.
     """
     name = "dmd2v" if plain else "stage2"
-    kd_first = "kd" if cfg.M == 1 and cfg.kd_updates else None
-    before = kd_first if plain else ("stage1" if cfg.stage1_updates else None)
+    before = ("kd" if cfg.M == 1 and cfg.kd_updates else None) if plain else "stage1" if cfg.stage1_updates else None
     return alone(cfg, name, lambda: of_stage2(Training(cfg, name, cfg.shards, before), plain, before))
 
 
@@ -318,9 +314,8 @@ def of_stage2(job: Training, plain: bool = False, before: str | None = None) -> 
     heads, again = len(cfg.tap_blocks), cfg.checkpointing != "none"
     discriminator = WanDiscriminator(channels, cfg.disc_width, heads, checkpointing=again).to(job.device)
     job.accuracy = logs.Accuracy(discriminator)
-    nets = student, teacher, discriminator
     own = {"taps": cfg.tap_blocks, "fake_score": fake_score, "c_neg": job.c_neg}
-    train = lambda feed, **kw: tmd.train_stage2(*nets, feed, how, cfg.stage2(), **own, **kw)
+    train = lambda feed, **kw: tmd.train_stage2(student, teacher, discriminator, feed, how, cfg.stage2(), **own, **kw)
     return job.student(train, how, student)
 
 
