@@ -9,7 +9,7 @@ RESERVE = 0.08  # of a GPU's memory: CUDA's context, NCCL's buffers, what the al
 
 
 def memory(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2, H: int = 5,
-           last_tap: int | None = None, disc: float = 0.0, disc_bytes: float = 0.0, shard_teacher: bool = True,
+           last_tap: int | None = None, disc: float = 0.0, disc_bytes: float = 0.0, disc_live: float = 0.0, shard_teacher: bool = True,
            micro_batch: int = 1, lora: int = 0, context_parallel: int = 1, checkpointing: str = "full",
            compiled: bool = False, shard_over: int = 0, offload_teacher: bool = False,
            accumulated: bool = True) -> dict[str, float]:  # fmt: skip
@@ -20,7 +20,8 @@ def memory(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2,
     are sharded over so many GPUs, and the other GPUs hold further copies. The discriminator is whole on every GPU. So
     is the teacher (bf16) unless `shard_teacher`; with `offload_teacher` the host has it.
     Only the net being updated has gradients. Where they are not `accumulated` over micro-batches, they come as the
-    graph goes. disc: the discriminator's parameters; disc_bytes: what one of its forwards keeps of a clip.
+    graph goes. disc: the discriminator's parameters; disc_bytes: what one of its forwards keeps of a
+    clip; disc_live: what one branch adds while it runs backwards.
     GPUs that share a clip hold 1 / context_parallel of its hidden states, and its features whole. With lora (the
     adapters' rank) every GPU holds the base and all that is trained, and the host holds the EMA.
     ACTIVATIONS ARE AN ESTIMATE: what PyTorch saves on CPU, in bf16 autocast without its cache of casts.
@@ -32,7 +33,7 @@ def memory(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2,
     known_mode(checkpointing)
     k, teacher = known(config), parameters(config)
     L, n = k["num_layers"], micro_batch * n_tokens // context_parallel
-    wide, disc_bytes = n * k["D"], micro_batch * disc_bytes  # wide: numbers in one hidden state
+    wide, disc_bytes, disc_live = n * k["D"], micro_batch * disc_bytes, micro_batch * disc_live  # one hidden state
     last_tap = L - 1 if last_tap is None else last_tap
     student, fake, stage2 = student_parameters(config, H)["total"], teacher["total"], kind != "stage1"
     passing = wide * max(20, 6 + 4 * k["ffn_dim"] / k["D"])  # what a block makes on its way, not to be kept
@@ -51,7 +52,8 @@ def memory(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2,
         "student, EMA": (not lora) * fp32 * student / gpus,
         "fake score, weights": stage2 * fp32 * fake / gpus,
         "fake score, AdamW": stage2 * 2 * fp32 * fake / gpus,
-        "discriminator, weights and AdamW": stage2 * 3 * fp32 * disc,
+        "discriminator, weights": stage2 * fp32 * disc,
+        "discriminator, AdamW": stage2 * 2 * fp32 * disc,
         "teacher, bf16": held * bf16 * teacher["total"] / (gpus if shard_teacher else 1),
         "gradients": fp32 * (fake / gpus + disc if kind == "critic" else student / gpus),
     }
@@ -63,8 +65,8 @@ def memory(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2,
     frozen *= offload_teacher or (shard_teacher and gpus > 1)
     found["gathered for use"] = kept + max(trained, stage2 * bf16 * frozen) + bf16 * teacher["block"]
     # (The last is autocast's copy of a block.) With full checkpointing a block keeps its input; with selective also
-    # attention's output and a number a head. Fusion and output layer are not checkpointed: about 28 and 10 bytes a
-    # number. The block that runs backwards is whole: 4.3 GB at 1.3B, 12.4 at 14B. Compiled it is less, because AdaLN,
+    # attention's output and a number a head. Fusion and output layer then keep about 13 bytes a number of a head call,
+    # without checkpointing 28 and 10, and those of the output layer are gone before blocks run backwards. The block that runs backwards is whole: 4.3 GB at 1.3B, 12.4 at 14B. Compiled it is less, because AdaLN,
     # norms and RoPE then keep little.
     live = n * ((36.3 if compiled else 68.5) * k["D"] + 4 * k["ffn_dim"])
     if lora:  # what is between A and B is kept, and for A the input of a layer becomes fp32 for a moment
@@ -76,12 +78,13 @@ def memory(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2,
     work = {"none": 0.0, "selective": live - attended, "full": live}[checkpointing]
     found |= {"whole blocks": blocks * live} if checkpointing == "none" else {"block inputs": blocks * bf16 * wide}
     found["attention outputs"] = blocks * attended * (checkpointing == "selective")
-    found["outside blocks"] = (10 if kind == "critic" or not H else rolled * 38) * wide
-    # Both critics' losses have their graphs when the first is run backwards. In the student's step the discriminator's
-    # is over before.
-    at_work = {"critic": work + 2 * disc_bytes, "student": max(work, disc_bytes)}
+    fused = 38 if checkpointing == "none" else 13.3
+    found["outside blocks"] = 0 if kind == "critic" or not H else rolled * fused * wide
+    # Both critics' losses have their graphs when the first, the fake score's, is run backwards; the discriminator's
+    # branches run later. In the student's step they are over before.
+    at_work = {"critic": work + 2 * disc_bytes, "student": max(work, disc_bytes + disc_live)}
     found["block and discriminator at work"] = at_work.get(kind, work)
-    found["block in passing"] = passing
+    found["block in passing"] = 16 * wide  # gradients of hidden states, as the feed-forward's come when much is let go
     if not accumulated:
         graph = sum(
             found.get(term, 0) for term in ("whole blocks", "block inputs", "attention outputs", "outside blocks")

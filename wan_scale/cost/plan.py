@@ -85,7 +85,8 @@ def plan(model: str | dict = "1.3b", *, gpus: int = 8, card_gb: float = 141, tfl
     shared = {"N": N, "H": H, "last_tap": last_tap, "lora": lora}
     held = dict(gpus=gpus, micro_batch=micro_batch, context_parallel=K, compiled=compiled, shard_over=shard_over,
                 shard_teacher=shard_teacher, offload_teacher=offload_teacher, disc=disc["parameters"],
-                disc_bytes=disc["live" if disc_checkpointing else "kept"],
+                disc_bytes=disc["features" if disc_checkpointing else "kept"],
+                disc_live=disc["live"] if disc_checkpointing else 0.0,
                 accumulated=batch > gpus // K * micro_batch, **shared)  # fmt: skip
     limit, chosen = card_gb * GB * (1 - RESERVE), checkpointing == "auto"
     if chosen:

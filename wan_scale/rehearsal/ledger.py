@@ -26,6 +26,7 @@ aten = torch.ops.aten
 # To fake tensors these are two devices, and an operation that mixes them is an error.
 HOST, CARD = torch.device("cpu"), torch.device("cpu", 1)
 TERMS = ("weights", "gradients", "optimizer", "EMA", "gathered", "activations")
+FAKE = torch._C._TorchDispatchModeKey.FAKE
 ROUND = 512  # bytes: what PyTorch's allocator on a GPU rounds to
 ASKED = (aten._local_scalar_dense.default, aten.is_nonzero.default)
 # A tensor without values says yes: the norm is finite, a clip needs the finite difference. In these functions the
@@ -70,7 +71,8 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes again, as operations on this rank's part
-        if func.namespace == "prim":
+        # within another fake mode DTensor asks for the shapes of whole tensors: they are nowhere
+        if func.namespace == "prim" or torch._C._get_dispatch_mode(FAKE) is not self.fake:
             return func(*args, **kwargs)
         fakes = [t for t in tree_iter((args, kwargs)) if isinstance(t, FakeTensor)]
         if not fakes and kwargs.get("device") != CARD:
