@@ -451,7 +451,8 @@ def test_peak_of_real_updates(mode, micro):
                 tracked.peak = tracked.now
                 tmd.train_stage2(student, teacher, critic, data, how, two, taps=tapped, fake_score=fake, **kw)
         for kind in ("stage1",) if stage == 1 else ("student", "critic"):
-            more = {"disc": disc["parameters"] if stage == 2 else 0, "disc_bytes": disc["features"], "disc_live": disc["live"]}
+            more = {"disc": disc["parameters"] if stage == 2 else 0}
+            more |= {"disc_bytes": disc["features"], "disc_live": disc["live"]}
             said = memory(config, n, kind, H=H, last_tap=3, checkpointing=mode, accumulated=micro > 1, **more)
             assert sum(said.values()) == pytest.approx(peaks[kind] + outside, rel=0.07), kind
 

@@ -208,7 +208,7 @@ class Wan(Settings):
         """These settings as arguments of plan.plan, some of them `changed`; the transformer and rates are not here."""
         same = (
             "M N H frames height width micro_batch lora gpus card_gb tflops context_parallel shard_over "
-            "offload_teacher checkpointing disc_width"
+            "offload_teacher ema_on_host checkpointing disc_width"
         ).split()
         found = {name: getattr(self, name) for name in same}
         found |= {"batch": self.global_batch, "clips": self.clips or 500_000, "compiled": self.compile != "off"}

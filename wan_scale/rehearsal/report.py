@@ -31,7 +31,8 @@ SORTS = {
 NAMES = {"stage1": "stage 1", "student": "stage 2, student", "critic": "stage 2, critics"}
 PHASES = ("stage1", "stage2")
 LOOKED_AT = (
-    "frames height width M N H micro_batch global_batch disc_width context_parallel shard_over offload_teacher"
+    "frames height width M N H micro_batch global_batch disc_width context_parallel shard_over offload_teacher "
+    "ema_on_host"
 ).split()
 NOT_COVERED = """Not covered: compiled blocks (the plan beside is of blocks that are not), the time of anything, what
 libraries take for themselves (CUDA, NCCL, cuBLAS, cuDNN) and what the allocator wastes, sampling, previews and saves,
