@@ -352,6 +352,8 @@ def test_plan_of_one_gpu():
     assert with_["fits"] and not without["fits"]
     terms = with_["memory"]["student"]
     assert terms["shared base, bf16"] == 2 * parameters(WAN["14b"])["total"]
+    # stage 1 has no teacher: 35 blocks of the base are the student's backbone, and the rest is gone
+    assert with_["memory"]["stage1"]["shared base, bf16"] == 2 * 35 * parameters(WAN["14b"])["block"]
     assert (
         with_["checkpoint bytes"] < without["checkpoint bytes"] / 5
         and with_["seconds"]["critic"] < without["seconds"]["critic"]

@@ -1,5 +1,7 @@
 """`rehearse`: bytes and FLOPs counted on fake tensors, against sums by hand, PyTorch's own counter, and the plan."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("diffusers")
+from wan_scale import run
 from wan_scale.config import preset
 from wan_scale.cost.sizes import WAN
 from wan_scale.rehearsal import report
@@ -111,3 +114,71 @@ def test_the_plan_is_what_is_counted(shallow, kind):
     for sort in ("linear", "attention", "attention backward"):
         assert said["flops"][sort] == pytest.approx(found["flops"].get(sort, 0), rel=5e-3), sort
     assert sum(said["flops"].values()) == pytest.approx(sum(found["flops"].values()), rel=0.01)
+
+
+def test_eight_gpus():
+    """Under FSDP2 the first of eight ranks holds an eighth of what the nets hold, and what it gathers is the plan's to
+    20 %; its FLOPs are one GPU's.
+    """
+    record = report.run(preset("1.3b", gpus=8, card_gb=80.0, layers=3), WAN["1.3b"], "1.3b", "", ["stage1"])
+    found, said = record["counted"]["stage1"], report.planned(record)["stage1"]
+    for term in ("weights", "gradients", "optimizer", "EMA"):
+        assert found["memory"][term] == pytest.approx(said["memory"][term], rel=1e-3), term
+    assert said["memory"]["gathered"] == pytest.approx(found["memory"]["gathered"], rel=0.2)
+    assert total(said) == pytest.approx(total(found), rel=0.1)
+    assert found["flops"]["attention"] == pytest.approx(said["flops"]["attention"], rel=1e-3)
+
+
+OTHERS = [{"lora": 16}, {"gpus": 4, "shard_over": 2}, {"gpus": 4, "context_parallel": 2}]
+OTHERS += [{"gpus": 2, "offload_teacher": True}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", OTHERS, ids=lambda how: "-".join(how))
+def test_other_ways_to_train(how):
+    """LoRA, HSDP, context parallelism and a teacher on the host run through both phases; weights are the plan's."""
+    record = report.run(preset("1.3b", card_gb=80.0, layers=3, **how), WAN["1.3b"], "1.3b", "")
+    said = report.planned(record)
+    for kind, found in record["counted"].items():
+        for term in ("weights", "optimizer", "EMA"):
+            assert said[kind]["memory"][term] == pytest.approx(found["memory"][term], rel=0.01), (kind, term)
+        assert total(said[kind]) == pytest.approx(total(found), rel=0.15), kind
+
+
+# ---- What it says ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def record():
+    """A record in which the optimizer of one kind of update is twice the plan's, and everything else the plan's."""
+    settings = preset("1.3b", gpus=8).planned() | {"checkpointing": "full", "compiled": False}
+    made = {"size": "1.3b", "gpus": 8, "lora": 0, "layers": 30, "settings": settings, "given": {}}
+    made |= {"config": {**WAN["1.3b"], "patch_size": [1, 2, 2]}, "counted": dict.fromkeys(("stage1", "student"))}
+    made |= {"date": "2026-01-01", "torch": "2", "command": "rehearse"}
+    made["counted"] = {kind: found | {"seconds": 1.0} for kind, found in report.planned(made).items()}
+    made["counted"]["student"]["memory"]["optimizer"] *= 2
+    return made
+
+
+def test_the_page_names_the_worst_term(record):
+    """A row for each kind of update, with the term above 1 GB that is farthest off, and what was left out."""
+    rows = [line.split(" | ") for line in report.markdown([record]).splitlines()[2:]]
+    assert len(rows) == 2 and rows[0][4] == "+0.0%" and rows[1][5].startswith("optimizer: ")
+    assert rows[1][5].endswith("(-50.0%)") and rows[0][0] == "| 1.3b, full; 8 GPUs"
+    shallow = report.markdown([record | {"layers": 6, "given": {"shard_over": 4}}])
+    assert "shard over 4, ONLY 6 blocks" in shallow
+
+
+def test_the_command_prints_and_keeps(record, tmp_path, monkeypatch, capsys):
+    """`rehearse` prints counted beside planned and what is not covered, and writes the record under a name that says
+    what it is; blocks too few for the discriminator are refused in a sentence.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "run", lambda *_: record)
+    assert run.main(["rehearse", "--preset", "1.3b", "--gpus", "8"]) == 0
+    said = capsys.readouterr().out
+    assert "all 30 blocks, on 8 GPUs" in said and "-50.0%" in said and report.NOT_COVERED in said
+    assert json.loads((tmp_path / "runs/wan-rehearsal/1.3b-8-gpus.json").read_text()) == record
+    assert report.label(record | {"layers": 6, "lora": 64}) == "1.3b-8-gpus-lora-64-6-blocks"
+    with pytest.raises(ValueError, match="layers is 2; the discriminator sees 3 blocks"):
+        report.shallow(preset("1.3b"), 2)

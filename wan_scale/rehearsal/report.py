@@ -60,6 +60,9 @@ def planned(record: dict) -> dict:
 def shallow(cfg: Wan, layers: int) -> Wan:
     """The settings for a network of fewer blocks: its last ones are the head's and the discriminator's."""
     taps = range(layers)[-len(cfg.tap_blocks) :]
+    if len(taps) < len(cfg.tap_blocks) or layers < 2:
+        seen = f"the discriminator sees {len(cfg.tap_blocks)} blocks"
+        raise ValueError(f"layers is {layers}; {seen}, so give at least so many, or 0 for all.")
     return replace(cfg, H=min(cfg.H, layers - 1), taps=",".join(map(str, taps)))
 
 
