@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("diffusers")
@@ -62,11 +62,14 @@ def test_two_devices_do_not_mix():
 
 
 def test_real_values_stay():
-    """What is made of real numbers alone keeps its values: grids and seeds are checked as ever."""
+    """What is made of a few real numbers keeps its values: grids and seeds are checked as ever. What is as large as a
+    weight has none, on the host neither.
+    """
     grid = torch.linspace(0, 1, 5)
     with card():
         assert bool((grid.diff() > 0).all()) and float(grid[-1]) == 1
         assert bool((grid.to(CARD) > 0).any()) is True  # no value: yes
+        assert isinstance(torch.ones(KB, KB), FakeTensor) and not isinstance(torch.ones(KB), FakeTensor)
 
 
 def test_norms_as_on_a_gpu():

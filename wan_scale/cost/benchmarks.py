@@ -223,7 +223,7 @@ def markdown(records: list[dict]) -> str:
     for r in records:
         frames, height, width = r["clip"]
         text += [
-            f"## {r['size']} on {r['card']}",
+            f"### {r['size']} on {r['card']}",
             "",
             f"{r['date']}, torch {r['torch']}, {r['precision']}; "
             f"{frames} frames of {height}x{width}, {r['tokens']:,} tokens.",

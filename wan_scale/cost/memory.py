@@ -37,8 +37,8 @@ def memory(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2,
     wide, disc_bytes, disc_live = n * k["D"], micro_batch * disc_bytes, micro_batch * disc_live
     last_tap = L - 1 if last_tap is None else last_tap
     student, fake, stage2 = student_parameters(config, H)["total"], teacher["total"], kind != "stage1"
+    passing = wide * max(20, 6 + 4 * k["ffn_dim"] / k["D"])  # what a block makes on its way, not to be kept
     if kind in ("teacher", "sample"):  # the weights, the state, in sampling the main feature, one block
-        passing = wide * max(20, 6 + 4 * k["ffn_dim"] / k["D"])  # what a block makes on its way, not to be kept
         numbers = student if kind == "sample" else teacher["total"]
         return {"weights, bf16": 2.0 * numbers, "block at work": passing + (2 + 2 * (kind == "sample")) * wide}
     gpus = shard_over or gpus
@@ -72,8 +72,8 @@ def memory(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2,
     # when the blocks run backwards. The block that does is whole: 4.3 GB at 1.3B, 12.4 at 14B. Compiled it is less,
     # because AdaLN, norms and RoPE then keep little.
     live = n * ((36.3 if compiled else 68.5) * k["D"] + 4 * k["ffn_dim"])
-    if lora:  # what is between A and B is kept, and for A the input of a layer becomes fp32 for a moment
-        live += n * (16 * lora + 4 * k["ffn_dim"])
+    if lora:  # what is between A and B is kept; that A's input becomes fp32 for a moment is less than what is passing
+        live += n * 16 * lora
     attended = 2 * (bf16 * wide + fp32 * n * k["num_attention_heads"])  # of self- and of cross-attention
     rolled = 1 if kind == "stage1" else N  # head evaluations in the graph
     taps = (last_tap + 1) * (kind == "student" and disc > 0)
@@ -87,7 +87,8 @@ def memory(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2,
     # branches run later. In the student's step they are over before.
     at_work = {"critic": work + 2 * disc_bytes, "student": max(work, disc_bytes + disc_live)}
     found["block and discriminator at work"] = at_work.get(kind, work)
-    found["block in passing"] = 16 * wide  # gradients; by a count of eager blocks (`rehearse`) at 1.3B
+    # With checkpointing much of the block is let go when its largest gradients come; counted at 1.3B (`rehearse`).
+    found["block in passing"] = passing if checkpointing == "none" else 16 * wide
     if not accumulated:
         graph = sum(
             found.get(term, 0) for term in ("whole blocks", "block inputs", "attention outputs", "outside blocks")

@@ -39,10 +39,17 @@ FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 BACKWARD = f"{FORWARD}_backward"
 
 
+def large(args) -> bool:
+    """Whether an operation makes a tensor of so many numbers that no value of it can matter: a weight, or the whole of
+    a sharded one, by which DTensor asks for shapes.
+    """
+    return bool(args) and isinstance(args[0], (list, tuple)) and prod(n for n in args[0] if isinstance(n, int)) > 2**16
+
+
 class Ledger(TorchDispatchMode):
     """Follows every storage on CARD from its first operation to its release, and every product of matrices.
 
-    Operations whose tensors are all real run as they are, so that grids and seeds keep their values.
+    Small tensors on HOST are real, so that grids and seeds keep their values.
     """
 
     def __init__(self, on_operation=lambda: None):
@@ -71,11 +78,11 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes again, as operations on this rank's part
-        # within another fake mode DTensor asks for the shapes of whole tensors: they are nowhere
+        # within a fake mode of its own DTensor asks for shapes: what it makes is nowhere
         if func.namespace == "prim" or torch._C._get_dispatch_mode(FAKE) is not self.fake:
             return func(*args, **kwargs)
         fakes = [t for t in tree_iter((args, kwargs)) if isinstance(t, FakeTensor)]
-        if not fakes and kwargs.get("device") != CARD:
+        if not fakes and kwargs.get("device") != CARD and not large(args):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if func in ASKED:
