@@ -156,7 +156,7 @@ def test_stage1_step(share, H):
     """A stage 1 update with checkpointing costs what the plan says, with the finite difference and without."""
     how, cfg = tmd.StudentConfig(M=2, N=2, H=H), tmd.Stage1Config(updates=2, batch=1, flow_map_share=share)
     c_neg = torch.zeros(TEXT, TINY["text_dim"])
-    student = tmd.TMDStudent(network(), H)
+    student = speed.prepare(tmd.TMDStudent(network(), H))
     found = count(lambda: tmd.train_stage1(student, data, how, cfg, c_neg=c_neg, progress=False))
     assert found / 2 == pytest.approx(predicted("stage1", tokens(TINY, *CLIP), H=H, flow_map_share=share), rel=0.02)
 
@@ -164,8 +164,8 @@ def test_stage1_step(share, H):
 @pytest.mark.parametrize("N, H, taps", [(2, 1, (0, 2)), (3, 2, (1, 3)), (1, 0, (1, 3))])
 def test_stage2_steps(N, H, taps):
     """A critics' iteration and a student's update with rollout cost what the plan says; H = 0 is DMD2-v."""
-    teacher = network().requires_grad_(False)
-    student = (tmd.TMDStudent(teacher, H) if H else tmd.PlainStudent(teacher)).requires_grad_(True)
+    teacher = speed.prepare(network()).requires_grad_(False)
+    student = speed.prepare((tmd.TMDStudent(teacher, H) if H else tmd.PlainStudent(teacher)).requires_grad_(True))
     disc = M.WanDiscriminator(12, 12, len(taps), hidden=16)
     how, cfg = tmd.StudentConfig(M=2, N=N), tmd.Stage2Config(iterations=2, student_every=2, batch=1)
     spent = []
@@ -182,7 +182,7 @@ def test_stage2_steps(N, H, taps):
 
 def test_kd_and_sampling():
     """A KD update and Algorithm 1 cost what the plan says, the sampler exactly."""
-    n, how, student = tokens(TINY, *CLIP), tmd.StudentConfig(M=1, N=2, H=1), tmd.TMDStudent(network(), 1)
+    n, how, student = tokens(TINY, *CLIP), tmd.StudentConfig(M=1, N=2, H=1), speed.prepare(tmd.TMDStudent(network(), 1))
     pairs = lambda g: (data(1, g)[0], *data(1, g))
     found = count(lambda: tmd.train_kd(student, pairs, how, updates=1, lr=1e-4, progress=False))
     assert found == pytest.approx(predicted("kd", n, N=2, H=1), rel=0.02)
@@ -216,7 +216,7 @@ def test_what_is_computed_again(mode):
     """A stage 1 and a KD update cost what the plan says in every mode: nothing again, all but attention, or all."""
     how, n = tmd.StudentConfig(M=1, N=2, H=1), tokens(TINY, *CLIP)
     student, one = (
-        tmd.TMDStudent(network(checkpointing=mode), 1),
+        speed.prepare(tmd.TMDStudent(network(checkpointing=mode), 1)),
         tmd.Stage1Config(updates=1, batch=1, flow_map_share=1.0),
     )
     pairs = lambda g: (data(1, g)[0], *data(1, g))
@@ -434,7 +434,7 @@ def test_peak_of_real_updates(mode, micro):
         tracked.peak = tracked.now
 
     for stage in (1, 2):
-        student, fake = tmd.TMDStudent(network(config, mode), H), network(config, mode)
+        student, fake = map(speed.prepare, (tmd.TMDStudent(network(config, mode), H), network(config, mode)))
         outside = 4 * size(student) + 4 * size(fake) * (stage == 2)  # made before the tracking
         how, data = tmd.StudentConfig(M=2, N=2, H=H), lambda k, g: (x, c)
         kw = {"c_neg": torch.zeros(8, 32), "on_step": on_step, "progress": False}

