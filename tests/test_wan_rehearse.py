@@ -109,10 +109,12 @@ def shallow():
 
 @pytest.mark.parametrize("kind", report.NAMES)
 def test_the_plan_is_what_is_counted(shallow, kind):
-    """What the nets hold is the plan's to a thousandth, FLOPs to 1 %, all memory to 10 %."""
+    """What the nets hold is the plan's to half a percent (of a bf16 teacher times, tables and norms are float32), FLOPs
+    to 1 %, all memory to 10 %.
+    """
     found, said = shallow["counted"][kind], report.planned(shallow)[kind]
     for term in ("weights", "gradients", "optimizer", "EMA"):
-        assert said["memory"][term] == pytest.approx(found["memory"][term], rel=1e-3), term
+        assert said["memory"][term] == pytest.approx(found["memory"][term], rel=5e-3), term
     assert total(said) == pytest.approx(total(found), rel=0.1)
     for sort in ("linear", "attention", "attention backward"):
         assert said["flops"][sort] == pytest.approx(found["flops"].get(sort, 0), rel=5e-3), sort
