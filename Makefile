@@ -5,7 +5,8 @@ RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 WAN    := $(VENV)/.installed-wan
 
-.PHONY: toy video video-teacher wan test quick-test slow claims video-sweep video-claims bench bench-gpu smoke-gpu tutorials publish lint clean
+.PHONY: toy video video-teacher wan test quick-test slow claims video-sweep video-claims bench bench-gpu smoke-gpu rehearse
+.PHONY: tutorials publish lint clean
 
 toy: $(STAMP)            ## train teacher, baseline and TMD on two spirals and draw them
 	$(RUN) toy_2d.py --resume
@@ -51,6 +52,14 @@ bench-gpu: $(WAN)        ## seconds and memory of wan_scale/ at full size on a G
 
 smoke-gpu: $(WAN)        ## does it run on this GPU: every step of wan_scale/ at 1.3B with random weights, a few updates each
 	$(RUN) wan_scale/run.py smoke --preset 1.3b
+
+rehearse: $(WAN)         ## every row of the plan's table at full size without a GPU: bytes and FLOPs counted (an hour on two cores)
+	$(RUN) wan_scale/run.py rehearse --preset 1.3b --gpus 1 --card-gb 80
+	$(RUN) wan_scale/run.py rehearse --preset 1.3b --gpus 8 --card-gb 80
+	$(RUN) wan_scale/run.py rehearse --preset 14b --gpus 1 --lora 64
+	$(RUN) wan_scale/run.py rehearse --preset 14b --gpus 8
+	$(RUN) wan_scale/run.py rehearse --preset 14b --gpus 64 --card-gb 80
+	$(RUN) -m results.publish
 
 tutorials: $(WAN)        ## execute every notebook from scratch, store its outputs, check them (some ten minutes)
 	$(RUN) tutorials/execute.py

@@ -27,6 +27,7 @@ from wan_scale.config import preset
 from wan_scale.cost import benchmarks as wan_bench
 from wan_scale.cost import plan as wan
 from wan_scale.data import waiting
+from wan_scale.rehearsal import report as rehearsal
 
 RUNS, RESULTS = Path("runs"), Path("results")
 PLANE = ("metrics.json", "samples.png", "inner_flow.png", "curves.png", "transition.gif", "explore.html")
@@ -161,12 +162,27 @@ def plans() -> dict[str, str]:
     return {"plan": "\n".join(rows) + "\n", "shapes": "\n".join(judged) + "\n", "waiting": waits}
 
 
+REHEARSED = """# Counted and measured
+
+Written by `make publish`.
+
+## Counted without a GPU
+
+`make rehearse` runs one update of each phase at full size, with the code that trains, on PyTorch's
+fake tensors. They have shapes, types and devices but no memory. Every allocation and every product of
+matrices is counted, on the first of the GPUs. The plan beside is of the same settings. A GB is 2^30
+bytes. The counts are in [`results/wan_rehearsal/`](../results/wan_rehearsal), each with its command.
+
+"""
+
+
 def benchmarks() -> str:
-    """wan_scale/BENCHMARKS.md from the JSON files of `run.py bench`."""
-    records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(wan_bench.RESULTS.glob("*.json"))]
+    """wan_scale/BENCHMARKS.md from the JSON files of `run.py rehearse` and `run.py bench`."""
+    read = lambda folder: [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+    counted = sorted(read(RESULTS / "wan_rehearsal"), key=lambda record: (record["size"] == "14b", record["gpus"]))
     return (
-        "# Measured on GPUs\n\nWritten by `make publish` from [`bench_results/`](bench_results).\n\n"
-        + wan_bench.markdown(records)
+        f"{REHEARSED}{rehearsal.markdown(counted)}\n{rehearsal.NOT_COVERED}\n\n## Measured on GPUs\n\n"
+        f"From [`bench_results/`](bench_results).\n\n{wan_bench.markdown(read(wan_bench.RESULTS))}"
     )
 
 
@@ -219,6 +235,9 @@ def collect() -> None:
             continue
         result.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(run, result)
+    for run in RUNS.glob("wan-rehearsal/*.json"):
+        (RESULTS / "wan_rehearsal").mkdir(exist_ok=True)
+        shutil.copy(run, RESULTS / "wan_rehearsal")
 
 
 def main() -> None:

@@ -58,8 +58,9 @@ class Bench:
         self.compiled = cfg.compile == "on" or (cfg.compile == "auto" and self.cuda)
         budget = (torch.cuda.get_device_properties(0).total_memory if self.cuda else cfg.card_gb * GB) * (1 - RESERVE)
         self.disc = disc = discriminator(config, self.shape[1:], cfg.disc_width, len(cfg.tap_blocks))
-        held = dict(H=cfg.H, N=cfg.N, micro_batch=cfg.micro_batch, disc=disc["parameters"], disc_bytes=disc["live"],
-                    accumulated=False, compiled=self.compiled)  # fmt: skip
+        held = dict(H=cfg.H, N=cfg.N, micro_batch=cfg.micro_batch, disc=disc["parameters"],
+                    disc_bytes=disc["features"], disc_live=disc["live"], accumulated=False,
+                    compiled=self.compiled)  # fmt: skip
         smallest = max(sum(memory(config, self.tokens, kind, **held).values()) for kind in ("student", "critic"))
         self.lora = cfg.lora or 64 * (smallest > budget)  # what one GPU cannot train in full is measured with LoRA
         chosen = choose_checkpointing(config, self.tokens, budget, lora=self.lora, **held)

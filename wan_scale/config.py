@@ -17,9 +17,9 @@ from wan_scale.cost.work import CHECKPOINTING
 OF_THE_MACHINE = (
     "model out data prompts videos device precision tf32 checkpointing attn compile ema_on_host save_every "
     "keep_checkpoints save_minutes preview_every preview_prompts log_every graph context_parallel shard_over "
-    "offload_teacher gpus card_gb tflops rates bench_minutes verify data_steps data_guidance sampler clips shard_size "
-    "kd_clips skip_layer from_ from_kind from_check convert read_ahead student sample_prompts samples_per_prompt "
-    "vbench_info vbench_results"
+    "offload_teacher gpus card_gb tflops rates bench_minutes phase layers verify data_steps data_guidance sampler "
+    "clips shard_size kd_clips skip_layer from_ from_kind from_check convert read_ahead student sample_prompts "
+    "samples_per_prompt vbench_info vbench_results"
 ).split()
 PATHS = "model data prompts videos from_ rates vbench_info vbench_results".split()
 # Settings that only these phases read: for the others another value is the same run.
@@ -162,6 +162,8 @@ class Wan(Settings):
     card_gb: float = option(141.0, "memory of a GPU in GB", "plan", above=0)
     tflops: float = option(400.0, "bf16 TFLOP/s that a GPU achieves", "plan", above=0)
     rates: str = option("", "JSON that `bench` wrote on such a GPU: its measured rates, in place of --tflops", "plan")
+    phase: str = option("", "rehearse this phase alone: stage1 or stage2", "plan", choices=("", "stage1", "stage2"))
+    layers: int = option(0, "rehearse so many blocks (0: all), to see how it works", "plan", least=0)
     bench_minutes: float = option(9.0, "minutes of bench: a case that would start later is left out", "plan", above=0)
 
     def __post_init__(self):
@@ -206,7 +208,7 @@ class Wan(Settings):
         """These settings as arguments of plan.plan, some of them `changed`; the transformer and rates are not here."""
         same = (
             "M N H frames height width micro_batch lora gpus card_gb tflops context_parallel shard_over "
-            "offload_teacher checkpointing disc_width"
+            "offload_teacher ema_on_host checkpointing disc_width"
         ).split()
         found = {name: getattr(self, name) for name in same}
         found |= {"batch": self.global_batch, "clips": self.clips or 500_000, "compiled": self.compile != "off"}

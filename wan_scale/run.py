@@ -18,6 +18,7 @@ command goes on from the last checkpoint.
     eval      score sheet of what was sampled; with --vbench-results VBench's three numbers beside the paper's
     bench     seconds and memory of every step on this GPU at full size, with random weights: nothing to download
     smoke     every step once, few updates of everything, at full size with random weights: nothing to download
+    rehearse  an update of each phase at full size without a GPU: its bytes and FLOPs, counted, beside the plan's
     teacher   flow matching of MODEL's transformer on the shards, for folders made by hand
 
     compare   A B, two folders of samples: pages for a blind preference study; --tally ANSWERS...: its win rates
@@ -44,7 +45,7 @@ from settings import parser
 from wan_scale.config import PRESETS, Wan, preset
 from wan_scale.pages.command import PAGES, pages
 
-COMMANDS = ("plan", "data", "stage1", "stage2", "kd", "dmd2v", "sample", "export", "eval", "bench", "smoke",
+COMMANDS = ("plan", "data", "stage1", "stage2", "kd", "dmd2v", "sample", "export", "eval", "bench", "smoke", "rehearse",
             "teacher")  # fmt: skip
 NEEDS = """Nothing was started: this reproduction needs three things that are not here.
 
@@ -220,6 +221,19 @@ def smoke(cfg: Wan, name: str, given: dict) -> None:
     dist.stop()
 
 
+def rehearse(cfg: Wan, name: str) -> None:
+    from wan_scale.data.files import write_json
+    from wan_scale.rehearsal import report
+
+    command = " ".join(["python wan_scale/run.py", *sys.argv[1:]])
+    record = report.run(cfg, size_of(name), name, command, [cfg.phase] if cfg.phase else list(report.PHASES))
+    print(report.text(record))
+    path = Path("runs/wan-rehearsal", f"{report.label(record)}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)
+    print(path)
+
+
 def plan(cfg: Wan, name: str) -> None:
     from wan_scale.cost.report import report
     from wan_scale.cost.work import measured_rates
@@ -255,10 +269,10 @@ def work(command: str | None, name: str | None, given: dict, dry: bool, own: dic
         return print(pages(cfg, command, "out" in given, **own))
     if command == "plan":
         return plan(cfg, name or "1.3b")
-    if command == "bench":
-        return bench(cfg, name or "1.3b")
     if command == "smoke":
         return smoke(cfg, name or "1.3b", given)
+    if command in ("bench", "rehearse"):
+        return {"bench": bench, "rehearse": rehearse}[command](cfg, name or "1.3b")
     if name == "tiny":
         from wan_scale.tiny import tiny_world
 

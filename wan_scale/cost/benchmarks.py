@@ -137,7 +137,7 @@ def predicted(record: dict, name: str, part: str = "") -> tuple[dict, float] | N
         for unit, amount in units.items():
             spent[unit] += clips * amount / rate[unit]
     d = record["discriminator"]
-    disc = {"disc": d["parameters"], "disc_bytes": d["live"]} if part else {}
+    disc = {"disc": d["parameters"], "disc_bytes": d["features"], "disc_live": d["live"]} if part else {}
     peak = memory(config, n, kind, micro_batch=clips, accumulated=False, **how, **disc)
     return spent, sum(peak.values())
 
@@ -223,7 +223,7 @@ def markdown(records: list[dict]) -> str:
     for r in records:
         frames, height, width = r["clip"]
         text += [
-            f"## {r['size']} on {r['card']}",
+            f"### {r['size']} on {r['card']}",
             "",
             f"{r['date']}, torch {r['torch']}, {r['precision']}; "
             f"{frames} frames of {height}x{width}, {r['tokens']:,} tokens.",

@@ -9,10 +9,10 @@ RESERVE = 0.08  # of a GPU's memory: CUDA's context, NCCL's buffers, what the al
 
 
 def memory(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2, H: int = 5,
-           last_tap: int | None = None, disc: float = 0.0, disc_bytes: float = 0.0, shard_teacher: bool = True,
-           micro_batch: int = 1, lora: int = 0, context_parallel: int = 1, checkpointing: str = "full",
-           compiled: bool = False, shard_over: int = 0, offload_teacher: bool = False,
-           accumulated: bool = True) -> dict[str, float]:  # fmt: skip
+           last_tap: int | None = None, disc: float = 0.0, disc_bytes: float = 0.0, disc_live: float = 0.0,
+           shard_teacher: bool = True, micro_batch: int = 1, lora: int = 0, context_parallel: int = 1,
+           checkpointing: str = "full", compiled: bool = False, shard_over: int = 0, offload_teacher: bool = False,
+           accumulated: bool = True, ema_on_host: bool = False) -> dict[str, float]:  # fmt: skip
     """Bytes on each GPU at the peak of a step, by term.
 
     kind: "stage1", "student", "critic", or, all in bf16, "teacher" and "sample".
@@ -20,9 +20,11 @@ def memory(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2,
     are sharded over so many GPUs, and the other GPUs hold further copies. The discriminator is whole on every GPU. So
     is the teacher (bf16) unless `shard_teacher`; with `offload_teacher` the host has it.
     Only the net being updated has gradients. Where they are not `accumulated` over micro-batches, they come as the
-    graph goes. disc: the discriminator's parameters; disc_bytes: what one of its forwards keeps of a clip.
+    graph goes. disc: the discriminator's parameters; disc_bytes: what one of its forwards keeps of a
+    clip; disc_live: what one branch adds while it runs backwards.
     GPUs that share a clip hold 1 / context_parallel of its hidden states, and its features whole. With lora (the
-    adapters' rank) every GPU holds the base and all that is trained, and the host holds the EMA.
+    adapters' rank) every GPU holds the base and all that is trained, and the host holds the EMA,
+    as it does with ema_on_host.
     ACTIVATIONS ARE AN ESTIMATE: what PyTorch saves on CPU, in bf16 autocast without its cache of casts.
     """
     if gpus < 1:
@@ -32,7 +34,7 @@ def memory(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2,
     known_mode(checkpointing)
     k, teacher = known(config), parameters(config)
     L, n = k["num_layers"], micro_batch * n_tokens // context_parallel
-    wide, disc_bytes = n * k["D"], micro_batch * disc_bytes  # wide: numbers in one hidden state
+    wide, disc_bytes, disc_live = n * k["D"], micro_batch * disc_bytes, micro_batch * disc_live
     last_tap = L - 1 if last_tap is None else last_tap
     student, fake, stage2 = student_parameters(config, H)["total"], teacher["total"], kind != "stage1"
     passing = wide * max(20, 6 + 4 * k["ffn_dim"] / k["D"])  # what a block makes on its way, not to be kept
@@ -45,13 +47,15 @@ def memory(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2,
         student, fake = thin["own"] + thin["student"], thin["fake"]
     bf16, fp32, held = 2, 4, stage2 and not lora and not offload_teacher
     found = {
-        "shared base, bf16": bool(lora) * bf16 * teacher["total"],
+        # stage 1 has no other role, so that nothing of the base stays but the student's backbone
+        "shared base, bf16": bool(lora) * bf16 * (teacher["total"] if stage2 else (L - H) * teacher["block"]),
         "student, weights": fp32 * student / gpus,
         "student, AdamW": 2 * fp32 * student / gpus,
-        "student, EMA": (not lora) * fp32 * student / gpus,
+        "student, EMA": (not lora and not ema_on_host) * fp32 * student / gpus,
         "fake score, weights": stage2 * fp32 * fake / gpus,
         "fake score, AdamW": stage2 * 2 * fp32 * fake / gpus,
-        "discriminator, weights and AdamW": stage2 * 3 * fp32 * disc,
+        "discriminator, weights": stage2 * fp32 * disc,
+        "discriminator, AdamW": stage2 * 2 * fp32 * disc,
         "teacher, bf16": held * bf16 * teacher["total"] / (gpus if shard_teacher else 1),
         "gradients": fp32 * (fake / gpus + disc if kind == "critic" else student / gpus),
     }
@@ -63,12 +67,13 @@ def memory(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2,
     frozen *= offload_teacher or (shard_teacher and gpus > 1)
     found["gathered for use"] = kept + max(trained, stage2 * bf16 * frozen) + bf16 * teacher["block"]
     # (The last is autocast's copy of a block.) With full checkpointing a block keeps its input; with selective also
-    # attention's output and a number a head. Fusion and output layer are not checkpointed: about 28 and 10 bytes a
-    # number. The block that runs backwards is whole: 4.3 GB at 1.3B, 12.4 at 14B. Compiled it is less, because AdaLN,
-    # norms and RoPE then keep little.
+    # attention's output and a number a head. Fusion and output layer then keep about 13 bytes a number of a hidden
+    # state (`wide`) for each head call; without checkpointing 28 and 10. What belongs to the output layer alone is gone
+    # when the blocks run backwards. The block that does is whole: 4.3 GB at 1.3B, 12.4 at 14B. Compiled it is less,
+    # because AdaLN, norms and RoPE then keep little.
     live = n * ((36.3 if compiled else 68.5) * k["D"] + 4 * k["ffn_dim"])
-    if lora:  # what is between A and B is kept, and for A the input of a layer becomes fp32 for a moment
-        live += n * (16 * lora + 4 * k["ffn_dim"])
+    if lora:  # what is between A and B is kept; that A's input becomes fp32 for a moment is less than what is passing
+        live += n * 16 * lora
     attended = 2 * (bf16 * wide + fp32 * n * k["num_attention_heads"])  # of self- and of cross-attention
     rolled = 1 if kind == "stage1" else N  # head evaluations in the graph
     taps = (last_tap + 1) * (kind == "student" and disc > 0)
@@ -76,12 +81,14 @@ def memory(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2,
     work = {"none": 0.0, "selective": live - attended, "full": live}[checkpointing]
     found |= {"whole blocks": blocks * live} if checkpointing == "none" else {"block inputs": blocks * bf16 * wide}
     found["attention outputs"] = blocks * attended * (checkpointing == "selective")
-    found["outside blocks"] = (10 if kind == "critic" or not H else rolled * 38) * wide
-    # Both critics' losses have their graphs when the first is run backwards. In the student's step the discriminator's
-    # is over before.
-    at_work = {"critic": work + 2 * disc_bytes, "student": max(work, disc_bytes)}
+    fused = 38 if checkpointing == "none" else 13.3
+    found["outside blocks"] = 0 if kind == "critic" or not H else rolled * fused * wide
+    # Both critics' losses have their graphs when the first, the fake score's, is run backwards; the discriminator's
+    # branches run later. In the student's step they are over before.
+    at_work = {"critic": work + 2 * disc_bytes, "student": max(work, disc_bytes + disc_live)}
     found["block and discriminator at work"] = at_work.get(kind, work)
-    found["block in passing"] = passing
+    # With checkpointing much of the block is let go when its largest gradients come; counted at 1.3B (`rehearse`).
+    found["block in passing"] = passing if checkpointing == "none" else 16 * wide
     if not accumulated:
         graph = sum(
             found.get(term, 0) for term in ("whole blocks", "block inputs", "attention outputs", "outside blocks")

@@ -40,7 +40,7 @@ def plan(model: str | dict = "1.3b", *, gpus: int = 8, card_gb: float = 141, tfl
          shard_teacher: bool = True, flow_map_share: float = 0.25, fp32_slowdown: float = 2.0, clips: int = 500_000,
          text: int = 512, lora: int = 0, context_parallel: int = 1, checkpointing: str = "full",
          compiled: bool = False, shard_over: int = 0, offload_teacher: bool = False,
-         rates: dict | None = None) -> dict:  # fmt: skip
+         ema_on_host: bool = False, rates: dict | None = None) -> dict:  # fmt: skip
     """Every number of the report.
 
     model: "1.3b", "14b" or a transformer's config. batch: clips an update; micro_batch: clips a GPU holds at once.
@@ -84,8 +84,9 @@ def plan(model: str | dict = "1.3b", *, gpus: int = 8, card_gb: float = 141, tfl
     disc = discriminator(config, size, disc_width)
     shared = {"N": N, "H": H, "last_tap": last_tap, "lora": lora}
     held = dict(gpus=gpus, micro_batch=micro_batch, context_parallel=K, compiled=compiled, shard_over=shard_over,
-                shard_teacher=shard_teacher, offload_teacher=offload_teacher, disc=disc["parameters"],
-                disc_bytes=disc["live" if disc_checkpointing else "kept"],
+                shard_teacher=shard_teacher, offload_teacher=offload_teacher, ema_on_host=ema_on_host,
+                disc=disc["parameters"], disc_bytes=disc["features" if disc_checkpointing else "kept"],
+                disc_live=disc["live"] if disc_checkpointing else 0.0,
                 accumulated=batch > gpus // K * micro_batch, **shared)  # fmt: skip
     limit, chosen = card_gb * GB * (1 - RESERVE), checkpointing == "auto"
     if chosen:
@@ -95,7 +96,7 @@ def plan(model: str | dict = "1.3b", *, gpus: int = 8, card_gb: float = 141, tfl
 
     together = micro_batch * (1 if lora else gpus // K)  # with adapters GPUs wait for each other once an update
     working = dict(disc_flops=disc["flops"], flow_map_share=flow_map_share, text=text, checkpointing=checkpointing,
-                   together=together)  # fmt: skip
+                   together=together, disc_checkpointing=disc_checkpointing)  # fmt: skip
     works = {kind: step_work(config, n, kind, compiled=compiled, **shared, **working) for kind in (*kinds, "kd")}
     steps = {kind: step_flops(config, n, kind, fp32_slowdown=fp32_slowdown, **shared, **working) for kind in works}
     in_seconds = lambda step: {term: time_of(work, rate) for term, work in step.items()}

@@ -93,9 +93,9 @@ def lora_parameters(config: dict, H: int = 5, rank: int = 64) -> dict[str, int]:
 def discriminator(config: dict, size: tuple[int, int, int], conv_width: int, taps: int = 3, hidden: int = 1024) -> dict:
     """WanDiscriminator on `taps` features of a latent of `size` (frames, height, width).
 
-    -> {"parameters", "flops" (one forward), "kept" and "live" (bytes for the backward pass, without activation
-    checkpointing of the branches and with it)}. "kept" is an estimate: a branch saves its input in bf16, and in fp32
-    each norm's input and output and what the pool sees.
+    -> {"parameters", "flops" (one forward), bytes for the backward pass: "features" (kept with activation checkpointing
+    of the branches), "live" (then of the branch that runs backwards), "kept" (without it)}. "kept" is an estimate: a
+    branch saves in fp32 each norm's input and output and what the pool sees; the branches share the bf16 features.
     """
     k = known(config)
     channels = k["D"] // math.prod(k["patch_size"])
@@ -104,6 +104,7 @@ def discriminator(config: dict, size: tuple[int, int, int], conv_width: int, tap
     logit = (len(SCALES) * conv_width + 1) * hidden + hidden + 1
     flops = sum(2 * conv_width * (full * channels + 27 * conv_width * p) for p in pooled)
     flops += 2 * hidden * (len(SCALES) * conv_width + 1)
-    saved = [full * (2 * channels + 12 * conv_width) + 10 * p * conv_width for p in pooled]
+    saved, features = [full * 12 * conv_width + 10 * p * conv_width for p in pooled], taps * full * 2 * channels
     total = taps * (len(SCALES) * branch + logit)
-    return {"parameters": total, "flops": taps * flops, "kept": taps * sum(saved), "live": max(saved)}
+    return {"parameters": total, "flops": taps * flops, "features": features,
+            "kept": features + taps * sum(saved), "live": max(saved)}  # fmt: skip

@@ -55,7 +55,7 @@ def flops(config: dict, n_tokens: int, text: int = 512, H: int = 5) -> dict[str,
 def step_work(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5, M: int = 1,
               last_tap: int | None = None, guidance: bool = True, gan: bool = True, disc_flops: float = 0.0,
               flow_map_share: float = 0.25, together: int = 1, attention_backward: float = 2.5, text: int = 512,
-              lora: int = 0, checkpointing: str = "full", compiled: bool = False
+              lora: int = 0, checkpointing: str = "full", compiled: bool = False, disc_checkpointing: bool = False
               ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Work of one micro-batch of one clip, by what is evaluated and by unit: {term: {unit: FLOPs, or bytes}}.
 
@@ -66,6 +66,7 @@ def step_work(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5,
     plain ones do not (2).
     lora: the weights of a block take no gradient. The adapters' own products are left out: about 2 % of a block's
     linear ones at rank 64.
+    disc_checkpointing: the discriminator's branches run forward once more in the backward pass.
     """
     known_mode(checkpointing)
     k, part = known(config), flops(config, n_tokens, text, H)
@@ -77,12 +78,15 @@ def step_work(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5,
     moved = n * (forward * k["D"] + wide * k["ffn_dim"])
     moved_back = n * (backward * k["D"] + wide_backward * k["ffn_dim"])
 
-    def cost(blocks: int, rest: float, gradient: str = "none", outside: int = 0, times: float = 1) -> dict[str, float]:
-        """Forward; for a gradient, also checkpointed blocks once more, gradients of inputs, for "all" of weights."""
+    def cost(blocks: int, rest: float, gradient: str = "none", outside: int = 0, times: float = 1,
+             redone: float = 0) -> dict[str, float]:  # fmt: skip
+        """Forward; for a gradient, also checkpointed blocks and what is `redone` of the rest once more, gradients of
+        inputs, for "all" of weights.
+        """
         inputs, weights = {"none": (0, 0), "inputs": (1, 0), "all": (1, 1)}[gradient]
         again, attend = inputs * (checkpointing != "none"), inputs * (checkpointing == "full")
         found = {
-            "linear": blocks * (1 + again + inputs) * linear + (1 + inputs) * rest,
+            "linear": blocks * (1 + again + inputs) * linear + (1 + inputs) * rest + again * redone,
             "weight gradients": weights * (blocks * linear + rest),
             "attention": blocks * (1 + attend) * attention,
             # attention has no weights: "inputs" saves nothing
@@ -91,11 +95,18 @@ def step_work(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5,
         }
         return {unit: times * amount for unit, amount in found.items()}
 
-    ends = part["embeddings"]["total"] + part["output"]["total"]
-    fused = lambda gradient: (H > 0) * (MOVED_OUTSIDE[0] + (gradient != "none") * MOVED_OUTSIDE[1])
-    backbone = lambda gradient="none", times=1: cost(L - H, part["backbone rest"]["total"], gradient, times=times)
-    head = lambda gradient="none", times=1: cost(H, part["head rest"]["total"], gradient, fused(gradient), times)
-    teacher = lambda gradient="none", times=1: cost(L, ends, gradient, times=times)
+    last = part["output"]["total"]
+    ends, fusion = part["embeddings"]["total"] + last, 8 * n * k["D"] ** 2 + last
+    # with a gradient fusion and output layer, too, run forward once more, if blocks do
+    back = MOVED_OUTSIDE[1] + (checkpointing != "none") * MOVED_OUTSIDE[0]
+    fused = lambda gradient: (H > 0) * (MOVED_OUTSIDE[0] + (gradient != "none") * back)
+    backbone = lambda gradient="none", times=1: cost(
+        L - H, part["backbone rest"]["total"], gradient, times=times, redone=0 if H else last
+    )
+    head = lambda gradient="none", times=1: cost(
+        H, part["head rest"]["total"], gradient, fused(gradient), times, redone=fusion if H else 0
+    )
+    teacher = lambda gradient="none", times=1: cost(L, ends, gradient, times=times, redone=last)
     features = lambda gradient="none", times=1: cost(last_tap + 1, part["embeddings"]["total"], gradient, times=times)
     both = lambda a, b: {unit: a[unit] + b[unit] for unit in a}
     exact = lambda work: {"fp32 linear": work["linear"], "fp32 attention": work["attention"], "bytes": work["bytes"]}
@@ -122,7 +133,7 @@ def step_work(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5,
             "fake score": teacher(),
             "teacher, guided": teacher(times=1 + guidance),
             "teacher's features, with input gradient": features("inputs", gan),
-            "discriminator, with input gradient": convolution(2 * gan),
+            "discriminator, with input gradient": convolution((2 + disc_checkpointing) * gan),
         }
     elif kind == "critic":
         found = {
@@ -130,7 +141,7 @@ def step_work(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5,
             f"head x {N}": head(times=N),
             "fake score, trained": teacher(trained),
             "teacher's features, real and fake": features(times=2 * gan),
-            "discriminator, trained": convolution(6 * gan),
+            "discriminator, trained": convolution((6 + 2 * disc_checkpointing) * gan),
         }
     else:
         raise ValueError(f"kind is {kind!r}; choose one of 'stage1', 'student', 'critic', 'kd', 'sample', 'teacher'.")

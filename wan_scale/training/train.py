@@ -179,18 +179,22 @@ class Training:
         these = {"gpus": dist.world(), "card_gb": size, "H": H, "N": cfg.N if H else 1, "compiled": compiled}
         return cfg.planned(**these, **more)
 
+    def maker(self, feed: Feed, kind=WanPhase):
+        """A WanPhase, as these settings want it."""
+        cfg = self.cfg
+        make = partial(kind, feed=feed, accumulate=self.accumulate, context=cfg.context_parallel,
+                       minutes=cfg.save_minutes, verify=cfg.verify, before=self.before)  # fmt: skip
+        # GPU memory is what it is about, and the EMA moves once an update
+        return partial(make, ema_on="cpu") if cfg.lora or cfg.ema_on_host else make
+
     def run(self, train, how, read=None) -> WanPhase:
         """Run train(feed, ...), a loop of tmd_minimal, in this GPU's precision. read: the reader's batch or pairs."""
         cfg = self.cfg
         stride = dist.world() // cfg.context_parallel * cfg.micro_batch  # samples of all ranks at once
         feed = Feed(Ahead(self.reader, read or self.reader.batch, stride, cfg.read_ahead))
-        make = partial(WanPhase, feed=feed, accumulate=self.accumulate, context=cfg.context_parallel,
-                       minutes=cfg.save_minutes, verify=cfg.verify, before=self.before)  # fmt: skip
-        if cfg.lora or cfg.ema_on_host:  # GPU memory is what it is about, and the EMA moves once an update
-            make = partial(make, ema_on="cpu")
         kept = {"path": str(self.folder / "checkpoints"), "save_every": self.cfg.save_every, "config": self.config}
         with compute(self.cfg, self.device):
-            return train(feed, seed=self.cfg.seed, make=make, on_step=partial(self.on_step, how), **kept)[1]
+            return train(feed, seed=self.cfg.seed, make=self.maker(feed), on_step=partial(self.on_step, how), **kept)[1]
 
     def student(self, train, how, student, **kw) -> dict:
         """run(), and the student that it leaves: its description."""
@@ -265,14 +269,14 @@ def alone(cfg: Wan, name: str, work) -> dict:
 
 def stage1(cfg: Wan) -> dict:
     """TM-MF pretraining of the student."""
+    return alone(cfg, "stage1", lambda: of_stage1(Training(cfg, "stage1", cfg.shards)))
 
-    def work():
-        how, job = cfg.how(), Training(cfg, "stage1", cfg.shards)
-        student = make_student(cfg, how, base=shared_base(cfg, how, job.device))
-        train = lambda feed, **kw: tmd.train_stage1(job.place(student), feed, how, cfg.stage1(), c_neg=job.c_neg, **kw)
-        return job.student(train, how, student)
 
-    return alone(cfg, "stage1", work)
+def of_stage1(job: Training) -> dict:
+    cfg, how = job.cfg, job.cfg.how()
+    student = make_student(cfg, how, base=shared_base(cfg, how, job.device))
+    train = lambda feed, **kw: tmd.train_stage1(job.place(student), feed, how, cfg.stage1(), c_neg=job.c_neg, **kw)
+    return job.student(train, how, student)
 
 
 def kd(cfg: Wan) -> dict:
@@ -295,26 +299,24 @@ def stage2(cfg: Wan, plain: bool = False) -> dict:
     plain: the baseline DMD2-v.
     """
     name = "dmd2v" if plain else "stage2"
+    before = ("kd" if cfg.M == 1 and cfg.kd_updates else None) if plain else "stage1" if cfg.stage1_updates else None
+    return alone(cfg, name, lambda: of_stage2(Training(cfg, name, cfg.shards, before), plain, before))
 
-    def work():
-        kd_first = "kd" if cfg.M == 1 and cfg.kd_updates else None
-        before = kd_first if plain else ("stage1" if cfg.stage1_updates else None)
-        how, job = cfg.how(plain), Training(cfg, name, cfg.shards, before)
-        base = shared_base(cfg, how, job.device, fake=True)
-        student = job.place(make_student(cfg, how, before, base))
-        teacher = lora.Role(base) if base else network(cfg, compute_dtype(cfg, job.device)).requires_grad_(False)
-        channels = feature_channels(teacher)
-        teacher, fake_score = job.place(teacher), job.place(lora.Role(base, "fake") if base else network(cfg))
-        tmd.seed_everything(cfg.seed)  # the same discriminator on every rank
-        heads, again = len(cfg.tap_blocks), cfg.checkpointing != "none"
-        discriminator = WanDiscriminator(channels, cfg.disc_width, heads, checkpointing=again).to(job.device)
-        job.accuracy = logs.Accuracy(discriminator)
-        nets = student, teacher, discriminator
-        own = {"taps": cfg.tap_blocks, "fake_score": fake_score, "c_neg": job.c_neg}
-        train = lambda feed, **kw: tmd.train_stage2(*nets, feed, how, cfg.stage2(), **own, **kw)
-        return job.student(train, how, student)
 
-    return alone(cfg, name, work)
+def of_stage2(job: Training, plain: bool = False, before: str | None = None) -> dict:
+    cfg, how = job.cfg, job.cfg.how(plain)
+    base = shared_base(cfg, how, job.device, fake=True)
+    student = job.place(make_student(cfg, how, before, base))
+    teacher = lora.Role(base) if base else network(cfg, compute_dtype(cfg, job.device)).requires_grad_(False)
+    channels = feature_channels(teacher)
+    teacher, fake_score = job.place(teacher), job.place(lora.Role(base, "fake") if base else network(cfg))
+    tmd.seed_everything(cfg.seed)  # the same discriminator on every rank
+    heads, again = len(cfg.tap_blocks), cfg.checkpointing != "none"
+    discriminator = WanDiscriminator(channels, cfg.disc_width, heads, checkpointing=again).to(job.device)
+    job.accuracy = logs.Accuracy(discriminator)
+    own = {"taps": cfg.tap_blocks, "fake_score": fake_score, "c_neg": job.c_neg}
+    train = lambda feed, **kw: tmd.train_stage2(student, teacher, discriminator, feed, how, cfg.stage2(), **own, **kw)
+    return job.student(train, how, student)
 
 
 def teacher(cfg: Wan) -> dict:
