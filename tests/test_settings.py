@@ -33,6 +33,7 @@ ACCEPTED = {
     ("shard_over", 0): "all GPUs",
     ("preview_every", 0): "no previews",
     ("read_ahead", 0): "on the spot",
+    ("layers", 0): "all",
     ("data_guidance", 0): "without guidance",
     ("stage1_guidance", 0): "the negative prompt alone",
     ("stage2_guidance", 0): "the negative prompt alone",
