@@ -78,7 +78,8 @@ class Bench:
             rate = measured_rates(self.record, tf32, attn)
         except (ValueError, KeyError):
             return 0.0
-        how = dict(N=self.cfg.N, last_tap=self.cfg.tap_blocks[-1], disc_flops=self.disc["flops"], H=self.cfg.H) | how
+        how = dict(N=self.cfg.N, last_tap=self.cfg.tap_blocks[-1], disc_flops=self.disc["flops"], H=self.cfg.H,
+                   disc_checkpointing=True) | how  # fmt: skip
         return sum(time_of(work, rate) for work in step_work(self.config, self.tokens, kind, **how).values())
 
     def affordable(self, seconds: float = 0) -> None:
