@@ -83,7 +83,8 @@ class Bench:
                 return 0.0
             teacher = step_work(self.config, self.tokens, "teacher", H=self.cfg.H)["teacher"]
             rate = rates_of(time_of(teacher, rates_of(1.0, 1.0)) / forward, 8.0)
-        how = dict(N=self.cfg.N, last_tap=self.cfg.tap_blocks[-1], disc_flops=self.disc["flops"], H=self.cfg.H) | how
+        how = dict(N=self.cfg.N, last_tap=self.cfg.tap_blocks[-1], disc_flops=self.disc["flops"], H=self.cfg.H,
+                   disc_checkpointing=True) | how  # fmt: skip
         return sum(time_of(work, rate) for work in step_work(self.config, self.tokens, kind, **how).values())
 
     def affordable(self, seconds: float = 0) -> None:

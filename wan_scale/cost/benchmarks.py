@@ -129,7 +129,7 @@ def predicted(record: dict, name: str, part: str = "") -> tuple[dict, float] | N
     how = dict(N=N, H=record["H"], last_tap=record["last_tap"], lora=case.get("lora", 0), compiled=case["compiled"],
                checkpointing=case.get("checkpointing", "full"))  # fmt: skip
     shown = {"disc_flops": record["discriminator"]["flops"], "flow_map_share": float(case.get("difference", True))}
-    work = step_work(config, n, kind, M=M, **how, **shown)
+    work = step_work(config, n, kind, M=M, disc_checkpointing=True, **how, **shown)
     tf32, clips = case.get("tf32", record["tf32"]), record["micro_batch"] if training else 1
     rate = measured_rates(record, tf32, case["attn"])
     spent = dict.fromkeys(UNITS, 0.0)
