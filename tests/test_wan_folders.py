@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from wan_scale import run
 from wan_scale.data import text
-from wan_scale.data.folders import check_folder, checksums, fingerprint
+from wan_scale.data.folders import check_folder, checksums, fingerprint, skeleton
 from wan_scale.data.teacher import generate
 from wan_scale.data.text import encode_text
 from wan_scale.model import load_transformer
@@ -199,6 +199,18 @@ def test_every_road_checks_first(folder, tmp_path, capsys, monkeypatch):
     change_tensors(folder, T5, fp8)
     with pytest.raises(RuntimeError, match="scaled fp8"):
         encode_text(folder, {tmp_path / "t.safetensors": {"0": "a ball"}})
+
+
+def test_a_check_draws_no_random_number(folder):
+    """What is drawn after it, a student's first weights, is the same whether a folder is checked first or again."""
+    skeleton.cache_clear()
+    drawn = []
+    for checks in (0, 1, 1):
+        torch.manual_seed(0)
+        for _ in range(checks):
+            check_folder(folder)
+        drawn.append(torch.rand(1).item())
+    assert drawn[0] == drawn[1] == drawn[2]
 
 
 def test_a_tokenizer_that_does_not_belong(folder, tmp_path):

@@ -20,6 +20,7 @@ from browser import needs_browser, opened
 from wan_scale import run
 from wan_scale.pages import clips, study, tally
 from wan_scale.pictures import comment_of, read_video, write_video
+from wan_scale.sampling import vbench
 from wan_scale.sampling.sample import file_name
 
 ODD = 'a "red" <b>ball</b></script> & more'
@@ -27,10 +28,10 @@ PROMPTS = ["a blue cube", "a cat sits", "a dog, fast", "the sea", "two balls", O
 RED, BLUE = (0.9, 0.1, 0.1), (0.1, 0.1, 0.9)
 
 
-def video(path: Path, colour=RED, frames=33, width=64, seed=7) -> Path:
+def video(path: Path, colour=RED, frames=33, width=64, comment="seed 7") -> Path:
     """A clip of one colour that slowly gets lighter."""
     light = np.linspace(0.6, 1, frames)[:, None, None, None]
-    return write_video(np.ones((frames, 64, width, 3)) * np.array(colour) * light, path, comment=f"seed {seed}")
+    return write_video(np.ones((frames, 64, width, 3)) * np.array(colour) * light, path, comment=comment)
 
 
 def facts_of(page: Path) -> dict:
@@ -76,6 +77,30 @@ def test_the_study_is_blind(world):
     assert sorted(clip for pair in facts["pairs"] for clip in pair["clips"]) == files[:12]
     clips = [blind / f for f in files[:12]]
     assert {comment_of(f) for f in clips} == {""} and len({f.stat().st_mtime for f in clips}) == 1
+    encoder = b"x264"  # whose version and settings may differ by method
+    assert encoder in next(world.a.glob("*.mp4")).read_bytes()
+    assert not any(encoder in f.read_bytes() for f in clips)
+
+
+def test_clips_of_sample_tell_their_seed_and_maker(tmp_path):
+    """Seeds that differ are refused, as is a clip that another method made; alike, the pair knows its seed."""
+    made = {who: {"student": who} for who in ("tmd", "dmd2v")}
+
+    def labelled(who, seed, maker=None, colour=RED):
+        (tmp_path / who).mkdir(exist_ok=True)
+        (tmp_path / who / "made.json").write_text(json.dumps(made[who]), encoding="utf-8")
+        label = vbench.label(vbench.Video("a", 0, "a-0.mp4", seed), made[maker or who])
+        return video(tmp_path / who / "a-0.mp4", colour, frames=5, comment=label)
+
+    labelled("tmd", 7), labelled("dmd2v", 7, colour=BLUE)
+    (pair,) = clips.pairs(tmp_path / "tmd", tmp_path / "dmd2v")
+    assert pair.seed == pair.a.seed == pair.b.seed == "7"
+    labelled("dmd2v", 900)
+    with pytest.raises(ValueError, match=r"has seed 7 in .*tmd and 900 in .*dmd2v"):
+        clips.pairs(tmp_path / "tmd", tmp_path / "dmd2v")
+    labelled("dmd2v", 7, maker="tmd")
+    with pytest.raises(RuntimeError, match=r"was not made as .*made.json says"):
+        clips.pairs(tmp_path / "tmd", tmp_path / "dmd2v")
 
 
 def test_the_key_is_right_and_sides_are_balanced(world):
@@ -107,7 +132,7 @@ def test_the_seed_decides_but_does_not_tell(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "neutral", lambda source, target: target.write_bytes(b""))
 
     def order(name, seed=3, bytes_of=""):
-        clip = lambda who, i: clips.Clip(Path(who), "7", (64, 64), 33, 2.06, f"{who}{i}{bytes_of}")
+        clip = lambda who, i: clips.Clip(Path(who), "7", (64, 64), 33, 2.06, f"{who}{i}{bytes_of}", "h264")
         pairs = [clips.Pair(f"{i}-0.mp4", str(i), "7", clip("a", i), clip("b", i)) for i in range(12)]
         monkeypatch.setattr(study.clips, "pairs", lambda *args: pairs)
         study.write("a", "b", tmp_path / name, seed=seed)
@@ -268,7 +293,7 @@ BAD = {
         lambda a, b: [shutil.copy(b / CUBE, b / f"x{i}-0.mp4") for i in range(5)],
         "x0-0.mp4, x1-0.mp4, x2-0.mp4 and 2 more of .*dmd2v are not in .*tmd",
     ),
-    "seed": (lambda a, b: video(b / CUBE, BLUE, seed=8), f"{CUBE} has seed 7 in .* and 8 in .*--seed"),
+    "seed": (lambda a, b: video(b / CUBE, BLUE, comment="seed 8"), f"{CUBE} has seed 7 in .* and 8 in .*--seed"),
     "size": (lambda a, b: video(b / CUBE, BLUE, width=80), "is 64x64 in .* and 80x64 in .*; sample both at one size"),
     "length": (lambda a, b: video(b / CUBE, BLUE, frames=17), "has 33 frames in 2.06 s in .* and 17 frames in 1.06 s"),
     "codec": (lambda a, b: other_codec(b / CUBE), "is mpeg4 in yuv420p, which browsers do not play; convert it"),
@@ -326,7 +351,6 @@ BAD_ANSWERS = {
     "no answers": (lambda text: "{}", "holds no answers of a rater"),
     "other study": (lambda text: text.replace('"study": "', '"study": "0'), "answers another study"),
     "twice": (lambda text: json.dumps({**json.loads(text), "rater": "New"}), "are of one rater, 'New'; leave one"),
-    "same name": (lambda text: json.dumps({**json.loads(text), "session": "x", "rater": " ada"}), "are of one rater"),
     "pair": (lambda text: json.dumps({**json.loads(text), "answers": [changed(6)]}), "answer 1 is none to this study"),
     "choice": (lambda text: json.dumps({**json.loads(text), "answers": [changed(choice=3)]}), "answer 1 is none"),
     "question": (lambda text: json.dumps({**json.loads(text), "answers": [changed(question=[])]}), "answer 1 is none"),
@@ -364,13 +388,19 @@ def test_unfinished_raters_and_habits_are_told(world, tmp_path):
     """A rater who stopped counts as far as they came; who always takes the left clip is told of."""
     left = [{**a, "choice": 1} for a in answers(world, "x", "AAAAAA", "AAAAAA")["answers"]]
     for name, count in (("Left", 12), ("Also left", 10)):
-        text = json.dumps(answers(world, name, "AAAAAA", "AAAAAA", answers=left[:count]))
+        text = json.dumps(answers(world, "L", "AAAAAA", "AAAAAA", answers=left[:count], session=name))  # same initials
         (tmp_path / f"{name}.json").write_text(text, encoding="utf-8")
     shutil.copytree(world.out, tmp_path / "out")
     told = tally.tally([str(f) for f in tmp_path.glob("*.json")], tmp_path / "out")
-    assert "Also left 10 of 12" in told and "visual quality: the clip on the left was chosen in 100% of answers" in told
+    assert "L 10 of 12" in told
+    assert "visual quality: the clip on the left was chosen in 100% of answers, and tmd stood there in" in told
     numbers = json.loads((tmp_path / "out" / "tally.json").read_text(encoding="utf-8"))["visual quality"]
     assert numbers["answers"] == 11 and numbers["agreement"]["compared"] == 5
+    left = [i for i, row in enumerate(world.key["pairs"]) if row["A is clip"] == 1]
+    assert numbers["A on the left"] == sum(2 - (i == 5) for i in left)
+    next(tmp_path.glob("Also left.json")).unlink()  # the other saw each method on the left in three pairs of six
+    told = tally.tally([str(tmp_path / "Left.json")], tmp_path / "out")
+    assert "in 100% of answers. Each method stood there equally often" in told
 
 
 @pytest.mark.parametrize(("won", "n", "low", "high"), [(0, 0, 0, 1), (0, 10, 0, 0.2775), (10, 10, 0.7225, 1)])

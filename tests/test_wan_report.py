@@ -136,15 +136,17 @@ def test_broken_lines_and_numbers_are_left_out(folder):
 
 
 def test_a_folder_without_a_log_is_a_sentence(tmp_path, capsys):
-    """So is a damaged student.json; neither leaves a page."""
+    """And leaves no page. A run whose other files are damaged is shown as far as it is known."""
     assert run.main(["report", str(tmp_path)]) == 1
     (tmp_path / "stage1").mkdir()
     (tmp_path / "stage1" / "log.jsonl").write_text('{"step": 1, "tm_mf": 0.5, "seconds": 1.0}\n', encoding="utf-8")
-    (tmp_path / "stage1" / "student.json").write_text("{", encoding="utf-8")
-    assert run.main(["report", str(tmp_path)]) == 1
-    told = capsys.readouterr().err
-    assert "holds no log of a training; give the folder" in told and "student.json is not JSON; delete it" in told
     assert [f.name for f in tmp_path.iterdir()] == ["stage1"]
+    assert "holds no log of a training; give the folder" in capsys.readouterr().err
+    for name in ("student.json", "plan.json"):
+        (tmp_path / "stage1" / name).write_text("{", encoding="utf-8")
+    assert run.main(["report", str(tmp_path)]) == 0
+    (phase,) = facts_of(tmp_path / "report.html")["phases"]
+    assert phase["updates"] == 1 and not phase["finished"] and phase["plan"] == {}
 
 
 def test_it_never_ends_a_training(tmp_path, monkeypatch, capsys):

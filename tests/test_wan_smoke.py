@@ -54,3 +54,7 @@ def test_given_settings_stand():
     cfg = smoke.settings(preset("1.3b", **given), "1.3b", given)
     assert (cfg.stage1_updates, cfg.frames, cfg.stage2_iterations, cfg.global_batch) == (5, 17, 10, 1)
     assert cfg.model == str(cfg.folder("wan").resolve()) and cfg.H == preset("1.3b").H and cfg.width == 832
+    assert cfg.prompts == str(cfg.folder("smoke-prompts.txt").resolve()), "not the file of a run"
+    given |= {"model": "Wan", "prompts": "mine.txt"}
+    with pytest.raises(ValueError, match="smoke makes its own model and prompts; leave --model and --prompts away"):
+        smoke.settings(preset("1.3b", **given), "1.3b", given)

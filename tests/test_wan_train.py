@@ -458,12 +458,14 @@ def test_memory_is_told_beside_the_plan(monkeypatch):
         monkeypatch.setattr(torch.cuda, f"max_memory_{key}", lambda device, key=key: peak[key])
     lower = lambda device: peak.update(allocated=GB, reserved=2 * GB)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lower)
+    monkeypatch.setattr(logs.Memory, "most", {"allocated_gb": 0.0, "reserved_gb": 0.0})
     memory = logs.Memory(torch.device("cuda"), {"critic": 5 * GB, "student": 6 * GB})
     critic = {"update": "critic", "allocated_gb": 3, "reserved_gb": 4, "planned_gb": 5}
     assert memory.after({"fake": 1, "disc": 1}) == critic
     assert memory.after({"fake": 1, "disc": 1}) is None
     assert memory.after({"vsd": 1}) == {"update": "student", "allocated_gb": 1, "reserved_gb": 2, "planned_gb": 6}
     assert memory.after({"kd": 1}) == {"update": "kd", "allocated_gb": 1, "reserved_gb": 2}
+    assert memory.most == {"allocated_gb": 3, "reserved_gb": 4}  # of all of them, for who asks at the end
     assert logs.Memory(torch.device("cpu"), {}).after({"vsd": 1}) is None
 
 
@@ -480,8 +482,14 @@ def test_memory_goes_to_the_log(world, tmp_path, monkeypatch, capsys):
 
 def test_the_ema_may_wait_in_host_memory(world, tmp_path, monkeypatch):
     """On one GPU --ema-on-host keeps it there, as with adapters; where it is sharded already that is refused."""
-    made = []
-    monkeypatch.setattr(train, "WanPhase", lambda *a, **kw: (made.append(kw.get("ema_on")), WanPhase(*a, **kw))[1])
+    made, maker = [], train.Training.maker
+
+    def seen(job, feed):
+        make = maker(job, feed)
+        made.append(make.keywords.get("ema_on"))
+        return make
+
+    monkeypatch.setattr(train.Training, "maker", seen)
     for asked in (False, True):
         train.stage1(settings(world, tmp_path / str(asked), preview_every=0, stage1_updates=1, ema_on_host=asked))
     assert made == [None, "cpu"]

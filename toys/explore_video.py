@@ -51,7 +51,9 @@ def measure(ladder: VideoLadder, teacher, students: dict, samples: dict | None =
                 tmd.effective_nfe(cfg.M, N, how.H, cfg.depth),
                 partial(ladder.student_samples, student, how, n),
             )
-            rows.append((name if plain else f"{name}/{N}", nfe, name if plain or N == cfg.N else "", sampler))
+            # at M > 1 the noise of a later transition depends on how many samples are drawn at once
+            drawn = name if (plain or N == cfg.N) and cfg.M == 1 else ""
+            rows.append((name if plain else f"{name}/{N}", nfe, drawn, sampler))
     for key, nfe, name, sampler in tqdm(rows, desc="explore.html", disable=None):
         x = samples[name] if name in samples else sampler()
         views[key] = {"nfe": nfe, **scored(ladder, x, n)}

@@ -241,7 +241,7 @@ class Bench:
                 tmd.train_stage2(student, teacher, disc, data, how, two, taps=cfg.tap_blocks, fake_score=fake, **shared)
         found = {
             "seconds": {part: statistics.median(s[1:] or s) for part, s in seconds.items()},
-            "n": max(rounds - 1, 1),
+            "n": rounds - 1,  # 0: the first update, before anything was warm
         }
         if self.cuda:
             found["peak_gb"] = {part: max(gb[1:] or gb) for part, gb in peaks.items()}

@@ -1,6 +1,6 @@
 """`smoke`: every step of a run once, at full size with random weights: does it run on this GPU, and where does it stop?
 
-    python wan_scale/run.py smoke --preset 1.3b     # minutes on one GPU of 80 GB; 60 GB of disk; nothing to download
+    python wan_scale/run.py smoke --preset 1.3b     # minutes on one GPU of 80 GB; 65 GB of disk; nothing to download
     python wan_scale/run.py smoke --preset tiny     # the same lines on a laptop
 
 Folder of weights, two clips of the teacher, two updates of stage 1, a resume with one more, ten iterations of stage 2
@@ -25,7 +25,7 @@ from wan_scale.data.files import atomic, write_json
 from wan_scale.data.folders import free_memory
 from wan_scale.sampling import sample
 from wan_scale.tiny import make_tiny
-from wan_scale.training import checkpoints, dist, train
+from wan_scale.training import checkpoints, dist, logs, train
 
 # Few of everything. One checkpoint a phase, at its end: at 1.3B it is 40 GB of disk.
 FEW = dict(
@@ -37,10 +37,15 @@ PROMPTS = "a red ball\na blue cube\n"
 
 
 def settings(cfg: Wan, name: str, given: dict) -> Wan:
-    """A preset's settings made small, but for what was given on the command line; its own folder and random weights."""
+    """A preset's settings made small, but for what was given on the command line; its own folder and random weights.
+
+    ValueError if the weights, prompts or clips of a run are given.
+    """
+    if own := [key for key in ("model", "prompts", "data") if given.get(key)]:
+        raise ValueError(f"smoke makes its own {' and '.join(own)}; leave --{' and --'.join(own)} away.")
     few = {"out": f"runs/smoke-{name}", "global_batch": dist.world(), **FEW}
     cfg = replace(cfg, **{key: value for key, value in few.items() if key not in given})
-    return replace(cfg, model=str(cfg.folder("wan")), prompts=str(cfg.folder("prompts.txt")), data="")
+    return replace(cfg, model=str(cfg.folder("wan")), prompts=str(cfg.folder("smoke-prompts.txt")), data="")
 
 
 def begin_anew(cfg: Wan) -> None:
@@ -70,6 +75,7 @@ class Steps:
         dist.say(f"smoke {number}/{self.of}: {name} ...")
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
+            logs.Memory.most.update(allocated_gb=0.0, reserved_gb=0.0)
         begun, found = time.perf_counter(), {"failed": "it did not end"}
         try:
             work()
@@ -79,8 +85,9 @@ class Steps:
             raise
         finally:
             if self.cuda:
-                found["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / GB
-                found["reserved_gb"] = torch.cuda.max_memory_reserved(self.device) / GB
+                most = logs.Memory.most  # a training has set the counters back at each update
+                found["peak_gb"] = max(most["allocated_gb"], torch.cuda.max_memory_allocated(self.device) / GB)
+                found["reserved_gb"] = max(most["reserved_gb"], torch.cuda.max_memory_reserved(self.device) / GB)
             self.record["steps"][name] = found
             if dist.rank() == 0:
                 write_json(self.path, self.record)

@@ -60,6 +60,7 @@ def against_naive(record: dict) -> tuple[float, str]:
     peak, room = (lambda case: max(case["peak_gb"].values())), max(naive["peak_gb"].values())
     fast = min(found.values(), key=lambda case: (peak(case) > 1.02 * room, update(case)))
     more = ", NOT AT EQUAL MEMORY" * (peak(fast) > 1.02 * room)
+    more += ", NOT WARMED UP" * (0 in (naive.get("n"), fast.get("n")))
     return update(naive) / update(fast), f" ({peak(fast):.1f} GB against {room:.1f} GB{more})"
 
 

@@ -133,7 +133,8 @@ def skeleton(cls, config: str):
     from accelerate import init_empty_weights
 
     config = json.loads(config)
-    with init_empty_weights():
+    # constructors draw: the first call would move what is drawn next, and the others would not
+    with init_empty_weights(), torch.random.fork_rng(devices=[]):
         return cls(cls.config_class.from_dict(config)) if hasattr(cls, "config_class") else cls.from_config(config)
 
 

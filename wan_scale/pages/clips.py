@@ -13,6 +13,7 @@ from wan_scale.data.files import file_sha256, read_json
 from wan_scale.data.prompts import read_prompts
 from wan_scale.pictures import check_seal, comment_of, needs_ffmpeg
 from wan_scale.sampling.sample import PROMPTS, file_name
+from wan_scale.sampling.vbench import check_marks
 
 PLAYED = ("h264", "vp8", "vp9", "av1")  # what every browser plays from an mp4, in 4:2:0
 
@@ -26,6 +27,7 @@ class Clip(NamedTuple):
     frames: int
     seconds: float
     sha256: str
+    codec: str
 
 
 class Pair(NamedTuple):
@@ -55,6 +57,8 @@ def pairs(a: str | Path, b: str | Path, prompts: str = "") -> list[Pair]:
                 "sample both with the same prompts, or move the rest away."
             )
     needs_ffmpeg()
+    for folder in (a, b):
+        check_marks(folder)  # an mp4 of another maker would be judged as this one's
     words, found = told(a, b, prompts), []
     for name in sorted(files[a]):
         one, other = clip(files[a][name]), clip(files[b][name])
@@ -102,9 +106,10 @@ def clip(path: Path) -> Clip:
     if codec not in PLAYED or pixels not in ("yuv420p", "yuvj420p"):
         convert = "`ffmpeg -i IN.mp4 -c:v libx264 -pix_fmt yuv420p OUT.mp4`"
         raise RuntimeError(f"{path} is {codec} in {pixels}, which browsers do not play; convert it with {convert}.")
-    seed = re.fullmatch(r"seed (\d+)", comment)
+    seed = re.match(r"seed (\d+)(?:,|$)", comment)  # marks may follow it (vbench.label)
     frames = round(about["fps"] * about["duration"])
-    return Clip(path, seed[1] if seed else "", about["source_size"], frames, about["duration"], file_sha256(path))
+    told = path, seed[1] if seed else "", about["source_size"], frames, about["duration"]
+    return Clip(*told, file_sha256(path), codec)
 
 
 def told(a: Path, b: Path, prompts: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from wan_scale.data.files import atomic, read_json
-from wan_scale.training import kept, logs
+from wan_scale.training import logs
 
 TITLES = {
     "stage1": "Stage 1: TM-MF",
@@ -55,8 +55,7 @@ def phase(folder: Path) -> dict:
     """What the page shows of OUT/<phase>."""
     lines = read_log(folder / "log.jsonl")
     done, plan = folder / "student.json", folder / "plan.json"
-    facts = kept.read(done, "delete it and run that phase again") if done.exists() else {}
-    planned = read_json(plan) if plan.exists() else {}
+    facts, planned = told(done), told(plan)
     target = planned.get("updates") or facts.get("updates")
     timed = [line for line in lines if finite(line.get("seconds"))]
     last = timed[-1] if timed else {"step": 0, "seconds": 0.0}
@@ -82,6 +81,14 @@ def phase(folder: Path) -> dict:
         "alarms": alarms[-ALARMS:][::-1],
         "alarms left out": max(0, len(alarms) - ALARMS),
     }
+
+
+def told(path: Path) -> dict:
+    """What a file of the run says; nothing where it is missing or damaged: the page shows what there is."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError, RecursionError):
+        return {}
 
 
 def finite(value) -> bool:

@@ -57,11 +57,12 @@ def write(a: str | Path, b: str | Path, out: str | Path, seed: int = 0, prompts:
             (temporary / "blind" / "clips").mkdir(parents=True)
             shown, key = [], []
             for i, (pair, a_first) in enumerate(zip(found, first)):
-                places = [f"clips/{draw.getrandbits(64):016x}.mp4" for _ in range(2)]
+                # not of `draw`: many of its numbers would tell the others
+                places = [f"clips/{neutral_name(secret, i, n)}.mp4" for n in (1, 2)]
                 of_a, of_b = places if a_first else places[::-1]
                 # copied by side, so that not even the order of writing tells
                 for place in places:
-                    neutral((pair.a if place == of_a else pair.b).path, temporary / "blind" / place)
+                    neutral(pair.a if place == of_a else pair.b, temporary / "blind" / place)
                 shown.append({"prompt": pair.prompt, "clips": places})
                 told = {"file": pair.name, "prompt": pair.prompt, "seed": pair.seed}
                 key.append({"pair": i, "A is clip": 1 if a_first else 2, **told, "A": of_a, "B": of_b})
@@ -99,11 +100,19 @@ def names(a: Path, b: Path) -> tuple[str, str]:
     return "/".join(one[-n:]), "/".join(other[-n:])
 
 
-def neutral(source: Path, target: Path) -> None:
-    """The video stream of an mp4, bit for bit, without comment, title, sound or date."""
+def neutral_name(secret: str, pair: int, clip: int) -> str:
+    """Of a file, which tells nothing of the sides."""
+    return hashlib.sha256(f"name {secret} {pair} {clip}".encode()).hexdigest()[:16]
+
+
+def neutral(clip: clips.Clip, target: Path) -> None:
+    """The pictures of an mp4, bit for bit, without comment, title, sound, date or its encoder's settings."""
     from imageio_ffmpeg import get_ffmpeg_exe
 
     bare = ["-map", "0:v:0", "-c", "copy", "-map_metadata", "-1", "-fflags", "+bitexact", "-movflags", "+faststart"]
+    if clip.codec == "h264":
+        bare += ["-bsf:v", "filter_units=remove_types=6"]  # SEI, where x264 writes its version and settings
+    source = clip.path
     command = [get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", str(source.resolve()), *bare, str(target.resolve())]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

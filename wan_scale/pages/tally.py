@@ -85,6 +85,7 @@ def counted(answers: list[dict], first: list[int]) -> dict:
             "ties": lead[0],
             "agreement": agreement(votes),
             "clip 1 chosen": ones,
+            "A on the left": sum(first[a["pair"]] == 1 for a in mine),
             "interval of clip 1": wilson(ones, n),
         }
     return result
@@ -105,10 +106,10 @@ def tally(files: list[str], out: str | Path) -> str:
     answers, of = [], {}
     for path in map(Path, files):
         found = read_answers(path, key["study"], len(key["pairs"]))
-        for who in (("session", str(found["session"])), ("rater", str(found["rater"]).strip().lower())):
-            if who in of:
-                raise ValueError(f"{of[who]} and {path} are of one rater, {found['rater']!r}; leave one of them out.")
-            of[who] = path
+        who = str(found["session"])  # two raters may have the same initials
+        if who in of:
+            raise ValueError(f"{of[who]} and {path} are of one rater, {found['rater']!r}; leave one of them out.")
+        of[who] = path
         answers.append(found)
     numbers = counted(answers, [row["A is clip"] for row in key["pairs"]])
     raters = [{"rater": a["rater"], "answers": len(a["answers"])} for a in answers]
@@ -143,8 +144,12 @@ def table(key: dict, numbers: dict, raters: list[dict]) -> str:
         low, high = n["interval of clip 1"]
         if n["answers"] and not low <= 0.5 <= high:
             share = percent(n["clip 1 chosen"] / n["answers"])
-            lines.append(f"\n{question}: the clip on the left was chosen in {share} of answers. Each method stands "
-                         "there equally often, so this adds noise and favours neither.")  # fmt: skip
+            habit = f"\n{question}: the clip on the left was chosen in {share} of answers"
+            if 2 * n["A on the left"] == n["answers"]:
+                lines.append(f"{habit}. Each method stood there equally often, so this adds noise and favours neither.")
+            else:
+                there = percent(n["A on the left"] / n["answers"])
+                lines.append(f"{habit}, and {a} stood there in {there}: a habit of raters moves the rate that way.")
     if late := [f"{r['rater']} {r['answers']} of {full}" for r in raters if r["answers"] < full]:
         lines.append(f"\nNot finished: {', '.join(late)} answers. What is there counts.")
     return "\n".join(lines) + "\n\n" + PAPER + "\n"

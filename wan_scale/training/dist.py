@@ -139,8 +139,12 @@ def reshard(*nets: nn.Module) -> None:
 
 
 def reduce_over_copies(net: nn.Module, now: bool) -> None:
-    """Whether the next backward pass sums gradients over the copies of the weights (HSDP) too; else they wait here."""
-    for part in (module for module in net.modules() if isinstance(module, FSDPModule)):
+    """Whether the next backward pass sums gradients over the copies of the weights (HSDP) too; else they wait here.
+
+    Those of the root, a few layers, are always summed: each of a student's calls gives gradients to other parameters of
+    it, and FSDP2 keeps what waits as one buffer, which it would add up as if they were the same.
+    """
+    for part in (module for module in net.modules() if isinstance(module, FSDPModule) and module is not net):
         part.set_requires_all_reduce(now, recurse=False)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -70,8 +71,10 @@ def step_of(line: str) -> int:
 class Memory:
     """Peak memory of the first update of each kind on this GPU, beside what `plan` said; nothing on a CPU.
 
-    planned: bytes by kind of update (plan()["peak"]).
+    planned: bytes by kind of update (plan()["peak"]). `most`: of all updates since it was set to 0.
     """
+
+    most: ClassVar = {"allocated_gb": 0.0, "reserved_gb": 0.0}
 
     def __init__(self, device, planned: dict):
         self.device, self.planned, self.seen = device, planned, set()
@@ -84,6 +87,7 @@ class Memory:
         found = {"update": kind, "allocated_gb": torch.cuda.max_memory_allocated(self.device) / GB}
         found["reserved_gb"] = torch.cuda.max_memory_reserved(self.device) / GB
         torch.cuda.reset_peak_memory_stats(self.device)  # the next may be another net's
+        self.most.update({key: max(value, found[key]) for key, value in self.most.items()})
         if kind in self.seen:
             return None
         self.seen.add(kind)

@@ -169,7 +169,8 @@ class WanPhase(tmd.Phase):
             if dist.rank() == 0:
                 saves = math.ceil(steps / every) if self.minutes >= 1e6 else math.inf  # else the clock saves as well
                 student = sum(map(size_of, self.ema.named.values()))
-                checkpoints.check_room(path, self.size(), min(self.keep, saves - 1), student)
+                there = len(checkpoints.complete(path))  # the first save here may stand beside them
+                checkpoints.check_room(path, self.size(), min(self.keep, there + saves - 1), student)
         with told_to_stop(bool(path)) as asked:
             ema = super().run(accumulated, steps, path, on_step=stepped, progress=progress, **kw)
             if any(dist.gathered(bool(asked))):  # in the last update: what comes next must not begin
@@ -235,8 +236,8 @@ def size_of(p: torch.Tensor) -> int:
 def in_step(micro_batches: int, ranks: int) -> int:
     """How many micro-batches in a row, of `micro_batches` an update, toss stage 1's coin for r < s alike.
 
-    Those of all ranks at once, or most would wait for one that needs the finite difference. Up to eight ranks it is the
-    same number, and so the same update, for any of them.
+    Those of all ranks at once, or most would wait for one that needs the finite difference. With 1, 2, 4 or 8 ranks it
+    is the same number, and so the same update, where they divide the micro-batches.
     """
     eight = math.gcd(8, micro_batches)
     return ranks if eight % ranks else eight  # choice: ranks in step
