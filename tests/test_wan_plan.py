@@ -341,24 +341,27 @@ def saved_bytes(run, *nets) -> int:
 WIDE = {**TINY, "num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 1024, "num_layers": 2}
 
 
-def test_live_block_estimate():
+@pytest.mark.parametrize("trained, wide, rel", [(True, 4, 0.08), (False, 2, 0.15)])
+def test_live_block_estimate(trained, wide, rel):
     """What one block of the stock model saves under bf16 autocast is the estimate to 8 %, and grows with the
-    feed-forward width.
+    feed-forward width. With frozen weights, as the teacher's, it is less (to 15 %: the estimate is a GPU's, whose norms
+    are float32).
     """
-    n = 2048
-    size = {}
+    n, size = 2048, {}
+    kind, moment = ("stage1", "head's last block") if trained else ("student", "features of the teacher")
+    estimate = lambda config, n, H=5: moments(config, n, kind, H=H, disc=1.0)[moment]["block and discriminator at work"]
     for ffn in (1024, 2048):
         config = {**WIDE, "ffn_dim": ffn}
-        block = diffusers.WanTransformer3DModel(**config).blocks[0]
+        block = diffusers.WanTransformer3DModel(**config).blocks[0].requires_grad_(trained)
         h, text, six = torch.randn(1, n, 256, dtype=torch.bfloat16), torch.randn(1, 8, 256), torch.randn(1, 6, 256)
         rope = torch.randn(1, n, 1, 64), torch.randn(1, n, 1, 64)
         # autocast's, which the plan counts by themselves
         copies = 2 * sum(p.numel() for p in block.parameters() if p.ndim == 2)
         size[ffn] = saved_bytes(partial(block, h.requires_grad_(), text, six, rope), block) - copies
-        assert memory(config, n, "stage1", H=1)["block and discriminator at work"] == pytest.approx(size[ffn], rel=0.08)
-    assert size[2048] - size[1024] == pytest.approx(n * 4 * 1024, rel=0.01)
-    assert memory(WAN["1.3b"], 32760, "stage1")["block and discriminator at work"] / GB == pytest.approx(4.3, abs=0.05)
-    assert memory(WAN["14b"], 32760, "stage1")["block and discriminator at work"] / GB == pytest.approx(12.4, abs=0.05)
+        assert estimate(config, n, H=1) == pytest.approx(size[ffn], rel=rel)
+    assert size[2048] - size[1024] == pytest.approx(n * wide * 1024, rel=0.01)
+    for name, large in (("1.3b", 4.3 if trained else 2.6), ("14b", 12.4 if trained else 7.7)):
+        assert estimate(WAN[name], 32760) / GB == pytest.approx(large, abs=0.05)
 
 
 @pytest.mark.parametrize("N", [1, 3])

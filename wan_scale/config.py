@@ -142,8 +142,8 @@ class Wan(Settings):
                           choices=("auto", "on", "off"))  # fmt: skip
     graph: str = option("auto", "the flow head as a CUDA graph in sampling: off, or auto: on a GPU", "memory and speed",
                         choices=("auto", "off"))  # fmt: skip
-    tf32: bool = option(False, "TF32 in stage 1's float32 finite difference: several times faster on a GPU, 10 bits of "
-                        "mantissa", "memory and speed")  # fmt: skip
+    tf32: bool = option(False, "TF32 in stage 1's float32 finite difference: its linear layers several times faster on "
+                        "a GPU, 10 bits of mantissa", "memory and speed")  # fmt: skip
 
     student: str = option("tmd", "the student of sample, export and eval: tmd, dmd2v or teacher", "sampling",
                           choices=("tmd", "dmd2v", "teacher"))  # fmt: skip

@@ -69,15 +69,22 @@ def moments(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2
     live = n * ((36.3 if compiled else 68.5) * k["D"] + 4 * k["ffn_dim"])
     if lora:  # what is between A and B is kept; that A's input becomes fp32 for a moment is less than what is passing
         live += n * 16 * lora
+    # With frozen weights, as the teacher's, neither inputs of linear layers are kept nor what the scales of RMSNorm and
+    # AdaLN multiply: 44 bytes a number, and 2 of the feed-forward, counted at 14B (`rehearse`). Compiled: not counted.
+    live_frozen = live if compiled else n * (44 * k["D"] + 2 * k["ffn_dim"])
     attended = 2 * (bf16 * wide + fp32 * n * k["num_attention_heads"])  # of self- and of cross-attention
-    work = {"none": 0.0, "selective": live - attended, "full": live}[checkpointing]
+    again = lambda size: {"none": 0.0, "selective": size - attended, "full": size}[checkpointing]
+    work = again(live)
     fused = 38 if checkpointing == "none" else 13.3
     # With checkpointing much of the block is let go when its largest gradients come; counted at 1.3B (`rehearse`).
     found["block in passing"] = passing if checkpointing == "none" else 16 * wide
 
-    def at(blocks: int, calls: int, gathered: float, whole_gradients: float = 0.0, at_work: float = work) -> dict:
-        """All terms while the graph holds so many blocks and head calls."""
-        graph = {"whole blocks": blocks * live} if checkpointing == "none" else {"block inputs": blocks * bf16 * wide}
+    def at(blocks: int, calls: int, gathered: float, whole_gradients: float = 0.0, at_work: float = work,
+           frozen: int = 0) -> dict:  # fmt: skip
+        """All terms while the graph holds so many blocks, some of them `frozen` ones, and head calls."""
+        graph = {"block inputs": blocks * bf16 * wide}
+        if checkpointing == "none":
+            graph = {"whole blocks": (blocks - frozen) * live + frozen * live_frozen}
         graph["attention outputs"] = blocks * attended * (checkpointing == "selective")
         graph["outside blocks"] = (H > 0) * calls * fused * wide
         graph["gradients of the head, whole"] = whole_gradients
@@ -100,22 +107,23 @@ def moments(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2
         return {"fake score, last block": at(L, 0, kept + root + min(2, L) * one, **busy),
                 "fake score, the block before": at(L - 1, 0, kept + root + min(3, L) * one, **busy)}  # fmt: skip
     calls = 1 if kind == "stage1" else N
-    found_at = {"head's last block": at(L - H + calls * H, calls, kept + (0 if H else min(2, L) * one)),
+    there = {"head's last block": at(L - H + calls * H, calls, kept + (0 if H else min(2, L) * one)),
                 "backbone": at(L - H, 0, kept + min(3, L - H) * one)}  # fmt: skip
     if H and calls == 1:  # the backbone's last block is fetched, the gradients of the head's second are on their way
-        found_at["head's first block"] = at(L - H + 1, 1, kept + (1 + (H > 1)) * one)
+        there["head's first block"] = at(L - H + 1, 1, kept + (1 + (H > 1)) * one)
     if H and calls > 1:
         # Autograd sums the gradients of the N head calls before it hands them on: those of the last call wait, whole
         # and in fp32, while the calls before it run backwards. Its first block has fetched the backbone's last.
         whole = fp32 * (H * teacher["block"] + added)
-        found_at["head, the calls before the last"] = at(L - H + (calls - 1) * H, calls - 1, kept + one, whole)
+        there["head, the calls before the last"] = at(L - H + (calls - 1) * H, calls - 1, kept + one, whole)
     if kind == "student" and disc:
         # First of all the discriminator and the teacher's features. The teacher is bf16: no copy is made of a block.
-        frozen = min(2, L) * teacher["block"] + teacher["total"] - teacher["blocks"]
-        frozen *= bf16 * (offload_teacher or (shard_teacher and gpus > 1))
-        inputs, busy = L - H + calls * H + last_tap + 1, max(work, disc_bytes + disc_live)
-        found_at["features of the teacher"] = at(inputs, calls, kept - cast + frozen, at_work=busy)
-    return found_at
+        fetched = min(2, L) * teacher["block"] + teacher["total"] - teacher["blocks"]
+        fetched *= bf16 * (offload_teacher or (shard_teacher and gpus > 1))
+        seen = last_tap + 1
+        busy = {"at_work": max(again(live_frozen), disc_bytes + disc_live), "frozen": seen}
+        there["features of the teacher"] = at(L - H + calls * H + seen, calls, kept - cast + fetched, **busy)
+    return there
 
 
 def memory(config: dict, n_tokens: int, kind: str, **how) -> dict[str, float]:

@@ -45,8 +45,8 @@ def plan(model: str | dict = "1.3b", *, gpus: int = 8, card_gb: float = 141, tfl
 
     model: "1.3b", "14b" or a transformer's config. batch: clips an update; micro_batch: clips a GPU holds at once.
     stage1, stage2: updates and iterations, by default the paper's. H = 0 plans DMD2-v. lora: rank of adapters on a
-    shared base. checkpointing may be "auto". card_gb: memory of a GPU. rates: of a measured GPU (measured_rates), in
-    place of tflops. RAISES ValueError on settings that cannot run.
+    shared base. checkpointing may be "auto". card_gb: memory of a GPU. fp32_slowdown, tf32: as in rates_of. rates: of a
+    measured GPU (measured_rates), in place of tflops and these. RAISES ValueError on settings that cannot run.
     """
     settings = dict(gpus=gpus, card_gb=card_gb, tflops=tflops, M=M, N=N, H=H, frames=frames, height=height, width=width,
                     batch=batch, micro_batch=micro_batch, student_every=student_every, lora=lora,
