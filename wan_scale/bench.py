@@ -27,7 +27,7 @@ from wan_scale.config import Wan, preset
 from wan_scale.cost.benchmarks import RESULTS
 from wan_scale.cost.memory import RESERVE, choose_checkpointing, memory
 from wan_scale.cost.sizes import GB, WAN, discriminator, known, latent, tokens
-from wan_scale.cost.work import measured_rates, rates_of, step_work, time_of
+from wan_scale.cost.work import FP32_SLOWDOWN, measured_rates, rates_of, step_work, time_of
 from wan_scale.data.files import write_json
 from wan_scale.model import WanDiscriminator, WanNetwork, feature_channels
 from wan_scale.training import dist, lora, train, weights
@@ -82,7 +82,7 @@ class Bench:
             if not forward:
                 return 0.0
             teacher = step_work(self.config, self.tokens, "teacher", H=self.cfg.H)["teacher"]
-            rate = rates_of(time_of(teacher, rates_of(1.0, 1.0)) / forward, 8.0)
+            rate = rates_of(time_of(teacher, rates_of(1.0, 1.0)) / forward, FP32_SLOWDOWN, tf32)
         how = dict(N=self.cfg.N, last_tap=self.cfg.tap_blocks[-1], disc_flops=self.disc["flops"], H=self.cfg.H,
                    disc_checkpointing=True) | how  # fmt: skip
         return sum(time_of(work, rate) for work in step_work(self.config, self.tokens, kind, **how).values())

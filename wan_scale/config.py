@@ -142,8 +142,8 @@ class Wan(Settings):
                           choices=("auto", "on", "off"))  # fmt: skip
     graph: str = option("auto", "the flow head as a CUDA graph in sampling: off, or auto: on a GPU", "memory and speed",
                         choices=("auto", "off"))  # fmt: skip
-    tf32: bool = option(False, "TF32 in stage 1's float32 finite difference: several times faster on a GPU, 10 bits of "
-                        "mantissa", "memory and speed")  # fmt: skip
+    tf32: bool = option(False, "TF32 in stage 1's float32 finite difference: its linear layers several times faster on "
+                        "a GPU, 10 bits of mantissa", "memory and speed")  # fmt: skip
 
     student: str = option("tmd", "the student of sample, export and eval: tmd, dmd2v or teacher", "sampling",
                           choices=("tmd", "dmd2v", "teacher"))  # fmt: skip
@@ -208,14 +208,12 @@ class Wan(Settings):
         """These settings as arguments of plan.plan, some of them `changed`; the transformer and rates are not here."""
         same = (
             "M N H frames height width micro_batch lora gpus card_gb tflops context_parallel shard_over "
-            "offload_teacher ema_on_host checkpointing disc_width"
+            "offload_teacher ema_on_host checkpointing disc_width tf32"
         ).split()
         found = {name: getattr(self, name) for name in same}
         found |= {"batch": self.global_batch, "clips": self.clips or 500_000, "compiled": self.compile != "off"}
         found |= {"stage1": self.stage1_updates, "stage2": self.stage2().iterations, "last_tap": self.tap_blocks[-1]}
-        # choice: float32 runs at an eighth of the bf16 rate, with TF32 at half of it (data sheets, not measured)
-        found |= {"disc_checkpointing": self.checkpointing != "none", "fp32_slowdown": 2.0 if self.tf32 else 8.0}
-        return found | changed
+        return found | {"disc_checkpointing": self.checkpointing != "none"} | changed
 
     def of_the_training(self, phase: str = "") -> dict:
         """The settings that decide the weights of a phase, by option: its checkpoints are compared by them."""

@@ -22,7 +22,7 @@ from wan_scale.cost.sizes import (
     student_parameters,
     tokens,
 )
-from wan_scale.cost.work import flops, rates_of, step_flops, step_work, time_of
+from wan_scale.cost.work import FP32_SLOWDOWN, flops, rates_of, step_flops, step_work, time_of
 
 # Table 7: updates of stage 1, iterations of stage 2 at M = 1 and M >= 2, updates of DMD2-v's KD warm-up; width of the
 # discriminator's convolutions.
@@ -37,16 +37,16 @@ def plan(model: str | dict = "1.3b", *, gpus: int = 8, card_gb: float = 141, tfl
          N: int = 2, H: int = 5, frames: int = 81, height: int = 480, width: int = 832, batch: int = 64,
          micro_batch: int = 1, stage1: int | None = None, stage2: int | None = None, student_every: int = 5,
          last_tap: int | None = None, disc_width: int | None = None, disc_checkpointing: bool = False,
-         shard_teacher: bool = True, flow_map_share: float = 0.25, fp32_slowdown: float = 2.0, clips: int = 500_000,
-         text: int = 512, lora: int = 0, context_parallel: int = 1, checkpointing: str = "full",
-         compiled: bool = False, shard_over: int = 0, offload_teacher: bool = False,
+         shard_teacher: bool = True, flow_map_share: float = 0.25, fp32_slowdown: float = FP32_SLOWDOWN,
+         tf32: bool = False, clips: int = 500_000, text: int = 512, lora: int = 0, context_parallel: int = 1,
+         checkpointing: str = "full", compiled: bool = False, shard_over: int = 0, offload_teacher: bool = False,
          ema_on_host: bool = False, rates: dict | None = None) -> dict:  # fmt: skip
     """Every number of the report.
 
     model: "1.3b", "14b" or a transformer's config. batch: clips an update; micro_batch: clips a GPU holds at once.
     stage1, stage2: updates and iterations, by default the paper's. H = 0 plans DMD2-v. lora: rank of adapters on a
-    shared base. checkpointing may be "auto". card_gb: memory of a GPU. rates: of a measured GPU (measured_rates), in
-    place of tflops. RAISES ValueError on settings that cannot run.
+    shared base. checkpointing may be "auto". card_gb: memory of a GPU. fp32_slowdown, tf32: as in rates_of. rates: of a
+    measured GPU (measured_rates), in place of tflops and these. RAISES ValueError on settings that cannot run.
     """
     settings = dict(gpus=gpus, card_gb=card_gb, tflops=tflops, M=M, N=N, H=H, frames=frames, height=height, width=width,
                     batch=batch, micro_batch=micro_batch, student_every=student_every, lora=lora,
@@ -80,7 +80,7 @@ def plan(model: str | dict = "1.3b", *, gpus: int = 8, card_gb: float = 141, tfl
     paper = {"stage1": run["stage1"], "kd": run["kd"], "stage2": run["stage2"][M > 1]}
     iterations = paper | {name: given for name, given in (("stage1", stage1), ("stage2", stage2)) if given is not None}
 
-    size, rate = latent(frames, height, width), rates or rates_of(tflops, fp32_slowdown)
+    size, rate = latent(frames, height, width), rates or rates_of(tflops, fp32_slowdown, tf32)
     disc = discriminator(config, size, disc_width)
     shared = {"N": N, "H": H, "last_tap": last_tap, "lora": lora}
     held = dict(gpus=gpus, micro_batch=micro_batch, context_parallel=K, compiled=compiled, shard_over=shard_over,
@@ -94,11 +94,11 @@ def plan(model: str | dict = "1.3b", *, gpus: int = 8, card_gb: float = 141, tfl
     memories = {kind: memory(config, n, kind, checkpointing=checkpointing, **held) for kind in kinds}
     peak = {kind: sum(terms.values()) for kind, terms in memories.items()}
 
-    together = micro_batch * (1 if lora else gpus // K)  # with adapters GPUs wait for each other once an update
     working = dict(disc_flops=disc["flops"], flow_map_share=flow_map_share, text=text, checkpointing=checkpointing,
-                   together=together, disc_checkpointing=disc_checkpointing)  # fmt: skip
+                   together=micro_batch, disc_checkpointing=disc_checkpointing)  # fmt: skip
     works = {kind: step_work(config, n, kind, compiled=compiled, **shared, **working) for kind in (*kinds, "kd")}
-    steps = {kind: step_flops(config, n, kind, fp32_slowdown=fp32_slowdown, **shared, **working) for kind in works}
+    slow = {"fp32_slowdown": fp32_slowdown, "tf32": tf32}
+    steps = {kind: step_flops(config, n, kind, **slow, **shared, **working) for kind in works}
     in_seconds = lambda step: {term: time_of(work, rate) for term, work in step.items()}
     terms = {kind: in_seconds(step) for kind, step in works.items()}  # of one clip
     whole = lambda term: term.startswith("discriminator")  # every GPU of a group does all of it

@@ -19,6 +19,8 @@ UNITS = ("linear", "weight gradients", "attention", "attention backward", "convo
 # Bytes that elementwise work moves in the (forward, backward) pass, counted on the stock block under bf16 autocast:
 MOVED = {False: (354, 737), True: (42, 117)}  # for a number of a block's hidden state; compiled or not
 MOVED_OUTSIDE, MOVED_WIDE = (116, 215), (4, 8)  # for one in the head's fusion and output layer; in the feed-forward
+# choice: float32 runs at an eighth of the bf16 rate, linear layers with TF32 at half of it (data sheets, not measured)
+FP32_SLOWDOWN, TF32_SLOWDOWN = 8.0, 2.0
 
 
 def flops(config: dict, n_tokens: int, text: int = 512, H: int = 5) -> dict[str, dict[str, float]]:
@@ -61,7 +63,7 @@ def step_work(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5,
 
     kind: "stage1", "student" and "critic" (stage 2), "kd", "sample" (tmd.sample, M transitions), "teacher" (one
     forward). H = 0, N = 1 is DMD2-v.
-    together: clips of all GPUs at once. If one of them needs stage 1's finite difference (r < s), all GPUs wait for it.
+    together: clips of a micro-batch. If one of them needs stage 1's finite difference (r < s), it is made for all.
     attention_backward: forwards of attention that its gradient costs. Fused kernels compute the scores twice (2.5),
     plain ones do not (2).
     lora: the weights of a block take no gradient. The adapters' own products are left out: about 2 % of a block's
@@ -149,9 +151,10 @@ def step_work(config: dict, n_tokens: int, kind: str, *, N: int = 2, H: int = 5,
     return {term: some(work) for term, work in found.items() if any(work.values())}
 
 
-def step_flops(config: dict, n_tokens: int, kind: str, *, fp32_slowdown: float = 2.0, **how) -> dict[str, float]:
-    """FLOPs of step_work by term. fp32 ones count `fp32_slowdown` times: one bf16 rate then divides them all."""
-    one = rates_of(1e-12, fp32_slowdown)
+def step_flops(config: dict, n_tokens: int, kind: str, *, fp32_slowdown: float = 2.0, tf32: bool = False,
+               **how) -> dict[str, float]:  # fmt: skip
+    """FLOPs of step_work by term. fp32 ones count as often as rates_of says: one bf16 rate then divides them all."""
+    one = rates_of(1e-12, fp32_slowdown, tf32)
     return {term: time_of(work, one) for term, work in step_work(config, n_tokens, kind, **how).items()}
 
 
@@ -163,10 +166,15 @@ def known_mode(checkpointing: str) -> None:
 # ---- Rates: from work to seconds -------------------------------------------------------------------------------------
 
 
-def rates_of(tflops: float, fp32_slowdown: float) -> dict[str, float]:
-    """Units of work a second where no GPU was measured: one bf16 rate for everything, elementwise work for nothing."""
+def rates_of(tflops: float, fp32_slowdown: float, tf32: bool = False) -> dict[str, float]:
+    """Units of work a second where no GPU was measured: one bf16 rate for everything, elementwise work for nothing.
+
+    Float32 is `fp32_slowdown` times slower. With tf32 its linear layers are TF32_SLOWDOWN times slower, attention as
+    slow as before: its kernels need not follow the flag.
+    """
     rate = {unit: tflops * 1e12 for unit in UNITS} | {"bytes": math.inf}
-    return rate | {unit: tflops * 1e12 / fp32_slowdown for unit in ("fp32 linear", "fp32 attention")}
+    slower = {"fp32 linear": TF32_SLOWDOWN if tf32 else fp32_slowdown, "fp32 attention": fp32_slowdown}
+    return rate | {unit: tflops * 1e12 / times for unit, times in slower.items()}
 
 
 def measured_rates(record: dict, tf32: bool = False, attn: str | None = None) -> dict:
