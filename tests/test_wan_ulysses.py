@@ -268,8 +268,7 @@ def test_compiled_blocks(root):
 
 
 def test_plan():
-    """Cards that share a clip: activations over K, the student's times as before but for the whole discriminator, fewer
-    groups to feed.
+    """Cards that share a clip: activations over K, the student's times as before but for the whole discriminator.
     """
     one, four = (plan("14b", gpus=16, context_parallel=K) for K in (1, 4))
     a, b = one["memory"]["student"], four["memory"]["student"]
@@ -277,8 +276,8 @@ def test_plan():
     assert {key: b[key] for key in b if "block" not in key} == {key: a[key] for key in a if "block" not in key}
     rest = lambda p: {term: t for term, t in p["terms"]["stage1"].items() if "difference" not in term}
     assert rest(four) == pytest.approx(rest(one))
-    # fewer clips at once, so rarer one that needs the finite difference
-    assert four["seconds"]["stage1"] < one["seconds"]["stage1"]
+    # all GPUs toss the coin of the finite difference alike, so fewer clips at once wait no less often
+    assert four["seconds"]["stage1"] == pytest.approx(one["seconds"]["stage1"])
     extra = 3 * 64 / 16 * one["steps"]["student"]["discriminator, with input gradient"] / 400e12
     assert four["seconds"]["student"] == pytest.approx(one["seconds"]["student"] + extra)
     few, many = (plan("14b", gpus=gpus, context_parallel=8) for gpus in (256, 512))
