@@ -70,8 +70,9 @@ def moments(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2
     if lora:  # what is between A and B is kept; that A's input becomes fp32 for a moment is less than what is passing
         live += n * 16 * lora
     # With frozen weights, as the teacher's, neither inputs of linear layers are kept nor what the scales of RMSNorm and
-    # AdaLN multiply: 44 bytes a number, and 2 of the feed-forward, counted at 14B (`rehearse`). Compiled: not counted.
-    live_frozen = live if compiled else n * (44 * k["D"] + 2 * k["ffn_dim"])
+    # AdaLN multiply: 44 bytes a number, and 2 of the feed-forward, counted at 14B (`rehearse`). Compiled it was not
+    # counted: as with trained weights, less the input of the last linear layer.
+    live_frozen = n * ((36.3 if compiled else 44) * k["D"] + 2 * k["ffn_dim"])
     attended = 2 * (bf16 * wide + fp32 * n * k["num_attention_heads"])  # of self- and of cross-attention
     again = lambda size: {"none": 0.0, "selective": size - attended, "full": size}[checkpointing]
     work = again(live)
