@@ -138,7 +138,7 @@ def test_what_is_chosen_is_what_plays(page, width):
             shown.choose(f"#{slot}", word)
         assert shown.js("document.querySelector('#row-tmd .clip').className") == "clip wrong"
         wrong = [word for word, asked in zip(PROMPTS[0].split(), PROMPTS[i].split()) if word != asked]
-        assert shown.js("document.querySelector('#row-tmd .read').textContent") == "read: " + " ".join(wrong)
+        assert shown.js("document.querySelector('#row-tmd .read').textContent") == "read as: " + " ".join(wrong)
         # models are hidden and shown
         shown.click('#models input[value="teacher/1"]')
         left = shown.js(TOLD)
