@@ -277,8 +277,8 @@ def test_plan():
     assert {key: b[key] for key in b if "block" not in key} == {key: a[key] for key in a if "block" not in key}
     rest = lambda p: {term: t for term, t in p["terms"]["stage1"].items() if "difference" not in term}
     assert rest(four) == pytest.approx(rest(one))
-    # fewer clips at once, so rarer one that needs the finite difference
-    assert four["seconds"]["stage1"] < one["seconds"]["stage1"]
+    # however many clips there are at once: all GPUs toss stage 1's coin alike
+    assert four["seconds"]["stage1"] == pytest.approx(one["seconds"]["stage1"])
     extra = 3 * 64 / 16 * one["steps"]["student"]["discriminator, with input gradient"] / 400e12
     assert four["seconds"]["student"] == pytest.approx(one["seconds"]["student"] + extra)
     few, many = (plan("14b", gpus=gpus, context_parallel=8) for gpus in (256, 512))
