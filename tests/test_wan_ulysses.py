@@ -276,7 +276,7 @@ def test_plan():
     assert {key: b[key] for key in b if "block" not in key} == {key: a[key] for key in a if "block" not in key}
     rest = lambda p: {term: t for term, t in p["terms"]["stage1"].items() if "difference" not in term}
     assert rest(four) == pytest.approx(rest(one))
-    # all GPUs toss the coin of the finite difference alike, so fewer clips at once wait no less often
+    # however many clips there are at once: all GPUs toss stage 1's coin alike
     assert four["seconds"]["stage1"] == pytest.approx(one["seconds"]["stage1"])
     extra = 3 * 64 / 16 * one["steps"]["student"]["discriminator, with input gradient"] / 400e12
     assert four["seconds"]["student"] == pytest.approx(one["seconds"]["student"] + extra)

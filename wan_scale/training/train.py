@@ -179,10 +179,10 @@ class Training:
         these = {"gpus": dist.world(), "card_gb": size, "H": H, "N": cfg.N if H else 1, "compiled": compiled}
         return cfg.planned(**these, **more)
 
-    def maker(self, feed: Feed, kind=WanPhase):
-        """A WanPhase, as these settings want it."""
+    def maker(self, feed: Feed, kind=None):
+        """A WanPhase, or a `kind` of it, as these settings want it."""
         cfg = self.cfg
-        make = partial(kind, feed=feed, accumulate=self.accumulate, context=cfg.context_parallel,
+        make = partial(kind or WanPhase, feed=feed, accumulate=self.accumulate, context=cfg.context_parallel,
                        minutes=cfg.save_minutes, verify=cfg.verify, before=self.before)  # fmt: skip
         # GPU memory is what it is about, and the EMA moves once an update
         return partial(make, ema_on="cpu") if cfg.lora or cfg.ema_on_host else make
