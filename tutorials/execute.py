@@ -29,7 +29,7 @@ ROOT = FOLDER.parent
 # calls in a notebook that read files of results/
 PUBLISHED = {"weights.pt", "metrics.json", "teacher.json", "teacher.safetensors"}
 READS = {"claims(": {"claims.json"}, "published(": PUBLISHED}
-LIMIT = 120  # seconds that a reader should have to wait at most, on two free cores
+LIMIT = 180  # seconds that a reader should have to wait at most, on two free cores; slow ones are a third slower
 
 
 def code(notebook) -> str:
