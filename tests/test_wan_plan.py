@@ -498,6 +498,7 @@ class Peak(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("mode, micro", [("full", 1), ("selective", 2)])
+@pytest.mark.slow  # counted by rehearsals as well (test_wan_rehearse.py)
 def test_peak_of_real_updates(mode, micro):
     """What a stage 1, a student's and a critics' update of the real loops hold at their peak, weights and AdamW too, is
     the plan to 7 %.
