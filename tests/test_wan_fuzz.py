@@ -177,7 +177,9 @@ def test_thirty_kills_lose_nothing(tmp_path):
         while (status := run_for(out, least + draw.uniform(0, 3) if kills < 30 else None)) == -signal.SIGKILL:
             kills += 1
             names, steps = saved(out)
-            assert names >= before[0] and all(steps[phase] >= before[1][phase] for phase in steps), (kills, before)
+            assert names >= before[0], (kills, before)
+            for phase, step in steps.items():  # stage 1's checkpoints go when stage 2 has its own
+                assert step >= before[1][phase] or f"{phase}/student.json" in names, (kills, phase, steps, before)
             before = names, steps
         assert status == 0 and result(out) == wanted, (rounds, status)
         rounds += 1

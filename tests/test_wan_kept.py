@@ -305,6 +305,28 @@ def test_another_teacher_is_refused(world, begun, monkeypatch):
         train.stage1(settings(world, begun, model=str(world / "other")))
 
 
+def test_a_flipped_bit_of_the_teacher_is_refused(world, begun, monkeypatch):
+    """Also where the fingerprint does not look, far from the middle of a tensor; older students do not know it."""
+    model = begun / "copy"
+    shutil.copytree(world / "tiny", model)
+    file = next((model / "transformer").glob("*.safetensors"))
+    data = file.read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    places = [e["data_offsets"] for e in json.loads(data[8 : 8 + header]).values() if "data_offsets" in e]
+    flip(file, 8 + header + max(places, key=lambda at: at[1] - at[0])[0])  # the first byte of the largest
+    cfg = settings(world, begun, model=str(model))
+    assert students.transformer_of(cfg) == students.transformer_of(settings(world, begun))
+    monkeypatch.setattr(train.Training, "run", lambda *a, **k: pytest.fail("trained"))
+    for work in (train.stage1, train.stage2):
+        with pytest.raises(RuntimeError, match="stage1 holds a student made with another --model, or a damaged one;"):
+            work(cfg)
+    monkeypatch.undo()
+    facts = students.described(begun / "stage1")
+    del facts["transformer_sha256"]
+    kept.write(begun / "stage1" / "student.json", facts)
+    assert train.stage1(cfg)["updates"] == 2
+
+
 def test_more_updates_for_a_finished_stage(world, begun):
     """Two updates and two more are four in one piece, bit for bit, and the description says so; a student made from
     the shorter one is refused.

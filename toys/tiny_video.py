@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,6 +72,7 @@ class ToyVideo(ToySettings):
     kd_count: int = option(1000, "teacher trajectories of the KD warm-up; paper: 10000", "baseline", least=1)
     kd_steps: int = option(25, "steps of each of them; paper: 50", "baseline", least=1)
     prompts: str = option("", "prompts of the contact sheet, separated by commas; default one per motion", "run")
+    compile: bool = option(False, "compile blocks and discriminator: a minute, then faster; always on a GPU", "run")
 
     def __post_init__(self):
         tmd.choose("size", self.size, ("", *SIZES))
@@ -138,14 +141,15 @@ class VideoLadder(Ladder):
     of_teacher = ("seed", "frames", "pixels", "modes", "patch_frames", "patch_pixels", "width", "depth", "heads",
                   "batch", "teacher_updates", "teacher_lr")  # fmt: skip
     teacher_decay = video_teacher.RECIPES[8]["decay"]
-    only_shown, kd_chunk, curve_samples = ("prompts", "curve"), 1000, 10_000
+    only_shown, kd_chunk, curve_samples = ("prompts", "curve", "compile"), 1000, 10_000
 
     def __init__(self, cfg: ToyVideo):
         super().__init__(cfg)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cuda":
             self.precision = self.precision_of("cuda")
-            compile_blocks()
+        if cfg.compile or self.device == "cuda":
+            compile_networks()
         self.world = World(cfg.frames, cfg.pixels, cfg.modes)
         self.ruler = Ruler(self.world)
         self.kd_count, self.kd_steps = cfg.kd_count, cfg.kd_steps
@@ -220,13 +224,17 @@ def published() -> tuple[VideoLadder, dict]:
     return bench, found
 
 
-def compile_blocks() -> None:
-    """Compile the forward of a transformer block, once for all networks, so that a GPU's elementwise passes fuse."""
-    if not hasattr(video_net.DiTBlock, "eager"):
-        torch._dynamo.config.recompile_limit = (
-            64  # with and without gradient, autocast (du/ds runs without), and by batch size
-        )
-        video_net.DiTBlock.eager, video_net.DiTBlock.forward = (
-            video_net.DiTBlock.forward,
-            torch.compile(video_net.DiTBlock.forward),
-        )
+def compile_networks() -> None:
+    """Compile a transformer block and the discriminator, once for all networks, so that elementwise passes fuse.
+
+    ValueError where a CPU has no C++ compiler, which torch.compile needs there.
+    """
+    compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
+    if not torch.cuda.is_available() and not any(map(shutil.which, compilers)):
+        raise ValueError("--compile needs a C++ compiler and found none; install g++, or leave --compile out.")
+    # with and without gradient, autocast (du/ds runs without), and by batch size
+    torch._dynamo.config.recompile_limit = 64
+    for network in (video_net.DiTBlock, video_net.VideoDiscriminator):
+        if not hasattr(network.forward, "eager"):
+            eager, network.forward = network.forward, torch.compile(network.forward)
+            network.forward.eager = eager

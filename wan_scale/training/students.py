@@ -23,7 +23,8 @@ def describe(cfg: Wan, how: WanStudentConfig, layers: int, **more) -> dict:
     nfe = tmd.effective_nfe(how.M, how.N, how.H, layers)
     clip = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
     made = {"recipe": cfg.of_the_training(more["phase"]), "transformer": transformer_of(cfg)}
-    made["parts"] = checksums(cfg.model) if dist.rank() == 0 else {}  # rank 0 writes student.json
+    if dist.rank() == 0:  # which writes student.json
+        made |= {"parts": checksums(cfg.model), "transformer_sha256": bytes_of_transformer(cfg)}
     return {**asdict(how), **clip, "effective_nfe": nfe, **made, **more}
 
 
@@ -62,6 +63,11 @@ def transformer_of(cfg: Wan) -> str:
     return fingerprint(Path(cfg.model), "transformer")
 
 
+def bytes_of_transformer(cfg: Wan) -> str:
+    """Checksum of all of its bytes, which tells a flipped bit too: a second a GB, once a process."""
+    return checksums(cfg.model, ("transformer",))["transformer"]
+
+
 def start_of(folder: Path) -> dict:
     """What a phase is told of the finished one that it starts from."""
     return {"phase": folder.name, "sha256": described(folder)["sha256"]} if finished_there(folder) else {}
@@ -85,6 +91,9 @@ def finished(folder: Path, cfg: Wan, told: bool = True, longer: bool = False) ->
     more = keys and keys <= LENGTHS and all(mine[key] > facts["recipe"].get(key, mine[key]) for key in keys)
     if "transformer" in facts and facts["transformer"] != transformer_of(cfg):
         keys.add("--model")
+    elif whole := facts.get("transformer_sha256"):  # students of older versions have none
+        now = dist.agreed(bytes_of_transformer(cfg) if dist.rank() == 0 else None)
+        keys |= {"--model, or a damaged one"} if now != whole else set()
     before = facts.get("start") or {}
     if before and (now := start_of(folder.parent / before["phase"])) and now != before:
         keys.add(f"student of {before['phase']}")
