@@ -23,7 +23,7 @@ wan: $(WAN)              ## the whole of wan_scale/ on a tiny random Wan: data, 
 
 test: $(WAN)             ## lint, then every test that is not marked slow
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest -q -n 2 --dist loadfile -m "not slow"
+	$(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 quick-test: $(STAMP)     ## the inner loop, under a minute: the method against closed forms, the layout, the pages
 	$(RUN) -m ruff check .

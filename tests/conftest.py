@@ -11,11 +11,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-LONGEST = "wan_dist tutorials toy wan_train video wan_lora wan_ulysses wan_run shapes wan_bench training".split()
+LONGEST = """toy wan_train wan_dist video wan_ulysses training shapes wan_rehearse wan_fuzz wan_lora wan_speed wan_run
+wan_bench oracles wan_shapes""".split()
 
 
 def pytest_collection_modifyitems(items):
-    """The files that take longest first, so that two workers end together; the order within a file stays."""
+    """The files that take longest first, so that two workers end together; the order within a file stays.
+
+    pytest-xdist keeps it with --no-loadscope-reorder.
+    """
     rank = {f"test_{name}": i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 

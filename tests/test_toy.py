@@ -110,9 +110,10 @@ def strip(value):
     return [strip(v) for v in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize(
-    "more", [[], ["--M", "2", "--outer", "renoised"], ["--conditional", "--guidance", "1.5", "--data", "moons"]]
-)
+OTHER = ["--M", "2", "--outer", "renoised"], ["--conditional", "--guidance", "1.5", "--data", "moons"]
+
+
+@pytest.mark.parametrize("more", [[], *(pytest.param(more, marks=pytest.mark.slow) for more in OTHER)])
 def test_same_seed_same_numbers_and_resume_after_kill(more, tmp_path, monkeypatch):
     """Killed with -9 in the middle and resumed, a run gives the numbers of an undisturbed one, bit for bit."""
     monkeypatch.setattr(plane_pictures, "draw", lambda folder: None)  # the quick run draws

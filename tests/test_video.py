@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import tmd_minimal as tmd
 import toy_video
+from toys import bench as toy_bench
 from toys import claims, claims_video, explore_video, tiny_video, video_net, video_pictures
 from toys.ladder import deepened
 from toys.moving_shapes import EMPTY, MOTIONS, World
@@ -208,6 +209,64 @@ def test_training_under_bf16_autocast_moves_the_weights_it_uses():
     exact = last_losses(contextlib.nullcontext())
     assert last_losses(torch.autocast("cpu", **bench.keywords)) == pytest.approx(exact, rel=0.1)
     assert last_losses(torch.autocast("cpu", dtype=torch.bfloat16)) > 1.3 * exact  # what the cache would do
+
+
+@pytest.fixture
+def eager_after(monkeypatch):
+    """What --compile changes for the whole process is taken back."""
+    for network_ in (video_net.DiTBlock, video_net.VideoDiscriminator):
+        monkeypatch.setattr(network_, "forward", network_.forward)
+
+
+def test_compile_is_for_those_who_ask_and_have_a_compiler(eager_after, monkeypatch):
+    """Blocks and discriminator, once; without a C++ compiler a sentence."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f) or (lambda *a: f(*a)))
+    few = {"own_teacher": True, "samples": 120}
+    forwards = [video_net.DiTBlock.forward, video_net.VideoDiscriminator.forward]
+    tiny_video.VideoLadder(tiny_video.ToyVideo(**few))
+    assert not compiled
+    for _ in range(2):
+        tiny_video.VideoLadder(tiny_video.ToyVideo(compile=True, **few))
+    assert compiled == forwards and video_net.DiTBlock.forward is not forwards[0]
+    monkeypatch.setattr(tiny_video.shutil, "which", lambda _: None)
+    with pytest.raises(ValueError, match=r"--compile needs a C\+\+ compiler and found none; install g\+\+, or"):
+        tiny_video.VideoLadder(tiny_video.ToyVideo(compile=True, **few))
+
+
+@pytest.mark.slow
+def test_compiled_networks_train_alike(eager_after, tmp_path):
+    """The first updates of every stage have the losses of the networks as they are, to rounding."""
+    found = []
+    for compiled in (False, True):
+        cfg = tiny_video.ToyVideo(**tiny_video.QUICK | {"iterations": 4, "stage1_updates": 2, "compile": compiled})
+        bench, seen = tiny_video.VideoLadder(cfg), []
+        keep = lambda phase, terms, seen=seen: seen.append({k: v.item() for k, v in terms.items()})
+        for how, stage1 in ((cfg.student_config(), cfg.stage1_config()), (cfg.student_config(H=0, N=1), None)):
+            tmd.seed_everything(0)
+            teacher = bench.network().requires_grad_(False)
+            student = tmd.TMDStudent(teacher, how.H) if how.H else tmd.PlainStudent(teacher)
+            student.requires_grad_(True)
+            more = {"c_neg": bench.c_neg, "on_step": keep, "progress": False, "seed": 0}
+            if stage1:
+                tmd.train_stage1(student, bench.data, how, stage1, **more)
+            disc = bench.discriminator()
+            tmd.train_stage2(student, teacher, disc, bench.data, how, cfg.stage2_config(), taps=bench.taps, **more)
+        found.append(seen)
+    eager, compiled = found
+    assert len(eager) == len(compiled) == 10
+    for a, b in zip(eager, compiled):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+def test_bench_says_how_many_times_as_fast_compiled_networks_are():
+    """Two columns more, where they were measured; as many cells in every line."""
+    row = {"stage": "teacher", "ms": 30.0, "floor_ms": 10.0, "peak_mb": 1.0}
+    plain, both = (toy_bench.markdown([{**row, **more}, row]).splitlines() for more in ({}, {"compiled_ms": 20.0}))
+    assert "compiled" not in plain[0] and both[2].endswith("| 20.0 | 1.50 |")
+    for lines in (plain, both):
+        assert len({line.count("|") for line in lines}) == 1
 
 
 @pytest.mark.parametrize(

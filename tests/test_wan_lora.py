@@ -298,6 +298,7 @@ def test_baseline_shares_the_base_too(world, tmp_path):
     assert sample.make_model(cfg).student.net.blocks[3].ffn.net[2].weight.shape == (48, 96)
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(world, tmp_path, monkeypatch):
     """Two gloo ranks, each with the whole base, make the updates of one process: with a clip each, and with every clip
     cut over both.

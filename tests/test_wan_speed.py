@@ -193,6 +193,7 @@ def test_adapters_are_compiled(net, batch):
             assert seen.forward == [2] * 4 and not seen.breaks
 
 
+@pytest.mark.slow
 def test_compiled_by_inductor(net, batch):
     """The compiler that GPUs use gives the same loss and gradients."""
     torch._dynamo.reset()

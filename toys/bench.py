@@ -6,6 +6,7 @@
 - On one and on two CPU threads, each in a process of its own, one after the other, with its peak memory.
 - Two calls of the teacher beside one call of twice the batch. Where one is faster, guidance and the discriminator's
   real and fake clips should share a call.
+- Where a rung has --compile: right after, the same updates compiled on one thread, and how many times as fast.
 - The student update with N = 1 stands beside the one with N steps. Claim C12: rollout costs (N-1) H / L of a forward
   and backward.
 """
@@ -16,6 +17,7 @@ import copy
 import resource
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -135,17 +137,30 @@ def stages(bench: Ladder, sampled: list[tuple[int, int]], n: int) -> dict:
     return updates
 
 
+def timed(ladder: type[Ladder], cfg, sampled, n: int, threads: int, repeats: int, recorders: dict) -> tuple:
+    """The ladder, {stage: ms} and, unless the networks are compiled, a Recorder of each stage into `recorders`."""
+    torch.set_num_threads(threads)
+    bench, times = ladder(cfg), {}
+    compiled = getattr(cfg, "compile", False)
+    what = f"{threads} thread{'s' * (threads > 1)}{', compiled' * compiled}"
+    for name, update in tqdm(stages(bench, sampled, n).items(), desc=what, disable=None):
+        if not compiled:
+            with Recorder() as recorders[name]:
+                update()
+        times[name] = median_ms(update, max(3, repeats // 10) if "sampling" in name else repeats, bench.device)
+    return bench, times
+
+
+def compiled_times(*setting) -> dict:
+    """{stage: ms} of compiled networks, in a process of their own."""
+    return timed(*setting, {})[1]
+
+
 def measure(ladder: type[Ladder], cfg, sampled, n: int, threads: int, repeats: int) -> list[dict]:
     """One row for each stage: milliseconds, milliseconds of its matrix products, their GFLOP, and the setting."""
-    torch.set_num_threads(threads)
-    bench = ladder(cfg)
+    recorders = {}
+    bench, times = timed(ladder, cfg, sampled, n, threads, repeats, recorders)
     device = bench.device
-    updates, recorders, times = stages(bench, sampled, n), {}, {}
-    repeat = lambda name: max(3, repeats // 10) if "sampling" in name else repeats
-    for name, update in tqdm(updates.items(), desc=f"{threads} thread{'s' * (threads > 1)}", disable=None):
-        with Recorder() as recorders[name]:
-            update()
-        times[name] = median_ms(update, repeat(name), device)
     # before the replay, which needs tensors of its own
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak
@@ -172,13 +187,17 @@ def rollout_cost(rows: list[dict]) -> str:
 
 
 def markdown(rows: list[dict]) -> str:
-    """One line a stage: one thread, two threads, and the floor of each."""
+    """One line a stage: one thread, two threads, and the floor of each; then compiled, where that was measured."""
     head = "| stage | ms, 1 thread | per second | matmuls alone, ms | share | ms, 2 threads | matmuls alone, ms |"
-    lines, half = [head, "|---|---|---|---|---|---|---|"], len(rows) // 2
+    compiled = "compiled_ms" in rows[0]
+    lines, half = [head + " compiled, ms, 1 thread | times as fast |" * compiled], len(rows) // 2
+    lines.append("|---" * (7 + 2 * compiled) + "|")
     for a, b in zip(rows[:half], rows[half:]):
         one = f"{a['ms']:.1f} | {1000 / a['ms']:.0f} | {a['floor_ms']:.1f} | {a['floor_ms'] / a['ms']:.0%}"
-        lines.append(f"| {a['stage']} | {one} | {b['ms']:.1f} | {b['floor_ms']:.1f} |")
-    lines.append(f"| peak memory of the process, MB | {rows[0]['peak_mb']:.0f} | | | | {rows[-1]['peak_mb']:.0f} | |")
+        more = f" {a['compiled_ms']:.1f} | {a['ms'] / a['compiled_ms']:.2f} |" if compiled else ""
+        lines.append(f"| {a['stage']} | {one} | {b['ms']:.1f} | {b['floor_ms']:.1f} |{more}")
+    peaks = f"{rows[0]['peak_mb']:.0f} | | | | {rows[-1]['peak_mb']:.0f} | |"
+    lines.append(f"| peak memory of the process, MB | {peaks}" + " | |" * compiled)
     return "\n".join(lines) + "\n"
 
 
@@ -188,6 +207,11 @@ def run(ladder: type[Ladder], cfg, out: str, sampled: list[tuple[int, int]], n: 
     for threads in (1, 2):
         with workers(1) as pool:
             rows += pool.submit(measure, ladder, cfg, sampled, n, threads, repeats).result()
+        if threads == 1 and hasattr(cfg, "compile") and not torch.cuda.is_available():  # a GPU compiles in any case
+            with workers(1) as pool:
+                setting = ladder, replace(cfg, compile=True), sampled, n, threads, repeats
+                compiled = pool.submit(compiled_times, *setting).result()
+            rows = [{**row, "compiled_ms": compiled[row["stage"]]} for row in rows]
     print(markdown(rows))
     print(rollout_cost(rows))
     Path(out).mkdir(parents=True, exist_ok=True)
