@@ -18,7 +18,6 @@ import tmd_minimal as tmd
 from wan_scale import speed
 from wan_scale.config import Wan, WanStudentConfig
 from wan_scale.cost.plan import plan
-from wan_scale.cost.sizes import GB
 from wan_scale.data.ahead import Ahead
 from wan_scale.data.folders import check_folder
 from wan_scale.data.lock import only_one
@@ -156,9 +155,9 @@ class Training:
             config = dict(getattr(net, "net", net).transformer.config)
             self.speed = dist.agreed(speed.chosen(self.cfg, config, self.device, half, backward=True))
             self.speed["checkpointing"] = mode = self.checkpointing(config, self.speed["compiled"])
-            cuda = self.device.type == "cuda"
-            peaks = plan(config, **self.planned(self.speed["compiled"], checkpointing=mode))["peak"] if cuda else {}
-            self.memory = logs.Memory(self.device, peaks)
+            how = {"compiled": self.speed["compiled"], "checkpointing": mode}
+            asked = watch.asked_of_plan(self.cfg, self.name, self.device, **how)
+            self.memory = logs.Memory(self.device, plan(config, **asked)["peak"] if self.device.type == "cuda" else {})
         speed.prepare(net, **self.speed)
 
     def checkpointing(self, config: dict, compiled: bool) -> str:
@@ -166,18 +165,10 @@ class Training:
         cfg = self.cfg
         if cfg.checkpointing != "auto":
             return cfg.checkpointing
-        these = self.planned(compiled)
+        these = watch.asked_of_plan(cfg, self.name, self.device, compiled=compiled)
         mode = dist.agreed(plan(config, **these)["checkpointing"])
         dist.say(f"checkpointing {mode}, chosen by `plan` for {dist.world()} x {these['card_gb']:.3g} GB")
         return mode
-
-    def planned(self, compiled: bool, **more) -> dict:
-        """Arguments of plan.plan for these GPUs and this phase."""
-        cfg, cuda = self.cfg, self.device.type == "cuda"
-        size = torch.cuda.get_device_properties(self.device).total_memory / GB if cuda else cfg.card_gb
-        H = 0 if self.name in ("kd", "dmd2v") else cfg.H
-        these = {"gpus": dist.world(), "card_gb": size, "H": H, "N": cfg.N if H else 1, "compiled": compiled}
-        return cfg.planned(**these, **more)
 
     def maker(self, feed: Feed, kind=None):
         """A WanPhase, or a `kind` of it, as these settings want it."""

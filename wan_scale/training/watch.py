@@ -95,15 +95,20 @@ def planned(cfg: Wan, name: str, device: torch.device, speed: dict) -> dict:
     """
     if device.type != "cuda" or name == "teacher":
         return {}
-    size = torch.cuda.get_device_properties(device).total_memory / GB
-    H = 0 if name in ("kd", "dmd2v") else cfg.H
     config = read_json(Path(cfg.model) / "transformer" / "config.json")
-    these = cfg.planned(gpus=dist.world(), card_gb=size, H=H, N=cfg.N if H else 1, **speed_of(speed))
+    these = asked_of_plan(cfg, name, device, **speed_of(speed))
     rates = measured_rates(read_json(Path(cfg.rates)), cfg.tf32) if cfg.rates else None
     p = plan(config, rates=rates, **these)
     source = f"rates measured on {rates['on']}" if rates else f"{cfg.tflops:g} TFLOP/s (--tflops)"
     found = {"seconds": p["seconds"]["stage2" if name == "dmd2v" else name], "by": source}
     return found | ({"GB": max(p["peak"][kind] for kind in KINDS[name]) / GB} if name in KINDS else {})
+
+
+def asked_of_plan(cfg: Wan, name: str, device: torch.device, **more) -> dict:
+    """Arguments of plan.plan for these GPUs and this phase."""
+    cuda, H = device.type == "cuda", 0 if name in ("kd", "dmd2v") else cfg.H
+    size = torch.cuda.get_device_properties(device).total_memory / GB if cuda else cfg.card_gb
+    return cfg.planned(gpus=dist.world(), card_gb=size, H=H, N=cfg.N if H else 1, **more)
 
 
 def speed_of(speed: dict) -> dict:
