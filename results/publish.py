@@ -51,6 +51,7 @@ COPIES = {  # results: runs
     "wan_shapes/scores.json": "wan-shapes/scores.json",
 }
 
+LISTS = {"toy_video/sweep": "toy_video/sweep-tiny", "toy_video/claims": "toy_video/claims-tiny"}  # of jobs
 PAGES = {"toy_2d/explore.html": explore_plane.TEMPLATE, "toy_video/explore.html": explore_video.TEMPLATE}
 CLAIMS = {  # the paper's, in short; C5 and C9 to C12 as far as a rung has rows of them
     "C0": "transition matching beats flow matching at few steps (not TMD's own)",
@@ -235,6 +236,11 @@ def collect() -> None:
             continue
         result.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(run, result)
+    for result, run in LISTS.items():  # every finished job, so that another machine can go on from them
+        for file in (f for pattern in ("jobs/*.json", "*/teacher.json") for f in (RUNS / run).glob(pattern)):
+            kept = RESULTS / result / file.relative_to(RUNS / run)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, kept)
     for run in RUNS.glob("wan-rehearsal/*.json"):
         (RESULTS / "wan_rehearsal").mkdir(exist_ok=True)
         shutil.copy(run, RESULTS / "wan_rehearsal")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,7 +143,8 @@ def tabulate(rung, root: Path, seeds: int = len(SEEDS)) -> dict:
     for name, records in jobs.items():
         done = [r for r in records if "end" in r]
         if done:
-            facts = {"seeds": len(done), "seconds": summary([r["seconds"] for r in done]),
+            seconds = [r["seconds"] for r in done]  # the median knows nothing of pauses
+            facts = {"seeds": len(done), "seconds": {**summary(seconds), "median": statistics.median(seconds)},
                      "diverged": len(records) - len(done)}  # fmt: skip
             models[name] = {"effective_nfe": done[0]["effective_nfe"], "updates": done[0]["updates"],
                             **{k: summary([r["end"][k] for r in done]) for k in rung.labels},
@@ -213,12 +215,13 @@ def pilot_words(rung, found: dict) -> str:
 def students_table(rung, result: dict) -> str:
     """Every student: cost, scores, seconds."""
     heads = [text + ", %" * (k in rung.percent) for k, text in rung.labels.items()]
-    lines = [f"| student | effective NFE | updates (of the student) | {' | '.join(heads)} | training, s | seeds |"]
+    head = f"| student | effective NFE | updates (of the student) | {' | '.join(heads)} "
+    lines = [f"{head}| training, s (median) | seeds |"]
     lines += ["|---" * (len(heads) + 5) + "|"]
     for name, m in sorted(result["models"].items()):
         quality = " | ".join(show(m[k], k in rung.percent) for k in rung.labels)
         cost = f"{m['effective_nfe']:.2f} | {m['updates']} ({m['student_updates']})"
-        lines.append(f"| {name} | {cost} | {quality} | {m['seconds']['mean']:.0f} | {m['seeds']} |")
+        lines.append(f"| {name} | {cost} | {quality} | {m['seconds']['median']:.0f} | {m['seeds']} |")
     return "\n".join(lines) + "\n"
 
 
