@@ -237,7 +237,8 @@ def collect() -> None:
         result.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(run, result)
     for result, run in LISTS.items():  # every finished job, so that another machine can go on from them
-        for file in (f for pattern in ("jobs/*.json", "*/teacher.json") for f in (RUNS / run).glob(pattern)):
+        files = "jobs/*.json", "*/teacher.json", "pilot.json", "claims.config.json"
+        for file in (f for pattern in files for f in (RUNS / run).glob(pattern)):
             kept = RESULTS / result / file.relative_to(RUNS / run)
             kept.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, kept)

@@ -178,6 +178,22 @@ def test_tables_are_the_measured_ones(monkeypatch):
                 assert row["verdict"] == verdicts.verdict(row["difference"], rung.scores, rung.margins)
 
 
+def test_finished_jobs_are_published_so_that_another_machine_goes_on(tmp_path, monkeypatch):
+    """Records, scores of teachers, the pilot: no weights, no tables, which are written from them."""
+    from results import publish
+
+    monkeypatch.setattr(publish, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(publish, "RESULTS", tmp_path / "results")
+    kept = {"jobs/tmd-seed0.json", "teacher-8x12-seed0/teacher.json", "pilot.json", "claims.config.json"}
+    for name in kept | {"teacher-8x12-seed0/teacher.pt", "jobs/tmd-seed1.tmp"}:
+        file = tmp_path / "runs/toy_video/claims-tiny" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    publish.collect()
+    found = tmp_path / "results/toy_video/claims"
+    assert {str(f.relative_to(found)) for f in found.rglob("*") if f.is_file()} == kept
+
+
 def test_claims_of_a_part_of_the_jobs_are_not_published(tmp_path, monkeypatch):
     """A row that is published was not measured: kept. All were: copied. Pictures of other runs: copied."""
     from results import publish
