@@ -2,6 +2,7 @@
 
 import ast
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,23 @@ def imports(file: str, text: str | None = None) -> set[str]:
 
 
 GRAPH = {module: imports(file) for module, file in OURS.items()}
+
+
+def packages(file: str, text: str | None = None) -> set[str]:
+    """Packages that a file imports, by the names under which they are installed, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / file).read_text() if text is None else text)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return {name.replace("_", "-") for name in names - sys.stdlib_module_names - set(RUNGS)}
+
+
+def installed(*files: str) -> set[str]:
+    """Packages that requirements files name."""
+    lines = [line for file in files for line in (ROOT / file).read_text().splitlines() if line.strip()]
+    return {line.split("==")[0] for line in lines}
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
@@ -72,6 +90,16 @@ def test_no_import_circles():
 def test_data_flows_one_way():
     """tmd_minimal imports nothing of ours, toys only it and the settings, wan_scale no toys but in `shapes`."""
     assert not GRAPH["tmd_minimal"] and not too_high(GRAPH), too_high(GRAPH)
+
+
+def test_a_rung_imports_what_its_requirements_install():
+    """`make toy` and `make video` install requirements.txt alone; `make wan` its own as well."""
+    small, all_ = installed("requirements.txt"), installed("requirements.txt", "wan_scale/requirements.txt")
+    all_ |= {"tokenizers", "pyarrow"}  # comes with transformers; for one form of data, and a sentence without it
+    for file in OURS.values():
+        if not file.startswith(("results/", "tutorials/")):
+            assert packages(file) <= (all_ if file.startswith("wan_scale/") else small), file
+    assert packages("a.py", "import os\ndef f():\n    import imageio_ffmpeg.x") == {"imageio-ffmpeg"}
 
 
 def test_the_checks_can_fail():
