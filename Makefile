@@ -32,7 +32,7 @@ quick-test: $(STAMP)     ## the inner loop, under a minute: the method against c
 slow: $(WAN)             ## the tests marked slow: default-sized runs
 	$(RUN) -m pytest -q -m slow
 
-claims: $(STAMP)         ## the paper's claims in the plane, three seeds (about an hour, resumable)
+claims: $(STAMP)         ## the paper's claims in the plane, five seeds (some three hours on two cores, resumable)
 	$(RUN) toy_2d.py --claims
 
 video-sweep: $(STAMP)    ## stage 2's rate and GAN weight on moving shapes, the same few values for both methods (resumable)
@@ -53,7 +53,7 @@ bench-gpu: $(WAN)        ## seconds and memory of wan_scale/ at full size on a G
 smoke-gpu: $(WAN)        ## does it run on this GPU: every step of wan_scale/ at 1.3B with random weights, a few updates each
 	$(RUN) wan_scale/run.py smoke --preset 1.3b
 
-rehearse: $(WAN)         ## every row of the plan's table at full size without a GPU: bytes and FLOPs counted (half an hour on two cores)
+rehearse: $(WAN)         ## every row of the plan's table at full size without a GPU: bytes and FLOPs counted (some ten minutes)
 	$(RUN) wan_scale/run.py rehearse --preset 1.3b --gpus 1 --card-gb 80
 	$(RUN) wan_scale/run.py rehearse --preset 1.3b --gpus 8 --card-gb 80
 	$(RUN) wan_scale/run.py rehearse --preset 14b --gpus 1 --lora 64

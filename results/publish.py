@@ -124,6 +124,7 @@ def tables() -> dict[str, str]:
         "bench": costs(load("toy_2d/bench.json")),
         "video-claims": verdicts.judged(claims_video.rung("tiny"), load("toy_video/claims.json")),
         "video-students": "\n".join(claims_video.measured(load("toy_video/claims.json"))),
+        "video-sweep": "\n".join(claims_video.measured(load("toy_video/sweep.json"))),
         "video-bench": costs(load("toy_video/bench.json")),
     }
 
