@@ -176,14 +176,24 @@ matrices is counted, on the first of the GPUs. The plan beside is of the same se
 bytes. The counts are in [`results/wan_rehearsal/`](../results/wan_rehearsal), each with its command.
 
 """
+SAMPLED = """
+It also samples one clip with the pipeline that `export` writes, from a prompt of 512 tokens to
+pixels. The student is in bf16, keeps the prompt's keys and values, and runs M transitions of N steps.
+Text encoder, student and VAE (float32) lie on one GPU. Activations are all that is there beside
+weights when a part has its peak. Together it is all weights and the largest activations. Tiles are
+those of `vae.enable_tiling()`, which `sample` does not call.
+
+"""
 
 
 def benchmarks() -> str:
     """wan_scale/BENCHMARKS.md from the JSON files of `run.py rehearse` and `run.py bench`."""
     read = lambda folder: [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
     counted = sorted(read(RESULTS / "wan_rehearsal"), key=lambda record: (record["size"] == "14b", record["gpus"]))
+    there = any("sampling" in record for record in counted)
+    sampled = SAMPLED + rehearsal.sampling_markdown(counted) if there else ""
     return (
-        f"{REHEARSED}{rehearsal.markdown(counted)}\n{rehearsal.NOT_COVERED}\n\n## Measured on GPUs\n\n"
+        f"{REHEARSED}{rehearsal.markdown(counted)}{sampled}\n{rehearsal.NOT_COVERED}\n\n## Measured on GPUs\n\n"
         f"From [`bench_results/`](bench_results).\n\n{wan_bench.markdown(read(wan_bench.RESULTS))}"
     )
 

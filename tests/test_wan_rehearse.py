@@ -1,6 +1,7 @@
 """`rehearse`: bytes and FLOPs counted on fake tensors, against sums by hand, PyTorch's own counter, and the plan."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("diffusers")
 from wan_scale import run
 from wan_scale.config import preset
-from wan_scale.cost.sizes import WAN
+from wan_scale.cost.sizes import WAN, tokens
+from wan_scale.cost.work import flops
 from wan_scale.rehearsal import report
 from wan_scale.rehearsal.card import card
 from wan_scale.rehearsal.ledger import CARD, HOST, Ledger
+from wan_scale.rehearsal.sampling import Counted
 
 KB = 1024
 total = lambda found: sum(found["memory"].values())
@@ -104,7 +107,7 @@ def test_flops_are_pytorchs():
 @pytest.fixture(scope="module")
 def shallow():
     """Both phases of 1.3B on one GPU, three of its blocks, selective checkpointing."""
-    return report.run(preset("1.3b", card_gb=80.0, layers=3), WAN["1.3b"], "1.3b", "a command")
+    return report.run(preset("1.3b", card_gb=80.0, layers=3), WAN["1.3b"], "1.3b", "a command", report.PHASES[:2])
 
 
 @pytest.mark.parametrize("kind", report.NAMES)
@@ -142,12 +145,78 @@ OTHERS += [{"gpus": 2, "offload_teacher": True}]
 @pytest.mark.parametrize("how", OTHERS, ids=lambda how: "-".join(how))
 def test_other_ways_to_train(how):
     """LoRA, HSDP, context parallelism and a teacher on the host run through both phases; weights are the plan's."""
-    record = report.run(preset("1.3b", card_gb=80.0, layers=3, **how), WAN["1.3b"], "1.3b", "")
+    record = report.run(preset("1.3b", card_gb=80.0, layers=3, **how), WAN["1.3b"], "1.3b", "", report.PHASES[:2])
     said = report.planned(record)
     for kind, found in record["counted"].items():
         for term in ("weights", "optimizer", "EMA"):
             assert said[kind]["memory"][term] == pytest.approx(found["memory"][term], rel=0.01), (kind, term)
         assert total(said[kind]) == pytest.approx(total(found), rel=0.15), kind
+
+
+# ---- Sampling --------------------------------------------------------------------------------------------------------
+
+SMALL = {"frames": 5, "height": 272, "width": 272}  # latents of 34 x 34, in tiles of 32 at 0 and 24
+
+
+@pytest.fixture(scope="module")
+def clip():
+    """A small clip sampled with three blocks of 1.3B, the whole text encoder and the whole VAE."""
+    return report.run(preset("1.3b", layers=3, **SMALL), WAN["1.3b"], "1.3b", "a command", ["sampling"])
+
+
+def test_text_encoder_by_hand(clip):
+    """UMT5-XXL's encoder in bf16 and one prompt of 512 tokens, to the byte and to the FLOP."""
+    D, wide, blocks, n = 4096, 10240, 24, 512
+    matrices, found = 4 * D * D + 3 * D * wide, clip["sampling"]["text encoder"]
+    words, bias, norms = 256384 * D, 32 * 64, 2 * D
+    assert found["memory"]["weights"] == 2 * (words + blocks * (matrices + bias + norms) + D)
+    assert found["flops"] == {"linear": 2 * n * blocks * matrices, "attention": 4 * blocks * n * n * D}
+
+
+def test_a_sample_keeps_its_prompt(clip):
+    """M backbone and M N head evaluations, to the FLOP; text and its keys and values in all blocks are made once."""
+    M, N, H, L, D = 2, 2, 2, 3, 1536
+    part = flops(clip["config"], tokens(clip["config"], *SMALL.values()), H=H)
+    keys, words, blocks = 4 * 512 * D * D, 2 * 512 * D * (4096 + D), M * (L - H) + M * N * H
+    whole = {unit: M * part["backbone"][unit] + M * N * part["head"][unit] for unit in ("linear", "attention")}
+    whole["linear"] -= (blocks - L) * keys + (M - 1) * words
+    assert clip["sampling"]["student"]["flops"] == whole
+    held = clip["sampling"]["student"]["memory"]["weights"]
+    bf16 = report.planned_sampling(clip)["memory"]["weights"]
+    assert bf16 < held < 1.1 * bf16  # times, tables and norms are float32, much of so few blocks
+
+
+def test_the_vae_is_pytorchs(clip):
+    """Wan2.1's VAE in float32: its convolutions as PyTorch counts them; in tiles (32 + 10)^2 / 34^2 of them, as they
+    overlap.
+    """
+    from diffusers import AutoencoderKLWan
+
+    found, tiled = clip["sampling"]["vae"], clip["sampling"]["vae, in tiles"]
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vae = AutoencoderKLWan()
+        vae.decode(torch.empty(1, 16, 2, 34, 34))
+    assert found["memory"]["weights"] == 4 * sum(p.numel() for p in vae.parameters())
+    assert found["flops"]["convolution"] == counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
+    assert tiled["flops"]["convolution"] == pytest.approx(found["flops"]["convolution"] * 42**2 / 34**2, rel=1e-9)
+    assert tiled["memory"]["activations"] < found["memory"]["activations"]
+
+
+def test_parts_by_hand():
+    """Of a part called twice the higher peak counts, with what lay there before and without weights, and both calls'
+    FLOPs.
+    """
+    with card() as ledger:
+        pipe = SimpleNamespace(ledger=ledger, held={"student": 7}, found={})
+        w, before = torch.empty(KB, KB, device=CARD), torch.empty(KB, KB, device=CARD)  # 4 MB each
+        ledger.name([w], "weights")
+        part = lambda rows: F.linear(torch.empty(rows, KB, device=CARD), w).sum()  # twice 4 KB a row
+        Counted.clock(pipe, "head", part)(KB)
+        Counted.clock(pipe, "backbone", part)(8)
+        Counted.clock(pipe, "head", lambda: None)()  # of a student without a flow head
+        assert before.device == CARD
+    assert list(pipe.found) == ["student"] and pipe.found["student"]["flops"] == {"linear": 2 * (KB + 8) * KB * KB}
+    assert pipe.found["student"]["memory"] == {"weights": 7, "activations": 3 * 4 * KB * KB}
 
 
 # ---- What it says ----------------------------------------------------------------------------------------------------
@@ -172,6 +241,25 @@ def test_the_page_names_the_worst_term(record):
     assert rows[1][5].endswith("(-50.0%)") and rows[0][0] == "| 1.3b, full; 8 GPUs"
     shallow = report.markdown([record | {"layers": 6, "given": {"shard_over": 4}}])
     assert "shard over 4, ONLY 6 blocks" in shallow
+
+
+def test_sampling_on_the_page(record):
+    """A row for each part and for all of them; the same clip of other GPUs adds none, a record without sampling none;
+    tiles are another way to decode and no part of all.
+    """
+    parts = {name: {"memory": {"weights": 2**30, "activations": 2**i * 2**30}, "flops": {"linear": 1e12}, "seconds": 1}
+             for i, name in enumerate(("text encoder", "student", "vae", "vae, in tiles"))}  # fmt: skip
+    made = record | {"sampling": parts}
+    page = report.sampling_markdown([record, made, made | {"gpus": 64}])
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines()[2:]]
+    assert [row[1] for row in rows] == ["text encoder", "student", "VAE", "VAE, in tiles", "together"]
+    assert report.sampling_markdown([record]).count("\n") == 2
+    assert rows[0][0] == "1.3b; 81 frames of 480x832, M = 2, N = 2" and rows[1][6].endswith("%")
+    assert rows[-1][2:5] == ["3.00", "4.00", "7.0"] and "3.0" in rows[-1]
+    said = report.text(made)
+    assert "together                    3.00        4.00        7.00        3.00" in said and "by plan" in said
+    assert report.label(made) == report.label(record) == "1.3b-8-gpus"
+    assert report.label(made | {"counted": {}}) == "1.3b-8-gpus-sampling"
 
 
 def test_the_command_prints_and_keeps(record, tmp_path, monkeypatch, capsys):

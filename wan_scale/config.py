@@ -162,7 +162,8 @@ class Wan(Settings):
     card_gb: float = option(141.0, "memory of a GPU in GB", "plan", above=0)
     tflops: float = option(400.0, "bf16 TFLOP/s that a GPU achieves", "plan", above=0)
     rates: str = option("", "JSON that `bench` wrote on such a GPU: its measured rates, in place of --tflops", "plan")
-    phase: str = option("", "rehearse this phase alone: stage1 or stage2", "plan", choices=("", "stage1", "stage2"))
+    phase: str = option("", "rehearse this alone: stage1, stage2 or sampling", "plan",
+                        choices=("", "stage1", "stage2", "sampling"))  # fmt: skip
     layers: int = option(0, "rehearse so many blocks (0: all), to see how it works", "plan", least=0)
     bench_minutes: float = option(9.0, "minutes of bench: a case that would start later is left out", "plan", above=0)
 

@@ -18,7 +18,7 @@ command goes on from the last checkpoint.
     eval      score sheet of what was sampled; with --vbench-results VBench's three numbers beside the paper's
     bench     seconds and memory of every step on this GPU at full size, with random weights: nothing to download
     smoke     every step once, few updates of everything, at full size with random weights: nothing to download
-    rehearse  an update of each phase at full size without a GPU: its bytes and FLOPs, counted, beside the plan's
+    rehearse  an update of each phase and a sample at full size, without a GPU: bytes and FLOPs counted beside plan's
     teacher   flow matching of MODEL's transformer on the shards, for folders made by hand
 
     compare   A B, two folders of samples: pages for a blind preference study; --tally ANSWERS...: its win rates

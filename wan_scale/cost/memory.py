@@ -5,6 +5,7 @@ from __future__ import annotations
 from wan_scale.cost.sizes import known, lora_parameters, parameters, student_parameters
 from wan_scale.cost.work import CHECKPOINTING, known_mode
 
+PROMPT = 512  # tokens of a prompt
 RESERVE = 0.08  # of a GPU's memory: CUDA's context, NCCL's buffers, what the allocator wastes
 
 
@@ -39,10 +40,13 @@ def moments(config: dict, n_tokens: int, kind: str, *, gpus: int = 1, N: int = 2
     own, fake, stage2 = student_parameters(config, H), teacher["total"], kind != "stage1"
     student = own["total"]
     passing = wide * max(20, 6 + 4 * k["ffn_dim"] / k["D"])  # what a block makes on its way, not to be kept
-    if kind in ("teacher", "sample"):  # the weights, the state, in sampling the main feature, one block
-        numbers = student if kind == "sample" else teacher["total"]
-        at_work = passing + (2 + 2 * (kind == "sample")) * wide
-        return {"forward": {"weights, bf16": 2.0 * numbers, "block at work": at_work}}
+    if kind == "teacher":  # the weights, the state, one block
+        return {"forward": {"weights, bf16": 2.0 * teacher["total"], "block at work": passing + 2 * wide}}
+    if kind == "sample":
+        # The head's block has its state (2 bytes a number), the fusion's input and output in float32, and the main
+        # feature beside it; a network without a head has its state alone. The prompt's keys and values stay.
+        beside, kept = (12 if H else 2) * wide, 2 * 2 * PROMPT * L * k["D"]
+        return {"forward": {"weights, bf16": 2.0 * student, "block at work": float(passing + beside + kept)}}
     gpus = shard_over or gpus
     if lora:
         thin, gpus = lora_parameters(config, H, lora), 1

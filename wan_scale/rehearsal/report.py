@@ -10,8 +10,9 @@ from dataclasses import replace
 from datetime import date
 
 from wan_scale.config import Wan, preset
+from wan_scale.cost.memory import memory
 from wan_scale.cost.plan import plan
-from wan_scale.cost.sizes import GB, WAN
+from wan_scale.cost.sizes import GB, WAN, tokens
 from wan_scale.cost.work import step_work
 
 TERMS = {  # of the ledger: how the plan's terms that belong to it begin or end
@@ -29,14 +30,14 @@ SORTS = {
     "convolution": ("convolution",),
 }
 NAMES = {"stage1": "stage 1", "student": "stage 2, student", "critic": "stage 2, critics"}
-PHASES = ("stage1", "stage2")
+PHASES = ("stage1", "stage2", "sampling")
 LOOKED_AT = (
     "frames height width M N H micro_batch global_batch disc_width context_parallel shard_over offload_teacher "
     "ema_on_host"
 ).split()
 NOT_COVERED = """Not covered: compiled blocks (the plan beside is of blocks that are not), the time of anything, what
-libraries take for themselves (CUDA, NCCL, cuBLAS, cuDNN) and what the allocator wastes, sampling, previews and saves,
-VAE and text encoder."""
+libraries take for themselves (CUDA, NCCL, cuBLAS, cuDNN) and what the allocator wastes, previews and saves, the flow
+head as a CUDA graph, the VAE that encodes."""
 
 
 def planned(record: dict) -> dict:
@@ -44,17 +45,28 @@ def planned(record: dict) -> dict:
     settings, config = record["settings"], record["config"]
     p, found = plan(config, **settings), {}
     for kind in record["counted"]:
-        memory, flops = dict.fromkeys(TERMS, 0.0), dict.fromkeys(SORTS, 0.0)
+        held, flops = dict.fromkeys(TERMS, 0.0), dict.fromkeys(SORTS, 0.0)
         for name, size in p["memory"][kind].items():
-            memory[next((term for term, ends in TERMS.items() if name.endswith(ends)), "activations")] += size
+            held[next((term for term, ends in TERMS.items() if name.endswith(ends)), "activations")] += size
         shared = {key: settings[key] for key in ("N", "H", "last_tap", "lora", "checkpointing", "disc_checkpointing")}
         shared |= {"disc_flops": p["discriminator"]["flops"], "flow_map_share": 1.0}  # rehearsed: a clip with r < s
         work = step_work(config, p["tokens"], kind, **shared)
         for units in work.values():
             for sort, names in SORTS.items():
                 flops[sort] += sum(units.get(name, 0.0) for name in names) * settings["micro_batch"]
-        found[kind] = {"memory": memory, "flops": flops}
+        found[kind] = {"memory": held, "flops": flops}
     return found
+
+
+def planned_sampling(record: dict) -> dict:
+    """{"memory": {"weights", "activations"} (bytes), "flops"} of the student that samples a clip, by the plan."""
+    s, config = record["settings"], record["config"]
+    n = tokens(config, s["frames"], s["height"], s["width"])
+    held = memory(config, n, "sample", H=s["H"])
+    bf16 = held.pop("weights, bf16")
+    work = step_work(config, n, "sample", M=s["M"], N=s["N"], H=s["H"]).values()
+    flops = sum(amount for units in work for unit, amount in units.items() if unit != "bytes")
+    return {"memory": {"weights": bf16, "activations": sum(held.values())}, "flops": flops}
 
 
 def shallow(cfg: Wan, layers: int) -> Wan:
@@ -69,10 +81,11 @@ def shallow(cfg: Wan, layers: int) -> Wan:
 def run(cfg: Wan, config: dict, name: str, command: str, phases=PHASES) -> dict:
     """Rehearse, with the activation checkpointing that `plan` takes; returns the record that is kept as JSON.
 
-    config: the transformer's at full depth.
+    config: the transformer's at full depth. Sampling alone is counted with the VAE's tiles as well.
     """
     import torch
 
+    from wan_scale.rehearsal import sampling
     from wan_scale.rehearsal.updates import rehearse
 
     usual = preset(name)
@@ -81,8 +94,10 @@ def run(cfg: Wan, config: dict, name: str, command: str, phases=PHASES) -> dict:
     if cfg.layers:
         cfg, config = shallow(cfg, cfg.layers), config | {"num_layers": cfg.layers}
     settings = cfg.planned() | chosen
-    counted = rehearse(cfg, config, settings["checkpointing"], phases)
+    counted = rehearse(cfg, config, settings["checkpointing"], [phase for phase in phases if phase != "sampling"])
     facts = {"date": date.today().isoformat(), "torch": torch.__version__, "command": command, "given": given}
+    if "sampling" in phases:
+        facts["sampling"] = sampling.count(cfg, config, tiled=len(phases) == 1)
     return {"size": name, "gpus": cfg.gpus, "lora": cfg.lora, "layers": config["num_layers"], "settings": settings,
             **facts, "config": {key: config[key] for key in WAN["1.3b"]}, "counted": counted}  # fmt: skip
 
@@ -98,6 +113,7 @@ def label(record: dict) -> str:
     words += [f"{key}-{value}".replace("_", "-").lower() for key, value in record["given"].items()]
     words += [] if whole(record) else [f"{record['layers']}-blocks"]
     kinds = [phase for phase, kind in zip(PHASES, ("stage1", "student")) if kind in record["counted"]]
+    kinds = kinds or ["sampling"]
     return "-".join(filter(None, [*words, *(kinds if len(kinds) == 1 else [])]))
 
 
@@ -108,8 +124,7 @@ def markdown(records: list[dict]) -> str:
     for record in records:
         said, s = planned(record), record["settings"]
         what = [record["size"], f"LoRA {record['lora']}" if record["lora"] else "", s["checkpointing"]]
-        what += [f"{key.replace('_', ' ')} {value}" for key, value in record["given"].items()]
-        what += [] if whole(record) else [f"ONLY {record['layers']} blocks"]
+        what += chosen(record)
         where = f"{', '.join(filter(None, what))}; {s['gpus']} GPU{'s' * (s['gpus'] > 1)}"
         for kind, found in record["counted"].items():
             a, b = found["memory"], said[kind]["memory"]
@@ -123,6 +138,41 @@ def markdown(records: list[dict]) -> str:
     return "\n".join(rows) + "\n"
 
 
+def chosen(record: dict) -> list[str]:
+    """In words what is not as usual."""
+    given = [f"{key.replace('_', ' ')} {value}" for key, value in record["given"].items()]
+    return given + ([] if whole(record) else [f"ONLY {record['layers']} blocks"])
+
+
+def sampled(record: dict) -> list[tuple]:
+    """Rows (part, bytes of weights, of activations, FLOPs), the last for all that `sample` has on one GPU."""
+    parts = record["sampling"]
+    of = lambda found: (found["memory"]["weights"], found["memory"]["activations"], sum(found["flops"].values()))
+    rows = [(name.replace("vae", "VAE"), *of(found)) for name, found in parts.items()]
+    taken = [row for row in rows if "tiles" not in row[0]]
+    _, held, at_work, flops = zip(*taken)
+    return [*rows, ("together", sum(held), max(at_work), sum(flops))]
+
+
+def sampling_markdown(records: list[dict]) -> str:
+    """A row for each part of sampling; what was counted for another number of GPUs as well is there once."""
+    rows = ["| clip | part | weights, GB | activations, GB | in all | plan | error | TFLOP | plan, error |"]
+    rows += ["|---" * 9 + "|"]
+    for record in (record for record in records if "sampling" in record):
+        s, said = record["settings"], planned_sampling(record)
+        clip = f"{s['frames']} frames of {s['height']}x{s['width']}, M = {s['M']}, N = {s['N']}"
+        where = "; ".join([record["size"], *chosen(record), clip])
+        for name, held, at_work, flops in sampled(record):
+            plan_gb, apart, apart_flops = "", "", ""
+            if name == "student":
+                total = sum(said["memory"].values())
+                plan_gb, apart = f"{total / GB:.1f}", error(held + at_work, total)
+                apart_flops = error(flops, said["flops"])
+            counted = f"{held / GB:.2f} | {at_work / GB:.2f} | {(held + at_work) / GB:.1f}"
+            rows.append(f"| {where} | {name} | {counted} | {plan_gb} | {apart} | {flops / 1e12:.1f} | {apart_flops} |")
+    return "\n".join(dict.fromkeys(rows)) + "\n"
+
+
 def error(counted: float, said: float) -> str:
     return f"{said / counted - 1:+.1%}" if counted else ("" if not said else "not there")
 
@@ -134,7 +184,8 @@ def text(record: dict) -> str:
     depth = f"{'all' if whole(record) else 'ONLY'} {record['layers']} blocks"
     lines = [
         f"Rehearsal of {record['size']}, {depth}, on {where}: counted on tensors without memory, not measured.",
-        f"{s['frames']} frames of {s['height']}x{s['width']}; activation checkpointing: {s['checkpointing']}.",
+        f"{s['frames']} frames of {s['height']}x{s['width']}"
+        + (f"; activation checkpointing: {s['checkpointing']}." if record["counted"] else "."),
         f"torch {record['torch']}, {record['date']}",
     ]
     row = lambda name, a, b: f"  {name:<20}{a:>12,.2f}{b:>12,.2f}{error(a, b):>10}"
@@ -148,4 +199,22 @@ def text(record: dict) -> str:
         lines += [row(sort, flops[sort] / 1e12, guess["flops"][sort] / 1e12) for sort in SORTS if flops[sort]]
         lines += [row("total", sum(flops.values()) / 1e12, sum(guess["flops"].values()) / 1e12)]
         lines += [f"  counted in {found['seconds']:g} s"]
+    if "sampling" in record:
+        lines += sampling_text(record)
     return "\n".join([*lines, "", NOT_COVERED])
+
+
+def sampling_text(record: dict) -> list[str]:
+    """Lines: what the parts of a sample hold and compute, the plan's student beside."""
+    s, said = record["settings"], planned_sampling(record)
+    row = lambda name, *numbers: f"  {name:<20}" + "".join(f"{number:>12,.2f}" for number in numbers)
+    parts, tera = record["sampling"], 1e12
+    lines = ["", f"{'a clip on one GPU':<22}{'weights, GB':>12}{'activations':>12}{'total':>12}{'TFLOP':>12}"]
+    for name, held, at_work, flops in sampled(record):
+        lines += [row(name, held / GB, at_work / GB, (held + at_work) / GB, flops / tera)]
+        if name == "student":
+            a, b = said["memory"].values()
+            apart = f"   {error(held + at_work, a + b)} and {error(flops, said['flops'])}"
+            lines += [row("  by plan", a / GB, b / GB, (a + b) / GB, said["flops"] / tera) + apart]
+    seconds = sum(found["seconds"] for found in parts.values())
+    return [*lines, f"  M = {s['M']}, N = {s['N']}, in bf16, the VAE in float32; counted in {seconds:.1f} s"]
