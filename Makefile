@@ -59,6 +59,8 @@ rehearse: $(WAN)         ## every row of the plan's table at full size without a
 	$(RUN) wan_scale/run.py rehearse --preset 14b --gpus 1 --lora 64
 	$(RUN) wan_scale/run.py rehearse --preset 14b --gpus 8
 	$(RUN) wan_scale/run.py rehearse --preset 14b --gpus 64 --card-gb 80
+	$(RUN) wan_scale/run.py rehearse --preset 1.3b --phase sampling
+	$(RUN) wan_scale/run.py rehearse --preset 14b --phase sampling
 	$(RUN) -m results.publish
 
 tutorials: $(WAN)        ## execute every notebook from scratch, store its outputs, check them (some ten minutes)

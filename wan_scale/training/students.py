@@ -25,6 +25,7 @@ def describe(cfg: Wan, how: WanStudentConfig, layers: int, **more) -> dict:
     made = {"recipe": cfg.of_the_training(more["phase"]), "transformer": transformer_of(cfg)}
     if dist.rank() == 0:  # which writes student.json
         made |= {"parts": checksums(cfg.model), "transformer_sha256": bytes_of_transformer(cfg)}
+    dist.barrier()  # minutes on a slow disk, for which NCCL would not wait
     return {**asdict(how), **clip, "effective_nfe": nfe, **made, **more}
 
 
