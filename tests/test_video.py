@@ -230,6 +230,9 @@ def test_compile_is_for_those_who_ask_and_have_a_compiler(eager_after, monkeypat
     for _ in range(2):
         tiny_video.VideoLadder(tiny_video.ToyVideo(compile=True, **few))
     assert compiled == forwards and video_net.DiTBlock.forward is not forwards[0]
+    with tiny_video.uncompiled():
+        assert [network_.forward for network_ in tiny_video.COMPILED] == forwards
+    assert video_net.DiTBlock.forward is not forwards[0]
     monkeypatch.setattr(tiny_video.shutil, "which", lambda _: None)
     with pytest.raises(ValueError, match=r"--compile needs a C\+\+ compiler and found none; install g\+\+, or"):
         tiny_video.VideoLadder(tiny_video.ToyVideo(compile=True, **few))
@@ -262,8 +265,9 @@ def test_compiled_networks_train_alike(eager_after, tmp_path):
 
 def test_bench_says_how_many_times_as_fast_compiled_networks_are():
     """Two columns more, where they were measured; as many cells in every line."""
-    row = {"stage": "teacher", "ms": 30.0, "floor_ms": 10.0, "peak_mb": 1.0}
-    plain, both = (toy_bench.markdown([{**row, **more}, row]).splitlines() for more in ({}, {"compiled_ms": 20.0}))
+    row = {"stage": "teacher", "ms": 40.0, "floor_ms": 10.0, "peak_mb": 1.0}
+    times = {"compiled_ms": 20.0, "times_as_fast": 1.5}  # of its own turns
+    plain, both = (toy_bench.markdown([{**row, **more}, row]).splitlines() for more in ({}, times))
     assert "compiled" not in plain[0] and both[2].endswith("| 20.0 | 1.50 |")
     for lines in (plain, both):
         assert len({line.count("|") for line in lines}) == 1

@@ -6,7 +6,8 @@
 - On one and on two CPU threads, each in a process of its own, one after the other, with its peak memory.
 - Two calls of the teacher beside one call of twice the batch. Where one is faster, guidance and the discriminator's
   real and fake clips should share a call.
-- Where a rung has --compile: right after, the same updates compiled on one thread, and how many times as fast.
+- Where a rung has --compile: the same updates compiled, in turns with uncompiled ones on one thread, and how many
+  times as fast they are.
 - The student update with N = 1 stands beside the one with N steps. Claim C12: rollout costs (N-1) H / L of a forward
   and backward.
 """
@@ -58,18 +59,20 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def once_ms(f, device: str = "cpu") -> float:
+    """Wall-clock milliseconds of f()."""
+    wait(device)
+    start = time.perf_counter()
+    f()
+    wait(device)
+    return 1000 * (time.perf_counter() - start)
+
+
 def median_ms(f, repeats: int, device: str = "cpu") -> float:
     """Median wall-clock milliseconds of f(), after a warm-up."""
     for _ in range(3):
         f()
-    times = []
-    for _ in range(repeats):
-        wait(device)
-        start = time.perf_counter()
-        f()
-        wait(device)
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
+    return statistics.median(once_ms(f, device) for _ in range(repeats))
 
 
 def stages(bench: Ladder, sampled: list[tuple[int, int]], n: int) -> dict:
@@ -137,30 +140,16 @@ def stages(bench: Ladder, sampled: list[tuple[int, int]], n: int) -> dict:
     return updates
 
 
-def timed(ladder: type[Ladder], cfg, sampled, n: int, threads: int, repeats: int, recorders: dict) -> tuple:
-    """The ladder, {stage: ms} and, unless the networks are compiled, a Recorder of each stage into `recorders`."""
-    torch.set_num_threads(threads)
-    bench, times = ladder(cfg), {}
-    compiled = getattr(cfg, "compile", False)
-    what = f"{threads} thread{'s' * (threads > 1)}{', compiled' * compiled}"
-    for name, update in tqdm(stages(bench, sampled, n).items(), desc=what, disable=None):
-        if not compiled:
-            with Recorder() as recorders[name]:
-                update()
-        times[name] = median_ms(update, max(3, repeats // 10) if "sampling" in name else repeats, bench.device)
-    return bench, times
-
-
-def compiled_times(*setting) -> dict:
-    """{stage: ms} of compiled networks, in a process of their own."""
-    return timed(*setting, {})[1]
-
-
 def measure(ladder: type[Ladder], cfg, sampled, n: int, threads: int, repeats: int) -> list[dict]:
     """One row for each stage: milliseconds, milliseconds of its matrix products, their GFLOP, and the setting."""
-    recorders = {}
-    bench, times = timed(ladder, cfg, sampled, n, threads, repeats, recorders)
+    torch.set_num_threads(threads)
+    bench = ladder(cfg)
     device = bench.device
+    updates, recorders, times = stages(bench, sampled, n), {}, {}
+    for name, update in tqdm(updates.items(), desc=f"{threads} thread{'s' * (threads > 1)}", disable=None):
+        with Recorder() as recorders[name]:
+            update()
+        times[name] = median_ms(update, fewer(name, repeats), device)
     # before the replay, which needs tensors of its own
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak
@@ -176,6 +165,26 @@ def measure(ladder: type[Ladder], cfg, sampled, n: int, threads: int, repeats: i
              "N, H, L": [cfg.N, cfg.H, cfg.depth]} for row in rows]  # fmt: skip
 
 
+def fewer(name: str, repeats: int) -> int:
+    """Sampling takes many steps."""
+    return max(3, repeats // 10) if "sampling" in name else repeats
+
+
+def compiled(ladder: type[Ladder], cfg, sampled, n: int, repeats: int) -> dict:
+    """{stage: its compiled milliseconds, and how many times as fast that is}: medians of turns with uncompiled ones."""
+    torch.set_num_threads(1)
+    bench, found = ladder(replace(cfg, compile=True)), {}
+    for name, update in tqdm(stages(bench, sampled, n).items(), desc="compiled", disable=None):
+        turns = []
+        for _ in range(2 + fewer(name, repeats)):
+            with bench.uncompiled():
+                plain = once_ms(update)
+            turns.append((once_ms(update), plain))
+        fast, times = zip(*((a, b / a) for a, b in turns[2:]))  # the first two compile
+        found[name] = {"compiled_ms": statistics.median(fast), "times_as_fast": statistics.median(times)}
+    return found
+
+
 def rollout_cost(rows: list[dict]) -> str:
     """C12 in one sentence: what rollout adds to the student update, beside (N-1) H / L of a forward and backward."""
     ms, (N, H, L) = {r["stage"]: r["ms"] for r in rows if r["threads"] == 1}, rows[0]["N, H, L"]
@@ -189,15 +198,15 @@ def rollout_cost(rows: list[dict]) -> str:
 def markdown(rows: list[dict]) -> str:
     """One line a stage: one thread, two threads, and the floor of each; then compiled, where that was measured."""
     head = "| stage | ms, 1 thread | per second | matmuls alone, ms | share | ms, 2 threads | matmuls alone, ms |"
-    compiled = "compiled_ms" in rows[0]
-    lines, half = [head + " compiled, ms, 1 thread | times as fast |" * compiled], len(rows) // 2
-    lines.append("|---" * (7 + 2 * compiled) + "|")
+    both = "compiled_ms" in rows[0]
+    lines, half = [head + " compiled, ms, 1 thread | times as fast |" * both], len(rows) // 2
+    lines.append("|---" * (7 + 2 * both) + "|")
     for a, b in zip(rows[:half], rows[half:]):
         one = f"{a['ms']:.1f} | {1000 / a['ms']:.0f} | {a['floor_ms']:.1f} | {a['floor_ms'] / a['ms']:.0%}"
-        more = f" {a['compiled_ms']:.1f} | {a['ms'] / a['compiled_ms']:.2f} |" if compiled else ""
+        more = f" {a['compiled_ms']:.1f} | {a['times_as_fast']:.2f} |" if both else ""
         lines.append(f"| {a['stage']} | {one} | {b['ms']:.1f} | {b['floor_ms']:.1f} |{more}")
     peaks = f"{rows[0]['peak_mb']:.0f} | | | | {rows[-1]['peak_mb']:.0f} | |"
-    lines.append(f"| peak memory of the process, MB | {peaks}" + " | |" * compiled)
+    lines.append(f"| peak memory of the process, MB | {peaks}" + " | |" * both)
     return "\n".join(lines) + "\n"
 
 
@@ -207,11 +216,10 @@ def run(ladder: type[Ladder], cfg, out: str, sampled: list[tuple[int, int]], n: 
     for threads in (1, 2):
         with workers(1) as pool:
             rows += pool.submit(measure, ladder, cfg, sampled, n, threads, repeats).result()
-        if threads == 1 and hasattr(cfg, "compile") and not torch.cuda.is_available():  # a GPU compiles in any case
-            with workers(1) as pool:
-                setting = ladder, replace(cfg, compile=True), sampled, n, threads, repeats
-                compiled = pool.submit(compiled_times, *setting).result()
-            rows = [{**row, "compiled_ms": compiled[row["stage"]]} for row in rows]
+    if hasattr(cfg, "compile") and not torch.cuda.is_available():  # a GPU compiles in any case
+        with workers(1) as pool:
+            found = pool.submit(compiled, ladder, cfg, sampled, n, repeats).result()
+        rows = [{**row, **found[row["stage"]]} for row in rows]
     print(markdown(rows))
     print(rollout_cost(rows))
     Path(out).mkdir(parents=True, exist_ok=True)

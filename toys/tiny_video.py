@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -162,6 +163,10 @@ class VideoLadder(Ladder):
         self.x_1 = torch.randn(self.x.shape, generator=g, device=self.device)
 
     @staticmethod
+    def uncompiled():
+        return uncompiled()
+
+    @staticmethod
     def precision_of(device: str):
         """bf16 products under fp32 master weights; tmd_minimal keeps states and losses in fp32.
 
@@ -224,6 +229,22 @@ def published() -> tuple[VideoLadder, dict]:
     return bench, found
 
 
+COMPILED = (video_net.DiTBlock, video_net.VideoDiscriminator)
+
+
+@contextmanager
+def uncompiled():
+    """Within, networks run as they are, also after compile_networks."""
+    forwards = [network.forward for network in COMPILED]
+    for network, forward in zip(COMPILED, forwards):
+        network.forward = getattr(forward, "eager", forward)
+    try:
+        yield
+    finally:
+        for network, forward in zip(COMPILED, forwards):
+            network.forward = forward
+
+
 def compile_networks() -> None:
     """Compile a transformer block and the discriminator, once for all networks, so that elementwise passes fuse.
 
@@ -234,7 +255,7 @@ def compile_networks() -> None:
         raise ValueError("--compile needs a C++ compiler and found none; install g++, or leave --compile out.")
     # with and without gradient, autocast (du/ds runs without), and by batch size
     torch._dynamo.config.recompile_limit = 64
-    for network in (video_net.DiTBlock, video_net.VideoDiscriminator):
+    for network in COMPILED:
         if not hasattr(network.forward, "eager"):
             eager, network.forward = network.forward, torch.compile(network.forward)
             network.forward.eager = eager
