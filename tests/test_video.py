@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -449,6 +450,24 @@ def test_claims_run_and_resume(tmp_path, inline, monkeypatch):
     rung.draw(tmp_path, result | {"teacher": teacher})
     for name in ("quality_vs_nfe.png", "why.png"):
         assert (tmp_path / name).stat().st_size > 10_000
+
+
+def test_a_killed_run_of_claims_leaves_tables_and_pictures(tmp_path, monkeypatch, inline):
+    """After every teacher and every job, of what there is by then."""
+    done, drawn = [], []
+
+    def job(args):
+        if len(done) == 3:  # the pilot's
+            raise KeyboardInterrupt
+        done.append(args)
+
+    monkeypatch.setattr(claims, "run_teacher", lambda args: None)
+    monkeypatch.setattr(claims, "run_job", job)
+    monkeypatch.setattr(claims, "tabulate", lambda *_: {"models": {"tmd": {}} if done else {}})
+    rung = replace(claims_video.rung("tiny"), draw=lambda root, result: drawn.append(root))
+    with pytest.raises(KeyboardInterrupt):
+        claims.run(rung, str(tmp_path), only=("tmd",))
+    assert drawn == [tmp_path] * 3
 
 
 def test_what_explains_the_rows_is_read_from_the_right_places():

@@ -152,11 +152,17 @@ def run(rung: Rung, out: str, quick: bool = False, processes: int = 2, seeds=SEE
     pilots = [(rung, root, n, s, quick) for s in PILOT for n in pair if s in seeds]
     teachers = {rung.teacher_name(rung.toy_of(n, s, quick)): (rung, root, n, s, quick) for _, _, n, s, _ in jobs}
 
+    def told() -> dict:
+        result = tabulate(rung, root, len(seeds))
+        if rung.draw and rung.claims and result["models"] and not quick:
+            rung.draw(root, result)
+        return result
+
     def work_off(todo, work, what):
         running = as_completed([pool.submit(work, job) for job in todo])
         for done in tqdm(running, total=len(todo), desc=what, disable=None):
             done.result()
-            tabulate(rung, root, len(seeds))  # a killed run leaves a table of what it has
+            told()  # a killed run leaves tables and pictures of what it has
 
     with workers(processes) as pool:
         work_off(list(teachers.values()), run_teacher, "teachers")
@@ -166,8 +172,6 @@ def run(rung: Rung, out: str, quick: bool = False, processes: int = 2, seeds=SEE
             write_json(root / "pilot.json", found)
             print(pilot_words(rung, found), flush=True)
         work_off(jobs, run_job, "students")
-    result = tabulate(rung, root, len(seeds))
-    if rung.draw and rung.claims and not quick:
-        rung.draw(root, result)
+    result = told()
     print((root / "claims.md").read_text(encoding="utf-8"))
     return result
