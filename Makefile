@@ -53,7 +53,7 @@ bench-gpu: $(WAN)        ## seconds and memory of wan_scale/ at full size on a G
 smoke-gpu: $(WAN)        ## does it run on this GPU: every step of wan_scale/ at 1.3B with random weights, a few updates each
 	$(RUN) wan_scale/run.py smoke --preset 1.3b
 
-rehearse: $(WAN)         ## every row of the plan's table at full size without a GPU: bytes and FLOPs counted (some ten minutes)
+rehearse: $(WAN)         ## every row of the plan's table at full size without a GPU: bytes and FLOPs counted (a quarter of an hour)
 	$(RUN) wan_scale/run.py rehearse --preset 1.3b --gpus 1 --card-gb 80
 	$(RUN) wan_scale/run.py rehearse --preset 1.3b --gpus 8 --card-gb 80
 	$(RUN) wan_scale/run.py rehearse --preset 14b --gpus 1 --lora 64

@@ -224,6 +224,7 @@ def test_compile_is_for_those_who_ask_and_have_a_compiler(eager_after, monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f) or (lambda *a: f(*a)))
+    monkeypatch.setattr(tiny_video, "can_compile", lambda: True)
     few = {"own_teacher": True, "samples": 120}
     forwards = [video_net.DiTBlock.forward, video_net.VideoDiscriminator.forward]
     tiny_video.VideoLadder(tiny_video.ToyVideo(**few))
@@ -234,16 +235,34 @@ def test_compile_is_for_those_who_ask_and_have_a_compiler(eager_after, monkeypat
     with tiny_video.uncompiled():
         assert [network_.forward for network_ in tiny_video.COMPILED] == forwards
     assert video_net.DiTBlock.forward is not forwards[0]
-    monkeypatch.setattr(tiny_video.shutil, "which", lambda _: None)
-    with pytest.raises(ValueError, match=r"--compile needs a C\+\+ compiler and found none; install g\+\+, or"):
+    monkeypatch.setattr(tiny_video, "can_compile", lambda: False)
+    with pytest.raises(ValueError, match=r"--compile needs a C\+\+ compiler that works; install g\+\+, or"):
         tiny_video.VideoLadder(tiny_video.ToyVideo(compile=True, **few))
+
+
+def test_whether_networks_can_be_compiled_is_tried(monkeypatch):
+    """A compiler that is missing, or that gives something else, is none."""
+    tried = tiny_video.can_compile.__wrapped__
+    for compiled, works in ((lambda f: f, True), (lambda f: lambda x: x, False), (lambda f: 1 / 0, False)):
+        monkeypatch.setattr(torch, "compile", compiled)
+        assert tried() is works
+
+
+def test_a_job_is_the_same_under_another_build_of_torch_and_compiled_or_not():
+    """Both change rounding alone; a longer job is another."""
+    job = {"toy": {"seed": 0, "compile": True}, "stage1": None, "torch": "2.13.0+cpu"}
+    assert claims.counted(job) == claims.counted(job | {"toy": {"seed": 0}, "torch": "2.13.0"})
+    for other in ({"torch": "2.12.0+cpu"}, {"toy": {"seed": 1}}, {"stage1": {}}):
+        assert claims.counted(job) != claims.counted(job | other)
 
 
 @pytest.mark.slow
 def test_compiled_networks_train_alike(eager_after, tmp_path):
     """The first updates of every stage have the losses of the networks as they are, to rounding."""
-    found = []
+    found, graphs = [], lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    before = graphs()
     for compiled in (False, True):
+        assert graphs() == before
         cfg = tiny_video.ToyVideo(**tiny_video.QUICK | {"iterations": 4, "stage1_updates": 2, "compile": compiled})
         bench, seen = tiny_video.VideoLadder(cfg), []
         keep = lambda phase, terms, seen=seen: seen.append({k: v.item() for k, v in terms.items()})
@@ -259,9 +278,42 @@ def test_compiled_networks_train_alike(eager_after, tmp_path):
             tmd.train_stage2(student, teacher, disc, bench.data, how, cfg.stage2_config(), taps=bench.taps, **more)
         found.append(seen)
     eager, compiled = found
+    assert graphs() > before + 2  # the block and the discriminator, with and without gradients
     assert len(eager) == len(compiled) == 10
     for a, b in zip(eager, compiled):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+def test_bench_takes_turns_and_does_without_a_compiler(tmp_path, monkeypatch, inline, capsys):
+    """Compiled and other updates of one stage meet in turns; without a compiler all else is written, and it says so."""
+    turns = []
+
+    class Stub:
+        def __init__(self, cfg):
+            assert cfg.compile
+
+        @contextlib.contextmanager
+        def uncompiled(self):
+            turns.append("as it is")
+            yield
+            turns.append("compiled")
+
+    monkeypatch.setattr(toy_bench, "stages", lambda *_: {"a": lambda: None})
+    monkeypatch.setattr(toy_bench, "workers", claims.workers)
+    cfg = tiny_video.ToyVideo(own_teacher=True)
+    found = toy_bench.compiled(Stub, cfg, [], 1, 3)
+    assert turns == ["as it is", "compiled"] * 5 and found["a"].keys() == {"compiled_ms", "times_as_fast"}
+    row = {"stage": "a", "ms": 40.0, "floor_ms": 10.0, "peak_mb": 1.0}
+    monkeypatch.setattr(toy_bench, "measure", lambda *_: [row])
+    monkeypatch.setattr(toy_bench, "rollout_cost", lambda _: "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def no_compiler(*_):
+        raise ValueError("--compile needs a compiler")
+
+    monkeypatch.setattr(toy_bench, "compiled", no_compiler)
+    toy_bench.run(Stub, cfg, str(tmp_path), [], 1, 3)
+    assert "not measured: --compile needs" in capsys.readouterr().out and (tmp_path / "bench.json").exists()
 
 
 def test_bench_says_how_many_times_as_fast_compiled_networks_are():

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import tmd_minimal as tmd
 
 pytest.importorskip("diffusers")
+import wan_data_help
 
 from wan_scale import preflight
 from wan_scale.config import preset
@@ -307,14 +308,7 @@ def test_another_teacher_is_refused(world, begun, monkeypatch):
 
 def test_a_flipped_bit_of_the_teacher_is_refused(world, begun, monkeypatch):
     """Also where the fingerprint does not look, far from the middle of a tensor; older students do not know it."""
-    model = begun / "copy"
-    shutil.copytree(world / "tiny", model)
-    file = next((model / "transformer").glob("*.safetensors"))
-    data = file.read_bytes()
-    header = int.from_bytes(data[:8], "little")
-    places = [e["data_offsets"] for e in json.loads(data[8 : 8 + header]).values() if "data_offsets" in e]
-    flip(file, 8 + header + max(places, key=lambda at: at[1] - at[0])[0])  # the first byte of the largest
-    cfg = settings(world, begun, model=str(model))
+    cfg = settings(world, begun, model=str(wan_data_help.with_a_flipped_bit(world / "tiny", begun / "copy")))
     assert students.transformer_of(cfg) == students.transformer_of(settings(world, begun))
     monkeypatch.setattr(train.Training, "run", lambda *a, **k: pytest.fail("trained"))
     for work in (train.stage1, train.stage2):

@@ -3,6 +3,7 @@ export is plain again.
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 import diffusers
 import test_wan_plan
+import wan_data_help
 import wan_ranks
 import worlds
 
@@ -26,7 +28,7 @@ from wan_scale.model import WanNetwork, load_transformer
 from wan_scale.pipeline import TMDWanPipeline
 from wan_scale.sampling import sample
 from wan_scale.tiny import TRANSFORMER, make_tiny
-from wan_scale.training import lora, train
+from wan_scale.training import lora, students, train
 from wan_scale.training.checkpoints import complete
 
 FAST = {
@@ -266,6 +268,17 @@ def test_resume_is_bitwise(world, tmp_path, monkeypatch):
         ).read_bytes()
     with pytest.raises(RuntimeError, match="made with another --lora-scale"):
         train.stage2(settings(world, tmp_path / "whole", lora_scale=1.0))
+
+
+def test_adapters_of_a_damaged_base_are_refused(world, tmp_path):
+    """A flipped bit in the teacher where its fingerprint does not look: they would be merged into other weights."""
+    cfg = settings(world, tmp_path / "out", stage1_updates=0)
+    train.stage2(cfg)
+    sample.make_model(cfg)
+    other = replace(cfg, model=str(wan_data_help.with_a_flipped_bit(world / "tiny", tmp_path / "copy")))
+    assert students.transformer_of(other) == students.transformer_of(cfg)
+    with pytest.raises(RuntimeError, match=r"adapters of another transformer than .*, or that one is damaged; give"):
+        sample.make_model(other)
 
 
 def test_export_is_merged(world, tmp_path, monkeypatch):

@@ -217,9 +217,12 @@ def run(ladder: type[Ladder], cfg, out: str, sampled: list[tuple[int, int]], n: 
         with workers(1) as pool:
             rows += pool.submit(measure, ladder, cfg, sampled, n, threads, repeats).result()
     if hasattr(cfg, "compile") and not torch.cuda.is_available():  # a GPU compiles in any case
-        with workers(1) as pool:
-            found = pool.submit(compiled, ladder, cfg, sampled, n, repeats).result()
-        rows = [{**row, **found[row["stage"]]} for row in rows]
+        try:
+            with workers(1) as pool:
+                found = pool.submit(compiled, ladder, cfg, sampled, n, repeats).result()
+            rows = [{**row, **found[row["stage"]]} for row in rows]
+        except ValueError as e:  # no compiler
+            print(f"not measured: {e}")
     print(markdown(rows))
     print(rollout_cost(rows))
     Path(out).mkdir(parents=True, exist_ok=True)

@@ -77,6 +77,14 @@ def settings_of(cfg, how, one, two, kd, more) -> dict:
     return {"toy": asdict(cfg) | {"out": None}, **stages, **more, "torch": torch.__version__}
 
 
+def counted(settings: dict) -> dict:
+    """Of a job's settings those that make it another one: not the build of torch, nor whether networks were compiled,
+    which change rounding alone.
+    """
+    toy = {key: value for key, value in settings["toy"].items() if key != "compile"}
+    return settings | {"toy": toy, "torch": settings["torch"].split("+")[0]}
+
+
 def run_teacher(args) -> None:
     """Train or load the teacher of a job's data and seed, and write its own scores, once."""
     rung, root, name, seed, quick = args
@@ -103,7 +111,7 @@ def run_job(args) -> None:
     cfg, how, one, two, kd, more = rung.plan(name, seed, quick)
     settings = settings_of(cfg, how, one, two, kd, more)
     if file.exists():
-        if json.loads(file.read_text(encoding="utf-8"))["settings"] != settings:
+        if counted(json.loads(file.read_text(encoding="utf-8"))["settings"]) != counted(settings):
             raise RuntimeError(f"{file} was made with other settings; delete it, or choose another folder with --out.")
         return
     bench = rung.ladder(cfg)
@@ -140,12 +148,12 @@ def run(rung: Rung, out: str, quick: bool = False, processes: int = 2, seeds=SEE
     """
     root, first = Path(out), next(iter(rung.jobs))
     (root / "jobs").mkdir(parents=True, exist_ok=True)
-    stamp = {**asdict(rung.toy_of(first, 0, quick)), "out": None}
-    if (root / "claims.config.json").exists() and json.loads(
-        (root / "claims.config.json").read_text(encoding="utf-8")
-    ) != stamp:
+    stamp = {key: v for key, v in asdict(rung.toy_of(first, 0, quick)).items() if key not in ("out", "compile")}
+    if (known := root / "claims.config.json").exists() and stamp != {
+        key: v for key, v in json.loads(known.read_text(encoding="utf-8")).items() if key not in ("out", "compile")
+    }:
         raise RuntimeError(f"{root} holds claims of another size; choose another folder with --out.")
-    write_json(root / "claims.config.json", stamp)
+    write_json(known, stamp)
     names, seeds = (rung.quick_jobs, seeds[:2]) if quick else (only or tuple(rung.jobs), seeds)
     pair = [name for name in rung.claims[0][2:4] if name in names] if rung.claims else []
     jobs = [(rung, root, n, s, quick) for n in names for s in seeds]

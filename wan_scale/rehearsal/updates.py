@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from wan_scale.config import Wan
+from wan_scale.cost.memory import PROMPT as TEXT
 from wan_scale.cost.sizes import latent
 from wan_scale.rehearsal.card import card
 from wan_scale.rehearsal.ledger import CARD, Ledger
@@ -25,7 +26,6 @@ from wan_scale.training import dist, train, weights
 from wan_scale.training.phase import Feed, WanPhase
 
 PHASES = {"stage1": ("stage1",), "stage2": ("critic", "student")}  # phase: its kinds of update, as `plan` calls them
-TEXT = 512  # tokens of a prompt
 
 
 def replaced(module: nn.Module, new) -> nn.Module:

@@ -16,7 +16,7 @@ import tmd_minimal as tmd
 from wan_scale import speed
 from wan_scale.config import Wan
 from wan_scale.data.files import file_sha256, read_json, write_json, writing
-from wan_scale.data.folders import check_folder, check_words, checksums, fingerprint, loading
+from wan_scale.data.folders import check_folder, check_words, checksums, loading
 from wan_scale.data.prompts import NEGATIVE, read_prompts
 from wan_scale.pictures import contact_sheet, needs_ffmpeg, read_video, write_video
 from wan_scale.pipeline import HOW, TMDWanModel, TMDWanPipeline
@@ -51,9 +51,9 @@ def make_model(cfg: Wan, dtype: torch.dtype = torch.float32, device="cpu") -> TM
     students.check_weights(folder)
     check_folder(cfg.model)
     made, alpha = facts.get("transformer"), facts["recipe"].get("--lora") and facts["recipe"]["--lora-scale"]
-    if alpha and made and made != fingerprint(Path(cfg.model), "transformer"):
-        other = f"{folder} holds adapters of another transformer than {cfg.model}'s"
-        raise RuntimeError(f"{other}; give the --model that they were trained on.")
+    if alpha and made and (made != students.transformer_of(cfg) or students.other_bytes(facts, cfg)):
+        other = f"{folder} holds adapters of another transformer than {cfg.model}'s, or that one is damaged"
+        raise RuntimeError(f"{other}; give the --model that they were trained on, or copy it again.")
     config = read_json(Path(cfg.model) / "transformer" / "config.json")
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     with init_empty_weights():

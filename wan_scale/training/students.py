@@ -69,6 +69,11 @@ def bytes_of_transformer(cfg: Wan) -> str:
     return checksums(cfg.model, ("transformer",))["transformer"]
 
 
+def other_bytes(facts: dict, cfg: Wan) -> bool:
+    """Whether the transformer's bytes are not those that a student was trained on; older students do not know."""
+    return facts.get("transformer_sha256", "") not in ("", bytes_of_transformer(cfg))
+
+
 def start_of(folder: Path) -> dict:
     """What a phase is told of the finished one that it starts from."""
     return {"phase": folder.name, "sha256": described(folder)["sha256"]} if finished_there(folder) else {}
@@ -92,9 +97,8 @@ def finished(folder: Path, cfg: Wan, told: bool = True, longer: bool = False) ->
     more = keys and keys <= LENGTHS and all(mine[key] > facts["recipe"].get(key, mine[key]) for key in keys)
     if "transformer" in facts and facts["transformer"] != transformer_of(cfg):
         keys.add("--model")
-    elif whole := facts.get("transformer_sha256"):  # students of older versions have none
-        now = dist.agreed(bytes_of_transformer(cfg) if dist.rank() == 0 else None)
-        keys |= {"--model, or a damaged one"} if now != whole else set()
+    elif dist.agreed(dist.rank() == 0 and other_bytes(facts, cfg)):
+        keys.add("--model, or a damaged one")
     before = facts.get("start") or {}
     if before and (now := start_of(folder.parent / before["phase"])) and now != before:
         keys.add(f"student of {before['phase']}")
