@@ -53,7 +53,9 @@ def quality(root: Path, result: dict) -> None:
 def why(root: Path, result: dict) -> None:
     """why.png: the room there is; score against updates; score against N at sampling."""
     plt, models, teacher = pyplot(), result["models"], result["teacher"]
-    fig, (room, updates, steps) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    longer = bool(result["curves"])  # the long runs may be missing
+    fig, panels = plt.subplots(1, 2 + longer, figsize=(8.7 + 4.3 * longer, 4.2), layout="constrained")
+    room, updates, steps = panels if longer else (panels[0], None, panels[1])
 
     shown = [name for name in ROOM if name in models or name.startswith("teacher")]
     for row, name in enumerate(shown):
@@ -73,8 +75,8 @@ def why(root: Path, result: dict) -> None:
             updates.plot(x, mean, style, color=color, label=name.replace(" long", ""))
             updates.fill_between(x, [m - d for m, d in zip(mean, std)], [m + d for m, d in zip(mean, std)],
                                  color=color, alpha=0.12, lw=0)  # fmt: skip
-    updates.set(title="More updates", xlabel="updates of stages 1 and 2", ylabel="total")
-    if updates.get_legend_handles_labels()[0]:
+    if longer:
+        updates.set(title="More updates", xlabel="updates of stages 1 and 2", ylabel="total")
         updates.legend(fontsize=8)
 
     for name in ("tmd", "tmd N2", "tmd N1", "tmd no rollout"):
@@ -86,7 +88,7 @@ def why(root: Path, result: dict) -> None:
     steps.axhline(models["dmd2v"]["total"]["mean"], color=INK, lw=1, label="dmd2v")
     steps.set(title="More steps of the head at sampling", xlabel="N", ylabel="total")
     steps.legend(fontsize=8)
-    for ax in (room, updates, steps):
+    for ax in panels:
         ax.grid(alpha=0.2)
     fig.savefig(root / "why.png", dpi=120)
     plt.close(fig)

@@ -215,13 +215,17 @@ def pilot_words(rung, found: dict) -> str:
 def students_table(rung, result: dict) -> str:
     """Every student: cost, scores, seconds."""
     heads = [text + ", %" * (k in rung.percent) for k, text in rung.labels.items()]
+    models = result["models"]
+    kept = "median" if all("median" in m["seconds"] for m in models.values()) else "mean"  # of older lists
     head = f"| student | effective NFE | updates (of the student) | {' | '.join(heads)} "
-    lines = [f"{head}| training, s (median) | seeds |"]
+    lines = [f"{head}| training, s{' (median)' * (kept == 'median')} | seeds |"]
     lines += ["|---" * (len(heads) + 5) + "|"]
-    for name, m in sorted(result["models"].items()):
-        quality = " | ".join(show(m[k], k in rung.percent) for k in rung.labels)
+    for name, m in sorted(models.items()):
+        alone = m["seeds"] == 1  # has no spread
+        told = lambda s, percent, alone=alone: shown(s["mean"], percent) if alone else show(s, percent)
+        quality = " | ".join(told(m[k], k in rung.percent) for k in rung.labels)
         cost = f"{m['effective_nfe']:.2f} | {m['updates']} ({m['student_updates']})"
-        lines.append(f"| {name} | {cost} | {quality} | {m['seconds']['median']:.0f} | {m['seeds']} |")
+        lines.append(f"| {name} | {cost} | {quality} | {m['seconds'][kept]:.0f} | {m['seeds']} |")
     return "\n".join(lines) + "\n"
 
 
