@@ -16,6 +16,8 @@ from wan_scale.cost import benchmarks
 from wan_scale.cost.plan import plan
 from wan_scale.cost.sizes import GB, WAN, discriminator
 from wan_scale.cost.work import UNITS, flops, measured_rates, step_work, time_of
+from wan_scale.rehearsal.card import card
+from wan_scale.rehearsal.report import shallow
 
 ON_A_CARD = {"forward, compiled", "sampling, graphed head", "stage 1, TF32", "stage 2, not compiled"}
 
@@ -350,3 +352,21 @@ def test_published_benchmarks_are_the_files():
 
     assert (bench.RESULTS.parent / "BENCHMARKS.md").read_text() == publish.benchmarks()
     assert "Not measured yet" in benchmarks.markdown([]) and "| 14b |" in benchmarks.markdown([])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size, lora", [("1.3b", 0), ("14b", 64)])
+def test_cases_on_a_fake_card(size, lora):
+    """At full width, three blocks deep, on tensors without memory: no shape, type or device stops a case of the bench.
+    Not those that time kernels, and no CUDA graph.
+    """
+    cfg = shallow(preset(size, attn="native", compile="off", bench_minutes=1e6, lora=lora), 3)
+    config = WAN[size] | {"num_layers": 3}
+    with card():
+        made = bench.Bench(cfg, config, repeats=1)
+        cases = {name: work for name, (work, _) in made.cases().items() if name not in ("attention", "rates")}
+        del cases["sampling, graphed head"]
+        assert made.lora == lora and len(cases) > 8
+        for name, work in cases.items():
+            found = work()
+            assert found["seconds"] and not found.get("reasons"), name
