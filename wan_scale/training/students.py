@@ -95,10 +95,10 @@ def finished(folder: Path, cfg: Wan, told: bool = True, longer: bool = False) ->
     keys = {key for key, value in mine.items() if facts["recipe"].get(key) != value}
     keys -= {"--micro-batch"}  # how the batch was split is past
     more = keys and keys <= LENGTHS and all(mine[key] > facts["recipe"].get(key, mine[key]) for key in keys)
-    if "transformer" in facts and facts["transformer"] != transformer_of(cfg):
-        keys.add("--model")
-    elif dist.agreed(dist.rank() == 0 and other_bytes(facts, cfg)):
-        keys.add("--model, or a damaged one")
+    same = facts.get("transformer") in (None, transformer_of(cfg))
+    damaged = dist.agreed(dist.rank() == 0 and same and other_bytes(facts, cfg))  # all call, whatever their folders are
+    if not same or damaged:
+        keys.add("--model, or a damaged one" if damaged else "--model")
     before = facts.get("start") or {}
     if before and (now := start_of(folder.parent / before["phase"])) and now != before:
         keys.add(f"student of {before['phase']}")
