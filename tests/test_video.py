@@ -13,8 +13,8 @@ import tmd_minimal as tmd
 import toy_video
 from toys import bench as toy_bench
 from toys import claims, claims_video, explore_video, tiny_video, video_net, video_pictures
-from toys.ladder import deepened
 from toys.moving_shapes import EMPTY, MOTIONS, World
+from toys.variants import CorrectingStudent, deepened
 
 TINY = ("--own-teacher --frames 6 --pixels 12 --patch-frames 2 --patch-pixels 4 --width 16 --depth 3 --H 1 --heads 2 "
         "--taps 0,1 --teacher-updates 2 --stage1-updates 2 --iterations 5 --batch 4 --samples 120 --kd-count 8 "
@@ -25,6 +25,14 @@ def network(**kw):
     return video_net.VideoDiT(
         **{"channels": 2, "width": 24, "depth": 4, "heads": 2, "patch": (2, 4, 4), "words": 5, **kw}
     ).double()
+
+
+def as_trained(net):
+    """With open gates, as a trained network has them: at first every block is the identity."""
+    for part in net.modules():
+        if isinstance(part, torch.nn.Linear):
+            torch.nn.init.normal_(part.weight, std=0.1)
+    return net
 
 
 def clips(g, n=3):
@@ -556,15 +564,29 @@ def test_dropped_words_are_the_empty_word():
 
 def test_blocks_added_to_a_baseline_change_nothing_at_first_and_then_learn(g):
     """The depth control starts as the teacher, bit for bit, with as many blocks as asked for; its new blocks train."""
-    net, (x, t, c) = network(), clips(g)
-    for part in net.modules():  # a trained network's gates are open
-        if isinstance(part, torch.nn.Linear):
-            torch.nn.init.normal_(part.weight, std=0.1)
+    net, (x, t, c) = as_trained(network()), clips(g)
     deep = deepened(net, 3)
     assert len(deep.blocks) == len(net.blocks) + 3 and len(net.blocks) == 4
     assert torch.equal(deep(x, t, c), net(x, t, c))
     deep.requires_grad_(True)(x, t, c).square().mean().backward()
     assert all(deep.blocks[-1].get_parameter(name).grad.abs().sum() > 0 for name in ("mlp.2.weight", "attn.out.weight"))
+
+
+def test_a_head_that_corrects_starts_as_one_step_of_the_teacher_for_every_N_and_then_learns(g):
+    """x_hat of every N is x_t - t v(x_t, t) at first; the blocks it runs are M (L + N H); its head gets a gradient."""
+    net, (x, t, c) = as_trained(network()), clips(g)
+    student = CorrectingStudent(net, 1).double()
+    predict = tmd.transition(student, x, t, c)
+    for N in (1, 2, 4):
+        assert_close(tmd.inner_flow(predict, torch.randn_like(x), tmd.make_grid(N, 1.0)), net(x, t, c))
+    ran = []
+    for block in [*student.net.blocks, *student.part.net.blocks]:
+        block.register_forward_hook(lambda *_: ran.append(1))
+    tmd.inner_flow(tmd.transition(student, x, t, c), x, tmd.make_grid(4, 1.0))
+    assert len(ran) == len(net.blocks) + 4
+    student.requires_grad_(True)
+    predict(x, t, t).square().mean().backward()
+    assert student.part.net.proj.weight.grad.abs().sum() > 0
 
 
 def test_the_share_of_y_1_tells_a_sampler_from_a_map():

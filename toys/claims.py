@@ -24,13 +24,15 @@ from settings import write_json
 from toys.ladder import Ladder, baseline_budget, workers
 from toys.verdicts import PILOT, SEEDS, job_file, pilot, pilot_words, tabulate
 
+EXTRA = ("kind", "curve", "keep", "corrects")  # what fit_student takes beside the settings of a stage
+
 
 @dataclass(frozen=True)
 class Rung:
     """What a rung measures, and how it tells it."""
 
     ladder: type[Ladder]
-    # {name: (settings, the student's or "plain ...", those of stage 1 or None, those of stage 2 with "kind", "curve")}
+    # {name: (settings, the student's or "plain ...", those of stage 1 or None, those of stage 2 and EXTRA)}
     jobs: dict
     claims: list  # (claim, setting, A, B, phase of A[/phase of B]): the claim is that A beats B
     size: dict  # settings of every job
@@ -58,7 +60,7 @@ class Rung:
         _, student, stage1, stage2 = self.jobs[name]
         plain = isinstance(student, str)
         how = cfg.student_config(**({"H": 0, "N": 1} if plain else student))
-        more = {key: stage2[key] for key in ("kind", "curve") if key in stage2}
+        more = {key: stage2[key] for key in EXTRA if key in stage2}
         two, kd = cfg.stage2_config(**{key: value for key, value in stage2.items() if key not in more}), 0
         if student in ("plain", "plain deep"):
             kd, two = baseline_budget(cfg, two)
@@ -116,7 +118,9 @@ def run_job(args) -> None:
         return
     bench = rung.ladder(cfg)
     teacher, _ = bench.fit_teacher(root / rung.teacher_name(cfg), progress=False)
-    nfe = tmd.effective_nfe(how.M, how.N, how.H, cfg.depth) + how.M * more.get("deeper", 0) / cfg.depth
+    # in whole teachers: blocks that a student has more, or fewer, a transition
+    blocks = more.get("deeper", 0) + (how.H if "corrects" in more else 0) + more.get("keep", cfg.depth) - cfg.depth
+    nfe = tmd.effective_nfe(how.M, how.N, how.H, cfg.depth) + how.M * blocks / cfg.depth
     record = {"name": name, "seed": seed, "effective_nfe": nfe, "settings": settings}
     record["student_updates"] = kd + (one.updates if one else 0) + two.iterations // two.student_every
     try:

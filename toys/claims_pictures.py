@@ -9,11 +9,16 @@ from toys.drawing import BLUE, GREY, INK, ORANGE, pyplot
 STUDENTS = ("dmd2v", "dmd2v no kd", "dmd2v M2", "tmd", "tmd N1", "tmd N2", "tmd H1", "tmd M2", "tmd no stage 1")
 # the left panel of why.png: teacher, what bounds a head, the head
 ROOM = ("teacher 50", "teacher 4", "teacher 2", "teacher 1", "dmd2v", "dmd2v deep", "dmd2v M2", "dmd2v M4", "tmd",
-        "tmd no stage 1", "tmd M2")  # fmt: skip
+        "tmd no stage 1", "tmd corrects", "tmd M2")  # fmt: skip
 WORDS = {"dmd2v": "DMD2-v", "dmd2v deep": "DMD2-v, 12 blocks", "dmd2v M2": "DMD2-v, M = 2", "dmd2v M4": "DMD2-v, M = 4",
-         "tmd": "TMD, N = 4", "tmd no stage 1": "TMD, no stage 1", "tmd M2": "TMD, M = 2, N = 4"}  # fmt: skip
-LONG = {"tmd long": (ORANGE, "-"), "dmd2v long": (INK, "-"),
+         "tmd": "TMD, N = 4", "tmd no stage 1": "TMD, no stage 1", "tmd M2": "TMD, M = 2, N = 4",
+         "tmd corrects": "TMD, head corrects"}  # fmt: skip
+LONG = {"tmd long": (ORANGE, "-"), "dmd2v long": (INK, "-"), "dmd2v deep long": (GREY, "-"),
         "tmd M2 long": (ORANGE, "--"), "dmd2v M2 long": (INK, "--")}  # fmt: skip
+
+TRAINED = {"tmd": ("TMD, trained with N = 4", ORANGE, "-"), "tmd N2": ("TMD, trained with N = 2", ORANGE, "--"),
+           "tmd N1": ("TMD, trained with N = 1", ORANGE, ":"),
+           "tmd no rollout": ("TMD, trained without rollout", GREY, "--")}  # fmt: skip
 
 
 def draw(root: Path, result: dict) -> None:
@@ -72,20 +77,19 @@ def why(root: Path, result: dict) -> None:
             mean = [p["total"]["mean"] for p in points]
             std = [p["total"]["std"] for p in points]
             x = [p["updates"] for p in points]
-            updates.plot(x, mean, style, color=color, label=name.replace(" long", ""))
+            updates.plot(x, mean, style, color=color, label=WORDS[name.removesuffix(" long")])
             updates.fill_between(x, [m - d for m, d in zip(mean, std)], [m + d for m, d in zip(mean, std)],
                                  color=color, alpha=0.12, lw=0)  # fmt: skip
     if longer:
         updates.set(title="More updates", xlabel="updates of stages 1 and 2", ylabel="total")
         updates.legend(fontsize=8)
 
-    for name in ("tmd", "tmd N2", "tmd N1", "tmd no rollout"):
+    for name, (label, color, style) in TRAINED.items():
         if row := result["head"].get(name):
             n = sorted(row["N"], key=int)
             mean, std = ([row["N"][k][what] for k in n] for what in ("mean", "std"))
-            color, style = {"tmd": (ORANGE, "-"), "tmd no rollout": (GREY, "--")}.get(name, (ORANGE, ":"))
-            steps.errorbar(n, mean, yerr=std, ls=style, marker="o", ms=4, color=color, capsize=3, label=name)
-    steps.axhline(models["dmd2v"]["total"]["mean"], color=INK, lw=1, label="dmd2v")
+            steps.errorbar(n, mean, yerr=std, ls=style, marker="o", ms=4, color=color, capsize=3, label=label)
+    steps.axhline(models["dmd2v"]["total"]["mean"], color=INK, lw=1, label=WORDS["dmd2v"])
     steps.set(title="More steps of the head at sampling", xlabel="N", ylabel="total")
     steps.legend(fontsize=8)
     for ax in panels:

@@ -22,7 +22,7 @@ from toys.moving_shapes import MOTIONS
 from toys.tiny_video import QUICK, SIZES, ToyVideo, VideoLadder, can_compile
 from toys.verdicts import show, students_table, summary
 
-# choice: half the samples an update of `make video`: more updates in the same hours, for 31 students on five seeds
+# choice: half the samples an update of `make video`: more updates in the same hours, for 33 students on five seeds
 ITERATIONS, LONG, BATCH, SWEEP_SEEDS = 600, 2400, 8, (100,)
 M2, M4 = {"M": 2}, {"M": 4}
 
@@ -44,6 +44,7 @@ JOBS = {
     "tmd no rollout": ({}, {}, {}, {"rollout": "none"}),
     "tmd TM": ({}, {}, {"flow_map_share": 0.0}, {}),
     "tmd gate 0": ({}, {"gate_init": 0.0}, {}, {}),
+    "tmd corrects": ({}, {}, {}, {"corrects": True}),
     "tmd concat": ({}, {"fusion": "concat"}, {}, {}),
     "tmd target x": ({}, {"target": "x"}, {}, {}),
     "tmd no gan": ({}, {}, {}, {"gan_weight": 0.0}),
@@ -56,8 +57,8 @@ JOBS = {
     "tmd M2 even": ({**M2, "outer_shift": 1.0}, {}, {}, {}),
     "dmd2v M2 even": ({**M2, "outer_shift": 1.0}, "plain", {}, {}),
     **{f"{name} long": ({**settings, "iterations": LONG}, how, {}, {"curve": 8})
-       for name, settings, how in (("tmd", {}, {}), ("dmd2v", {}, "plain"), ("tmd M2", M2, {}),
-                                   ("dmd2v M2", M2, "plain"))},
+       for name, settings, how in (("tmd", {}, {}), ("dmd2v", {}, "plain"), ("dmd2v deep", {}, "plain deep"),
+                                   ("tmd M2", M2, {}), ("dmd2v M2", M2, "plain"))},
 }  # fmt: skip
 
 # claim, setting, A, B, phase: the claim is that A beats B
@@ -95,6 +96,8 @@ CLAIMS = [
     ("C10", "t_dmd shift 5 (paper's) against 1 (this rung's), DMD2-v", "dmd2v dmd shift 5", "dmd2v", "end"),
     ("C10", "t_student shift 10 (paper's) against 1 at M = 2, TMD", "tmd M2", "tmd M2 even", "end"),
     ("C10", "t_student shift 10 (paper's) against 1 at M = 2, DMD2-v", "dmd2v M2", "dmd2v M2 even", "end"),
+    ("trap 10", "a head that corrects the backbone's velocity (NFE 2.33) against one that draws y", "tmd corrects",
+     "tmd", "end"),
     ("room", "teacher: 50 steps against 4", "teacher 50", "teacher 4", "end"),
     ("room", "teacher: 50 steps against 1", "teacher 50", "teacher 1", "end"),
     ("room", "teacher in 50 steps against DMD2-v, M = 1", "teacher 50", "dmd2v", "end"),
@@ -102,6 +105,9 @@ CLAIMS = [
     ("bound", "more depth, no recurrence: DMD2-v of 12 blocks against 6", "dmd2v deep", "dmd2v", "end"),
     ("bound", "more steps, no head: DMD2-v, M = 2 against M = 1", "dmd2v M2", "dmd2v", "end"),
     ("bound", "more steps, no head: DMD2-v, M = 4 against M = 2", "dmd2v M4", "dmd2v M2", "end"),
+    ("bound", "more depth, no recurrence, four times the iterations", "dmd2v deep long", "dmd2v long", "end"),
+    ("bound", "more steps, no head, four times the iterations: M = 2 against M = 1", "dmd2v M2 long", "dmd2v long",
+     "end"),
 ]  # fmt: skip
 
 LABELS = {"total": "total", "quality": "quality", "semantic": "semantic", "motion": "motion", "diversity": "diversity"}

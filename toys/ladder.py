@@ -5,7 +5,6 @@ A rung brings a dataclass of ToySettings and a Ladder (its data, networks and ru
 
 from __future__ import annotations
 
-import copy
 import json
 import multiprocessing
 import os
@@ -21,6 +20,7 @@ import torch
 
 import tmd_minimal as tmd
 from settings import Settings, option, write_json
+from toys.variants import CorrectingStudent, deepened, thinned
 
 
 @dataclass
@@ -128,10 +128,12 @@ class Ladder:
 
     def fit_student(self, teacher, name: str, how: tmd.StudentConfig, stage1: tmd.Stage1Config | None,
                     stage2: tmd.Stage2Config | None, folder: Path | None, kd_updates: int = 0, curve: int = 0,
-                    kind: str | None = None, deeper: int = 0, **run) -> dict:  # fmt: skip
+                    kind: str | None = None, deeper: int = 0, keep: int = 0, corrects: bool = False,
+                    **run) -> dict:  # fmt: skip
         """Stage 1 (or KD warm-up) and stage 2 of one student; plain when how.H is 0. `kind` goes to discriminator().
 
-        `deeper`: blocks that a plain student has more than the teacher (see `deepened`).
+        `deeper`: blocks that a plain student has more than the teacher; `keep`: those that a student has in all, if not
+        the teacher's; `corrects`: a head that corrects the backbone's velocity (variants.py).
 
         `curve` scores are taken during stage 2. Returns {"student", "stage1" (the student after it, or None),
         "curve" (score against updates), "seconds", "stage1_seconds", "updates"}.
@@ -144,8 +146,9 @@ class Ladder:
         found = {"stage1": None, "stage1_seconds": 0.0, "seconds": 0.0, "updates": 0, "curve": []}
 
         tmd.seed_everything(cfg.seed)  # choice: every phase starts from the run's one seed
-        plain = lambda: tmd.PlainStudent(deepened(teacher, deeper))
-        student = tmd.TMDStudent(teacher, how.H, how.fusion, how.gate_init) if how.H else plain()
+        start = deepened(thinned(teacher, keep) if keep else teacher, deeper)
+        cut = CorrectingStudent if corrects else tmd.TMDStudent
+        student = cut(start, how.H, how.fusion, how.gate_init) if how.H else tmd.PlainStudent(start)
         student.to(self.device).requires_grad_(True)
 
         if stage1:  # TM-MF: the head learns the inner flow as a flow map
@@ -220,19 +223,6 @@ class Ladder:
         parts = zip(noise.split(self.kd_chunk), [None] * len(noise) if c is None else c.split(self.kd_chunk))
         clean = [tmd.sample_teacher(teacher, x_1, part, self.c_neg, **more) for x_1, part in parts]
         return noise, torch.cat(clean), c
-
-
-def deepened(net, more: int):
-    """A copy of `net` with `more` blocks at its end: copies of the last whose outputs are zero: they change nothing."""
-    net = copy.deepcopy(net)
-    for _ in range(more):
-        block = copy.deepcopy(net.blocks[-1])
-        for name, layer in block.named_modules():
-            if name in ("mlp.2", "attn.out", "cross.out"):  # what a block adds to its input
-                torch.nn.init.zeros_(layer.weight)
-                torch.nn.init.zeros_(layer.bias)
-        net.blocks.append(block)
-    return net
 
 
 def baseline_budget(cfg: ToySettings, stage2: tmd.Stage2Config) -> tuple[int, tmd.Stage2Config]:
