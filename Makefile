@@ -14,9 +14,10 @@ toy: $(STAMP)            ## train teacher, baseline and TMD on two spirals and d
 video: $(STAMP)          ## the same on tiny videos with prompts: baseline, TMD, contact sheet (the teacher is in results/)
 	$(RUN) toy_video.py
 
-video-teacher: $(STAMP)  ## the teachers of tiny videos, trained once (two to three hours on a core, resumable)
+video-teacher: $(STAMP)  ## the teachers of tiny videos, trained once (some four hours on a core, resumable)
 	$(RUN) -m toys.video_teacher
 	$(RUN) -m toys.video_teacher --frames 12
+	$(RUN) -m toys.video_teacher --blocks 3
 
 wan: $(WAN)              ## the whole of wan_scale/ on a tiny random Wan: data, both stages, mp4s, score sheet
 	$(RUN) wan_scale/run.py --preset tiny

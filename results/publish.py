@@ -44,8 +44,8 @@ COPIES = {  # results: runs
     "toy_video/bench.json": "toy_video/bench.json",
     **{f"toy_video/{name}": f"toy_video/sweep-tiny/claims.{name.split('.')[1]}" for name in ("sweep.json", "sweep.md")},
     **{
-        f"video_teacher/{frames}-frames/{name}": f"video_teacher/{frames}-frames/{name}"
-        for frames in RECIPES
+        f"video_teacher/{teacher}/{name}": f"video_teacher/{teacher}/{name}"
+        for teacher in RECIPES
         for name in ("teacher.safetensors", "teacher.json")
     },
     "wan_shapes/scores.json": "wan-shapes/scores.json",

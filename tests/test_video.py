@@ -14,7 +14,7 @@ import toy_video
 from toys import bench as toy_bench
 from toys import claims, claims_video, explore_video, tiny_video, video_net, video_pictures
 from toys.moving_shapes import EMPTY, MOTIONS, World
-from toys.variants import CorrectingStudent, deepened
+from toys.variants import CorrectingStudent, deepened, thinned
 
 TINY = ("--own-teacher --frames 6 --pixels 12 --patch-frames 2 --patch-pixels 4 --width 16 --depth 3 --H 1 --heads 2 "
         "--taps 0,1 --teacher-updates 2 --stage1-updates 2 --iterations 5 --batch 4 --samples 120 --kd-count 8 "
@@ -572,6 +572,21 @@ def test_blocks_added_to_a_baseline_change_nothing_at_first_and_then_learn(g):
     assert all(deep.blocks[-1].get_parameter(name).grad.abs().sum() > 0 for name in ("mlp.2.weight", "attn.out.weight"))
 
 
+def test_a_thinned_network_keeps_first_last_and_evenly_spaced_blocks(g):
+    """Of six blocks three are 0, 2 (or 3) and 5; the network it came from is left as it was, and all of it trains."""
+    net, (x, t, c) = as_trained(network(depth=6)), clips(g)
+    for number, block in enumerate(net.blocks):
+        block.number = number
+    thin = thinned(net, 3)
+    assert [block.number for block in thin.blocks] == [0, 2, 5] and len(net.blocks) == 6
+    assert [block.number for block in thinned(net, 2).blocks] == [0, 5]
+    e = net.modulate(net.time(t), net.context(c, x))
+    h = net.blocks[5](net.blocks[2](net.blocks[0](net.embed(x), e), e), e)
+    assert_close(thin(x, t, c), net.output(h, e))
+    thin.requires_grad_(True)(x, t, c).square().mean().backward()
+    assert all(block.mlp[2].weight.grad.abs().sum() > 0 for block in thin.blocks)
+
+
 def test_a_head_that_corrects_starts_as_one_step_of_the_teacher_for_every_N_and_then_learns(g):
     """x_hat of every N is x_t - t v(x_t, t) at first; the blocks it runs are M (L + N H); its head gets a gradient."""
     net, (x, t, c) = as_trained(network()), clips(g)
@@ -587,6 +602,26 @@ def test_a_head_that_corrects_starts_as_one_step_of_the_teacher_for_every_N_and_
     student.requires_grad_(True)
     predict(x, t, t).square().mean().backward()
     assert student.part.net.proj.weight.grad.abs().sum() > 0
+
+
+def test_students_of_the_claims_are_the_networks_that_their_rows_say():
+    """Blocks run a sample over the teacher's six are the effective NFE told, for every student that is not Eq. (16)'s.
+
+    Those of three blocks start from the published network of that size.
+    """
+    rung = replace(claims_video.rung("tiny"), size={"size": "tiny", "samples": 120, "batch": 2})
+    for name in ("tmd corrects", "dmd2v deep", "tmd small", "dmd2v small", "dmd2v deep small", "dmd2v M2 small"):
+        cfg, how, _, two, _, more = rung.plan(name, 0, quick=False)
+        ladder = rung.ladder(cfg)
+        two, teacher = replace(two, iterations=1), ladder.fit_teacher(None)[0]
+        student = ladder.fit_student(teacher, name, how, None, two, None, progress=False, **more)["student"]
+        ran = []
+        for block in (part for part in student.modules() if isinstance(part, video_net.DiTBlock)):
+            block.register_forward_hook(lambda *_, ran=ran: ran.append(1))
+        ladder.student_samples(student, how, n=2)
+        assert len(ran) / cfg.depth == pytest.approx(claims.nfe_of(cfg, how, more)), name
+    small, published = ladder.smaller(3).state_dict(), tiny_video.video_teacher.load_weights(8, 3)[0]
+    assert all(torch.equal(small[key], value) for key, value in published.items()) and small.keys() == published.keys()
 
 
 def test_the_share_of_y_1_tells_a_sampler_from_a_map():

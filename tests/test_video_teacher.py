@@ -78,20 +78,20 @@ def test_the_finished_teacher_is_the_ema_and_a_changed_byte_is_refused(tmp_path)
     folder.mkdir()
     write_json(folder / "curve.json", {"recipe": {}, "curve": []})
     video_teacher.save_weights(net, folder, 8)
-    loaded, facts = video_teacher.load_weights(8, tmp_path)
+    loaded, facts = video_teacher.load_weights(8, root=tmp_path)
     assert all(torch.equal(loaded[name], value) for name, value in net.state_dict().items())
     assert facts["clips"]["frames"] == 8
     data = bytearray((folder / "teacher.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "teacher.safetensors").write_bytes(data)
     with pytest.raises(RuntimeError, match="is not the file"):
-        video_teacher.load_weights(8, tmp_path)
+        video_teacher.load_weights(8, root=tmp_path)
 
 
 def test_the_published_teacher_is_worth_distilling():
     """It meets the bar that room to fail needs, at the last update of its recipe."""
     facts = video_teacher.load_weights(8)[1]
-    recipe, score = video_teacher.RECIPES[8], facts["curve"][-1]
+    recipe, score = video_teacher.RECIPES["8-frames"], facts["curve"][-1]
     assert facts["recipe"] == recipe and score["updates"] == recipe["updates"]
     assert score["total"] >= 0.85 and min(score[key] for key in ("quality", "semantic", "motion")) >= 0.8
     assert score["diversity"] >= 0.9
@@ -105,7 +105,9 @@ def test_the_published_teacher_starts_every_run(tmp_path):
         teacher, facts = ladder.fit_teacher(tmp_path)
         draws.append(teacher.patch.weight)
     assert (
-        torch.equal(*draws) and facts["updates"] == video_teacher.RECIPES[8]["updates"] and not list(tmp_path.iterdir())
+        torch.equal(*draws)
+        and facts["updates"] == video_teacher.RECIPES["8-frames"]["updates"]
+        and not list(tmp_path.iterdir())
     )
     c = ladder.c[:120]
     clips = tmd.sample_teacher(teacher, ladder.x_1[:120], c, ladder.c_neg, grid=tmd.make_grid(4, 1.0), guidance=2.0)

@@ -24,7 +24,7 @@ from settings import write_json
 from toys.ladder import Ladder, baseline_budget, workers
 from toys.verdicts import PILOT, SEEDS, job_file, pilot, pilot_words, tabulate
 
-EXTRA = ("kind", "curve", "keep", "corrects")  # what fit_student takes beside the settings of a stage
+EXTRA = ("kind", "curve", "blocks", "corrects")  # what fit_student takes beside the settings of a stage
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,12 @@ class Rung:
         return cfg, how, None if plain or stage1 is None else cfg.stage1_config(**stage1), two, kd, more
 
 
+def nfe_of(cfg, how, more) -> float:
+    """Effective NFE in whole teachers, Eq. (16), with the blocks that a student of the claims runs more, or fewer."""
+    blocks = more.get("deeper", 0) + (how.H if "corrects" in more else 0) + more.get("blocks", cfg.depth) - cfg.depth
+    return tmd.effective_nfe(how.M, how.N, how.H, cfg.depth) + how.M * blocks / cfg.depth
+
+
 def settings_of(cfg, how, one, two, kd, more) -> dict:
     """The whole of a job as plain values: a finished one is taken as it stands only if all of them are the same."""
     stages = {"student": asdict(how), "stage1": asdict(one) if one else None, "stage2": asdict(two), "kd_updates": kd}
@@ -118,10 +124,7 @@ def run_job(args) -> None:
         return
     bench = rung.ladder(cfg)
     teacher, _ = bench.fit_teacher(root / rung.teacher_name(cfg), progress=False)
-    # in whole teachers: blocks that a student has more, or fewer, a transition
-    blocks = more.get("deeper", 0) + (how.H if "corrects" in more else 0) + more.get("keep", cfg.depth) - cfg.depth
-    nfe = tmd.effective_nfe(how.M, how.N, how.H, cfg.depth) + how.M * blocks / cfg.depth
-    record = {"name": name, "seed": seed, "effective_nfe": nfe, "settings": settings}
+    record = {"name": name, "seed": seed, "effective_nfe": nfe_of(cfg, how, more), "settings": settings}
     record["student_updates"] = kd + (one.updates if one else 0) + two.iterations // two.student_every
     try:
         fit = bench.fit_student(

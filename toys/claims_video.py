@@ -1,6 +1,7 @@
 """What the paper claims, measured on moving shapes: python toy_video.py --claims. The rule is in verdicts.py.
 
-All students start from the one teacher of results/video_teacher. Scores are the ruler's (ruler.py); higher is better.
+All students have the one teacher of results/video_teacher and start from it; those of 3 blocks start from the smaller
+network beside it. Scores are the ruler's (ruler.py); higher is better.
 The rule looks at their mean, `total`. Static collapse would show in motion, mode collapse in diversity, a forgotten
 prompt in semantic: all are in the table of students. --only runs some of the jobs, so that the table can be filled row
 by row.
@@ -22,7 +23,7 @@ from toys.moving_shapes import MOTIONS
 from toys.tiny_video import QUICK, SIZES, ToyVideo, VideoLadder, can_compile
 from toys.verdicts import show, students_table, summary
 
-# choice: half the samples an update of `make video`: more updates in the same hours, for 33 students on five seeds
+# choice: half the samples an update of `make video`: more updates in the same hours, for 37 students on five seeds
 ITERATIONS, LONG, BATCH, SWEEP_SEEDS = 600, 2400, 8, (100,)
 M2, M4 = {"M": 2}, {"M": 4}
 
@@ -56,6 +57,9 @@ JOBS = {
     "dmd2v dmd shift 5": ({}, "plain", {}, {"dmd_shift": 5.0}),
     "tmd M2 even": ({**M2, "outer_shift": 1.0}, {}, {}, {}),
     "dmd2v M2 even": ({**M2, "outer_shift": 1.0}, "plain", {}, {}),
+    **{f"{name} small": (settings, how, {}, {"blocks": 3})  # half the network, H = 1
+       for name, settings, how in (("tmd", {}, {"H": 1}), ("dmd2v", {}, "plain"), ("dmd2v M2", M2, "plain"),
+                                   ("dmd2v deep", {"H": 1}, "plain deep"))},
     **{f"{name} long": ({**settings, "iterations": LONG}, how, {}, {"curve": 8})
        for name, settings, how in (("tmd", {}, {}), ("dmd2v", {}, "plain"), ("dmd2v deep", {}, "plain deep"),
                                    ("tmd M2", M2, {}), ("dmd2v M2", M2, "plain"))},
@@ -70,6 +74,10 @@ CLAIMS = [
     ("C1", "M = 2, N = 4", "tmd M2", "dmd2v M2", "end"),
     ("C1", "like NFE: TMD at M = 1, N = 4 against DMD2-v at M = 2", "tmd", "dmd2v M2", "end"),
     ("C1", "like NFE: recurrence against as many blocks without it", "tmd", "dmd2v deep", "end"),
+    ("C1", "3 blocks, M = 1, N = 4, H = 1", "tmd small", "dmd2v small", "end"),
+    ("C1", "3 blocks, like NFE: TMD at M = 1, N = 4 against DMD2-v at M = 2", "tmd small", "dmd2v M2 small", "end"),
+    ("C1", "3 blocks, like NFE: recurrence against as many blocks without it", "tmd small", "dmd2v deep small", "end"),
+    ("C1", "like NFE: TMD of 3 blocks, N = 4, against DMD2-v of 6", "tmd small", "dmd2v", "end"),
     ("C1", "M = 1, N = 4, four times the iterations", "tmd long", "dmd2v long", "end"),
     ("C1", "M = 2, N = 4, four times the iterations", "tmd M2 long", "dmd2v M2 long", "end"),
     ("C2", "M = 2 against M = 1, N = 4", "tmd M2", "tmd", "end"),
@@ -105,6 +113,10 @@ CLAIMS = [
     ("bound", "more depth, no recurrence: DMD2-v of 12 blocks against 6", "dmd2v deep", "dmd2v", "end"),
     ("bound", "more steps, no head: DMD2-v, M = 2 against M = 1", "dmd2v M2", "dmd2v", "end"),
     ("bound", "more steps, no head: DMD2-v, M = 4 against M = 2", "dmd2v M4", "dmd2v M2", "end"),
+    ("bound", "more depth, no recurrence: DMD2-v of 6 blocks against 3", "dmd2v", "dmd2v small", "end"),
+    ("bound", "more depth, no recurrence: DMD2-v of 3 + 3 new blocks against 3", "dmd2v deep small", "dmd2v small",
+     "end"),
+    ("bound", "more steps, no head, 3 blocks: DMD2-v, M = 2 against M = 1", "dmd2v M2 small", "dmd2v small", "end"),
     ("bound", "more depth, no recurrence, four times the iterations", "dmd2v deep long", "dmd2v long", "end"),
     ("bound", "more steps, no head, four times the iterations: M = 2 against M = 1", "dmd2v M2 long", "dmd2v long",
      "end"),

@@ -20,7 +20,7 @@ import torch
 
 import tmd_minimal as tmd
 from settings import Settings, option, write_json
-from toys.variants import CorrectingStudent, deepened, thinned
+from toys.variants import CorrectingStudent, deepened
 
 
 @dataclass
@@ -128,12 +128,12 @@ class Ladder:
 
     def fit_student(self, teacher, name: str, how: tmd.StudentConfig, stage1: tmd.Stage1Config | None,
                     stage2: tmd.Stage2Config | None, folder: Path | None, kd_updates: int = 0, curve: int = 0,
-                    kind: str | None = None, deeper: int = 0, keep: int = 0, corrects: bool = False,
+                    kind: str | None = None, deeper: int = 0, blocks: int = 0, corrects: bool = False,
                     **run) -> dict:  # fmt: skip
         """Stage 1 (or KD warm-up) and stage 2 of one student; plain when how.H is 0. `kind` goes to discriminator().
 
-        `deeper`: blocks that a plain student has more than the teacher; `keep`: those that a student has in all, if not
-        the teacher's; `corrects`: a head that corrects the backbone's velocity (variants.py).
+        `deeper`: blocks that a plain student has more than the teacher; `blocks`: a student of so few in all, which
+        starts from smaller(blocks); `corrects`: a head that corrects the backbone's velocity (variants.py).
 
         `curve` scores are taken during stage 2. Returns {"student", "stage1" (the student after it, or None),
         "curve" (score against updates), "seconds", "stage1_seconds", "updates"}.
@@ -146,7 +146,7 @@ class Ladder:
         found = {"stage1": None, "stage1_seconds": 0.0, "seconds": 0.0, "updates": 0, "curve": []}
 
         tmd.seed_everything(cfg.seed)  # choice: every phase starts from the run's one seed
-        start = deepened(thinned(teacher, keep) if keep else teacher, deeper)
+        start = deepened(self.smaller(blocks) if blocks else teacher, deeper)
         cut = CorrectingStudent if corrects else tmd.TMDStudent
         student = cut(start, how.H, how.fusion, how.gate_init) if how.H else tmd.PlainStudent(start)
         student.to(self.device).requires_grad_(True)

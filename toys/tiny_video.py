@@ -113,8 +113,8 @@ def published_teacher(cfg: ToyVideo) -> tuple[dict, dict]:
 
     ValueError if it was made for other clips or networks.
     """
-    if cfg.frames not in video_teacher.RECIPES:
-        known = " or ".join(map(str, video_teacher.RECIPES))
+    if video_teacher.name_of(cfg.frames) not in video_teacher.RECIPES:
+        known = " or ".join(name.split("-")[0] for name in video_teacher.RECIPES if name.endswith("-frames"))
         told = f"frames is {cfg.frames}; results/video_teacher has teachers for {known}"
         raise ValueError(f"{told}; choose one of them, or train a teacher with --own-teacher.")
     weights, facts = video_teacher.load_weights(cfg.frames)
@@ -139,7 +139,7 @@ class VideoLadder(Ladder):
     settings = ToyVideo
     of_teacher = ("seed", "frames", "pixels", "modes", "patch_frames", "patch_pixels", "width", "depth", "heads",
                   "batch", "teacher_updates", "teacher_lr")  # fmt: skip
-    teacher_decay = video_teacher.RECIPES[8]["decay"]
+    teacher_decay = video_teacher.RECIPES["8-frames"]["decay"]
     only_shown, kd_chunk, curve_samples = ("prompts", "curve"), 1000, 10_000
 
     def __init__(self, cfg: ToyVideo):
@@ -189,6 +189,12 @@ class VideoLadder(Ladder):
         cfg = self.cfg
         patch = (cfg.patch_frames, cfg.patch_pixels, cfg.patch_pixels)
         return video_net.VideoDiT(1, cfg.width, cfg.depth, cfg.heads, patch, words=EMPTY).to(self.device)
+
+    def smaller(self, blocks: int):
+        """Where a student of fewer blocks than its teacher starts: the published network of that size."""
+        net = video_teacher.network(blocks).to(self.device)
+        net.load_state_dict(video_teacher.load_weights(self.cfg.frames, blocks)[0])
+        return net
 
     def discriminator(self, kind: str | None = None):
         return video_net.VideoDiscriminator(self.cfg.width, len(self.taps), kind or self.cfg.discriminator).to(

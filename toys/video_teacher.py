@@ -2,12 +2,13 @@
 
     python -m toys.video_teacher                  # goes on where it was stopped; runs/video_teacher/8-frames/
     python -m toys.video_teacher --frames 12      # the teacher of longer clips, from the one above
+    python -m toys.video_teacher --blocks 3       # half the network, from the one above: where small students start
     python -m toys.video_teacher --updates 200 --every 100 --out runs/video_teacher-try    # to see that it works
 
 The world has a few modes a motion, World(modes="few"), so that a network of a million parameters can learn it.
 Every so many updates the EMA is scored: curve.json holds the ruler's numbers against the updates. At the end the EMA
 is written to teacher.safetensors, and teacher.json beside it holds recipe, curve and the hash of the weights. `make
-publish` copies both to results/video_teacher/<frames>-frames, where toy_video.py finds them.
+publish` copies both to results/video_teacher/<name>, where toy_video.py and the claims find them.
 """
 
 from __future__ import annotations
@@ -28,19 +29,30 @@ from settings import command, write_json
 from toys import video_net
 from toys.moving_shapes import EMPTY, MOTIONS, SHADES, SHAPES, World, encode
 from toys.ruler import Ruler
+from toys.variants import thinned
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "results/video_teacher"
-# {frames: recipe}. The rate is constant at first and falls to zero over `decay`, the last share of the updates.
+# {name: recipe}. The rate is constant at first and falls to zero over `decay`, the last share of the updates.
 RECIPES = {
-    8: {"updates": 45_000, "batch": 32, "lr": 3e-3, "decay": 1 / 3, "ema": 0.999, "seed": 0},
-    12: {"updates": 12_000, "batch": 32, "lr": 1e-3, "decay": 2 / 3, "ema": 0.999, "seed": 0},
+    "8-frames": {"updates": 45_000, "batch": 32, "lr": 3e-3, "decay": 1 / 3, "ema": 0.999, "seed": 0},
+    "12-frames": {"updates": 12_000, "batch": 32, "lr": 1e-3, "decay": 2 / 3, "ema": 0.999, "seed": 0},
+    "8-frames-3-blocks": {"updates": 15_000, "batch": 32, "lr": 3e-3, "decay": 2 / 3, "ema": 0.999, "seed": 0},
 }
-START = {12: 8}  # where a teacher starts from another's weights
 NETWORK = {"width": 96, "depth": 6, "heads": 4, "patch": (2, 4, 4)}
 PIXELS, GUIDANCE = 12, 2.0
 
 
-def train(out: Path, frames: int, recipe: dict, every: int) -> None:
+def name_of(frames: int, blocks: int = NETWORK["depth"]) -> str:
+    """The name of a teacher's recipe and folder."""
+    return f"{frames}-frames" + (f"-{blocks}-blocks" if blocks != NETWORK["depth"] else "")
+
+
+def network(blocks: int = NETWORK["depth"]):
+    """A teacher's network, untrained."""
+    return video_net.VideoDiT(1, NETWORK["width"], blocks, NETWORK["heads"], NETWORK["patch"], words=EMPTY)
+
+
+def train(out: Path, frames: int, blocks: int, recipe: dict, every: int) -> None:
     """Train the teacher of `recipe`, or go on; writes checkpoint.pt, curve.json and the finished weights into `out`.
 
     RAISES ValueError if there is no update to make, or none between two scores.
@@ -53,10 +65,10 @@ def train(out: Path, frames: int, recipe: dict, every: int) -> None:
     c = torch.stack([encode(" ".join(words)) for words in itertools.product(SHADES, SHAPES, MOTIONS)]).repeat(8, 1)
     x_1 = torch.randn(len(c), 1, frames, PIXELS, PIXELS, generator=torch.Generator().manual_seed(10_000))
     torch.manual_seed(recipe["seed"])
-    net = video_net.VideoDiT(1, NETWORK["width"], NETWORK["depth"], NETWORK["heads"], NETWORK["patch"], words=EMPTY)
-    if frames in START:
-        net.load_state_dict(load_weights(START[frames])[0])
-    losses = []
+    net, losses = network(), []
+    if name_of(frames, blocks) != "8-frames":  # the others go on from it
+        net.load_state_dict(load_weights(8)[0])
+        net = thinned(net, blocks)
 
     def on_step(phase, terms):
         losses.append(terms["denoising"].item())
@@ -69,7 +81,11 @@ def train(out: Path, frames: int, recipe: dict, every: int) -> None:
             losses.clear()
             write_json(
                 out / "curve.json",
-                {"recipe": recipe, "network": {**NETWORK, "patch": list(NETWORK["patch"])}, "curve": phase.log},
+                {
+                    "recipe": recipe,
+                    "network": {**NETWORK, "depth": blocks, "patch": list(NETWORK["patch"])},
+                    "curve": phase.log,
+                },
             )
             shown = "  ".join(
                 f"{key} {score[key]:.3f}" for key in ("total", "quality", "semantic", "motion", "diversity")
@@ -96,12 +112,12 @@ def save_weights(net, out: Path, frames: int) -> None:
     )
 
 
-def load_weights(frames: int, root: Path = PUBLISHED) -> tuple[dict, dict]:
-    """Weights by name and facts (teacher.json) of the published teacher of so many frames.
+def load_weights(frames: int, blocks: int = NETWORK["depth"], root: Path = PUBLISHED) -> tuple[dict, dict]:
+    """Weights by name and facts (teacher.json) of the published teacher of so many frames and blocks.
 
     RuntimeError if the weights are not those that the facts tell of.
     """
-    folder = root / f"{frames}-frames"
+    folder = root / name_of(frames, blocks)
     facts, data = (
         json.loads((folder / "teacher.json").read_text(encoding="utf-8")),
         (folder / "teacher.safetensors").read_bytes(),
@@ -114,15 +130,19 @@ def load_weights(frames: int, root: Path = PUBLISHED) -> tuple[dict, dict]:
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--frames", type=int, default=8, choices=tuple(RECIPES), help="frames of a clip (default: 8)")
-    p.add_argument("--out", default="", help="output folder (default: runs/video_teacher/<frames>-frames)")
+    p.add_argument("--frames", type=int, default=8, help="frames of a clip: 8 (default) or 12")
+    p.add_argument("--blocks", type=int, default=NETWORK["depth"], help="blocks of the network: 6 (default) or 3")
+    p.add_argument("--out", default="", help="output folder (default: runs/video_teacher/<name>)")
     p.add_argument("--updates", type=int, default=0, help="updates (default: the recipe's)")
     p.add_argument("--every", type=int, default=2500, help="updates between two scores (default: 2500)")
     args = p.parse_args(argv)
     torch.set_num_threads(1)
-    recipe, out = RECIPES[args.frames], Path(args.out or f"runs/video_teacher/{args.frames}-frames")
+    name = name_of(args.frames, args.blocks)
+    if name not in RECIPES:
+        p.error(f"there is no recipe {name}; choose one of {', '.join(RECIPES)}.")
+    recipe, out = RECIPES[name], Path(args.out or f"runs/video_teacher/{name}")
     recipe = {**recipe, "updates": args.updates or recipe["updates"]}
-    return command("video_teacher", lambda: train(out, args.frames, recipe, args.every))
+    return command("video_teacher", lambda: train(out, args.frames, args.blocks, recipe, args.every))
 
 
 if __name__ == "__main__":
