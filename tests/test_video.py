@@ -624,6 +624,32 @@ def test_students_of_the_claims_are_the_networks_that_their_rows_say():
     assert all(torch.equal(small[key], value) for key, value in published.items()) and small.keys() == published.keys()
 
 
+def test_kept_kd_pairs_give_the_same_student_and_count_their_seconds(tmp_path, monkeypatch):
+    """A second run reads the pairs that the first one made: the same bits, no trajectory again, their seconds added.
+
+    Pairs of another number of steps are made anew.
+    """
+    ladder = tiny_video.VideoLadder(tiny_video.ToyVideo(samples=120, batch=2, kd_count=4, kd_steps=2))
+    teacher, kept, how = ladder.fit_teacher(None)[0], tmp_path / "pairs.pt", ladder.cfg.student_config(H=0, N=1)
+    fit = lambda **more: ladder.fit_student(teacher, "x", how, None, None, None, kd_updates=1, progress=False, **more)
+    sampled, sample = [], tmd.sample_teacher
+    monkeypatch.setattr(tmd, "sample_teacher", lambda *a, **kw: (sampled.append(1), sample(*a, **kw))[1])
+    weights = []
+    for more in ({}, {"kept": kept}, {"kept": kept}):
+        torch.manual_seed(len(weights))  # what came before must not matter
+        pairs, made = ladder.kd_pairs(teacher, **more)
+        weights.append(pairs(torch.Generator().manual_seed(0)))
+        assert ("seconds before" in made) == (len(weights) == 3)
+        fit(**more)
+    assert len(sampled) == 3 and [path.name for path in tmp_path.iterdir()] == ["pairs.pt"]
+    assert all(torch.equal(a, b) and torch.equal(a, d) for a, b, d in zip(*weights))
+    found = tmd.safe_load(str(kept))
+    tmd.atomic_save(found | {"seconds": 1000.0}, str(kept))
+    assert fit(kept=kept)["seconds"] > 1000 > fit()["seconds"]
+    ladder.kd_steps = 3
+    assert not torch.equal(ladder.trajectories(teacher, kept)["pairs"][1], found["pairs"][1])
+
+
 def test_the_share_of_y_1_tells_a_sampler_from_a_map():
     """A student that ignores y_1 has share 0, one that is only y_1 has share 1, half and half is half."""
     ladder = tiny_video.VideoLadder(tiny_video.ToyVideo(samples=120))

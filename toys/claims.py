@@ -123,13 +123,13 @@ def run_job(args) -> None:
             raise RuntimeError(f"{file} was made with other settings; delete it, or choose another folder with --out.")
         return
     bench = rung.ladder(cfg)
-    teacher, _ = bench.fit_teacher(root / rung.teacher_name(cfg), progress=False)
+    folder = root / rung.teacher_name(cfg)
+    teacher, _ = bench.fit_teacher(folder, progress=False)
     record = {"name": name, "seed": seed, "effective_nfe": nfe_of(cfg, how, more), "settings": settings}
     record["student_updates"] = kd + (one.updates if one else 0) + two.iterations // two.student_every
     try:
-        fit = bench.fit_student(
-            teacher, name.replace(" ", "-"), how, one, two, None, kd_updates=kd, progress=False, **more
-        )
+        run = {"kd_updates": kd, "kept": folder / "kd_pairs.pt", "progress": False, **more}
+        fit = bench.fit_student(teacher, name.replace(" ", "-"), how, one, two, None, **run)
     except FloatingPointError as e:  # a diverged student is a result, not a crash of the table
         write_json(file, {**record, "diverged": str(e)})
         return

@@ -129,11 +129,12 @@ class Ladder:
     def fit_student(self, teacher, name: str, how: tmd.StudentConfig, stage1: tmd.Stage1Config | None,
                     stage2: tmd.Stage2Config | None, folder: Path | None, kd_updates: int = 0, curve: int = 0,
                     kind: str | None = None, deeper: int = 0, blocks: int = 0, corrects: bool = False,
-                    **run) -> dict:  # fmt: skip
+                    kept: Path | None = None, **run) -> dict:  # fmt: skip
         """Stage 1 (or KD warm-up) and stage 2 of one student; plain when how.H is 0. `kind` goes to discriminator().
 
         `deeper`: blocks that a plain student has more than the teacher; `blocks`: a student of so few in all, which
-        starts from smaller(blocks); `corrects`: a head that corrects the backbone's velocity (variants.py).
+        starts from smaller(blocks); `corrects`: a head that corrects the backbone's velocity (variants.py). `kept`: a
+        file for the KD pairs, which runs of one teacher and seed can share.
 
         `curve` scores are taken during stage 2. Returns {"student", "stage1" (the student after it, or None),
         "curve" (score against updates), "seconds", "stage1_seconds", "updates"}.
@@ -158,11 +159,12 @@ class Ladder:
             student.load_state_dict(found["stage1"].state_dict())  # choice: stage 2 starts from the EMA of stage 1
             found |= {"seconds": phase.seconds, "stage1_seconds": phase.seconds, "updates": stage1.updates}
         if kd_updates:  # the baseline's warm-up on the teacher's samples
-            pairs, settings = self.kd_pairs(teacher), {"updates": kd_updates, "lr": cfg.stage1_lr, "path": path("kd")}
+            pairs, made = self.kd_pairs(teacher, kept)
+            settings = {"updates": kd_updates, "lr": cfg.stage1_lr, "path": path("kd")}
             with self.precision():
                 ema, phase = tmd.train_kd(student, pairs, how, **settings, **common)
             student.load_state_dict(ema.state_dict())
-            found |= {"seconds": phase.seconds, "updates": kd_updates}
+            found |= {"seconds": phase.seconds + made.get("seconds before", 0.0), "updates": kd_updates}
         if not stage2:
             return {"student": found["stage1"], **found}
 
@@ -201,28 +203,42 @@ class Ladder:
             baseline.result()
         return ours, self.fit_baseline(teacher, checkpoints, **{**run, "progress": False})  # finished: loaded
 
-    def kd_pairs(self, teacher):
-        """What the KD warm-up draws from: pairs(generator) -> noise, the teacher's sample from it, condition."""
-        made = []
+    def kd_pairs(self, teacher, kept: Path | None = None):
+        """What the KD warm-up draws from: pairs(generator) -> noise, the teacher's sample from it, condition.
+
+        And the dict that they are in once a first update has asked: a finished warm-up does not make them again.
+        """
+        made = {}
 
         def pairs(generator):
-            if not made:  # at the first update: a finished warm-up does not make them again, and its seconds count them
-                made.extend(self.trajectories(teacher))
-            noise, clean, c = made
+            if not made:
+                made.update(self.trajectories(teacher, kept))
+            noise, clean, c = made["pairs"]
             i = torch.randint(len(noise), (self.cfg.batch,), generator=generator, device=generator.device)
             return noise[i], clean[i], None if c is None else c[i]
 
-        return pairs
+        return pairs, made
 
-    def trajectories(self, teacher):
-        """All KD pairs of a run: noise, the teacher's sample from it, condition."""
-        g = torch.Generator(self.device).manual_seed(self.cfg.seed + 20_000)
+    def trajectories(self, teacher, kept: Path | None = None) -> dict:
+        """All KD pairs of a run, {"pairs": (noise, the teacher's sample from it, condition)}.
+
+        Written to the file `kept`, or read from it; then "seconds before" are those that they took.
+        """
+        facts = [self.cfg.seed, self.kd_count, self.kd_steps, self.cfg.guidance]
+        if kept and kept.exists() and (found := tmd.safe_load(str(kept)))["facts"] == facts:
+            return {"pairs": found["pairs"], "seconds before": found["seconds"]}
+        g, start = torch.Generator(self.device).manual_seed(self.cfg.seed + 20_000), time.perf_counter()
         _, c = self.data(self.kd_count, g)
         noise = torch.randn(self.kd_count, *self.x_1.shape[1:], generator=g, device=self.device)
         more = {"grid": tmd.make_grid(self.kd_steps, 1.0), "guidance": self.cfg.guidance}
         parts = zip(noise.split(self.kd_chunk), [None] * len(noise) if c is None else c.split(self.kd_chunk))
-        clean = [tmd.sample_teacher(teacher, x_1, part, self.c_neg, **more) for x_1, part in parts]
-        return noise, torch.cat(clean), c
+        clean = torch.cat([tmd.sample_teacher(teacher, x_1, part, self.c_neg, **more) for x_1, part in parts])
+        found = {"pairs": (noise, clean, c), "facts": facts, "seconds": time.perf_counter() - start}
+        if kept:
+            own = kept.with_suffix(f".{os.getpid()}")  # two jobs may make the same pairs at once
+            tmd.atomic_save(found, str(own))
+            os.replace(own, kept)
+        return {"pairs": found["pairs"]}
 
 
 def baseline_budget(cfg: ToySettings, stage2: tmd.Stage2Config) -> tuple[int, tmd.Stage2Config]:
