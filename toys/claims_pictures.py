@@ -7,12 +7,17 @@ from pathlib import Path
 from toys.drawing import BLUE, GREY, INK, ORANGE, pyplot
 
 STUDENTS = ("dmd2v", "dmd2v no kd", "dmd2v M2", "tmd", "tmd N1", "tmd N2", "tmd H1", "tmd M2", "tmd no stage 1")
-# the left panel of why.png: teacher, what bounds a head, the head
-ROOM = ("teacher 50", "teacher 4", "teacher 2", "teacher 1", "dmd2v", "dmd2v deep", "dmd2v M2", "dmd2v M4", "tmd",
-        "tmd no stage 1", "tmd corrects", "tmd M2")  # fmt: skip
-WORDS = {"dmd2v": "DMD2-v", "dmd2v deep": "DMD2-v, 12 blocks", "dmd2v M2": "DMD2-v, M = 2", "dmd2v M4": "DMD2-v, M = 4",
-         "tmd": "TMD, N = 4", "tmd no stage 1": "TMD, no stage 1", "tmd M2": "TMD, M = 2, N = 4",
-         "tmd corrects": "TMD, head corrects"}  # fmt: skip
+# the left panel of why.png, by groups: the teacher; more steps; six blocks; three blocks
+ROOM = (
+    {"teacher 50": "teacher, 50 x 2", "teacher 4": "teacher, 4 x 2", "teacher 2": "teacher, 2 x 2",
+     "teacher 1": "teacher, 1 x 2"},
+    {"dmd2v M4": "DMD2-v, M = 4", "dmd2v M2": "DMD2-v, M = 2", "tmd M2": "TMD, M = 2, N = 4"},
+    {"dmd2v": "DMD2-v", "dmd2v no kd": "DMD2-v, no KD", "dmd2v deep": "DMD2-v, 6 blocks more", "tmd": "TMD, N = 4",
+     "tmd no stage 1": "TMD, no stage 1", "tmd corrects": "TMD, head corrects"},
+    {"dmd2v M2 small": "3 blocks: DMD2-v, M = 2", "dmd2v small": "3 blocks: DMD2-v",
+     "dmd2v deep small": "3 blocks: DMD2-v, 3 blocks more", "tmd small": "3 blocks: TMD, N = 4"},
+)  # fmt: skip
+WORDS = {name: words for group in ROOM for name, words in group.items()}
 LONG = {"tmd long": (ORANGE, "-"), "dmd2v long": (INK, "-"), "dmd2v deep long": (GREY, "-"),
         "tmd M2 long": (ORANGE, "--"), "dmd2v M2 long": (INK, "--")}  # fmt: skip
 
@@ -59,18 +64,21 @@ def why(root: Path, result: dict) -> None:
     """why.png: the room there is; score against updates; score against N at sampling."""
     plt, models, teacher = pyplot(), result["models"], result["teacher"]
     longer = bool(result["curves"])  # the long runs may be missing
-    fig, panels = plt.subplots(1, 2 + longer, figsize=(8.7 + 4.3 * longer, 4.2), layout="constrained")
+    fig, panels = plt.subplots(1, 2 + longer, figsize=(9.6 + 4.3 * longer, 4.4), layout="constrained")
     room, updates, steps = panels if longer else (panels[0], None, panels[1])
 
-    shown = [name for name in ROOM if name in models or name.startswith("teacher")]
-    for row, name in enumerate(shown):
-        s = teacher[name.split()[1]]["total"] if name.startswith("teacher") else models[name]["total"]
-        color, mark = colour(name)
-        room.errorbar(s["mean"], row, xerr=s["std"], fmt=mark, color=color, capsize=3, ms=5)
-    told = {name: f"teacher, {name.split()[1]} x 2" for name in shown if name.startswith("teacher")}
-    room.set_yticks(range(len(shown)), [told.get(name, WORDS.get(name, name)) for name in shown])
+    row, ticks = 0.0, {}
+    for group in ROOM:
+        for name in (name for name in group if name in models or name.startswith("teacher")):
+            s = teacher[name.split()[1]]["total"] if name.startswith("teacher") else models[name]["total"]
+            color, mark = colour(name)
+            room.errorbar(s["mean"], row, xerr=s["std"], fmt=mark, color=color, capsize=3, ms=5)
+            nfe = "" if name.startswith("teacher") else f"  ({models[name]['effective_nfe']:.3g})"
+            ticks[row], row = WORDS[name] + nfe, row + 1
+        row += 0.6  # a gap between groups
+    room.set_yticks(list(ticks), list(ticks.values()), fontsize=8)
     room.invert_yaxis()
-    room.set(title="What there is to win", xlabel="total, mean and deviation over seeds")
+    room.set(title="What steps, depth and a head win", xlabel="total, over seeds (in brackets: effective NFE)")
 
     for name, (color, style) in LONG.items():
         if points := result["curves"].get(name):
