@@ -12,7 +12,7 @@ from torch.testing import assert_close
 import tmd_minimal as tmd
 import toy_video
 from toys import bench as toy_bench
-from toys import claims, claims_video, explore_video, tiny_video, video_net, video_pictures
+from toys import claims, claims_pictures, claims_video, explore_video, tiny_video, video_net, video_pictures
 from toys.moving_shapes import EMPTY, MOTIONS, World
 from toys.variants import CorrectingStudent, deepened, thinned
 
@@ -588,9 +588,9 @@ def test_a_thinned_network_keeps_first_last_and_evenly_spaced_blocks(g):
 
 
 def test_a_head_that_corrects_starts_as_one_step_of_the_teacher_for_every_N_and_then_learns(g):
-    """x_hat of every N is x_t - t v(x_t, t) at first; the blocks it runs are M (L + N H); its head gets a gradient."""
+    """x_hat of every N is x_t - t v(x_t, t) at first; of L + N H blocks; its head gets a gradient."""
     net, (x, t, c) = as_trained(network()), clips(g)
-    student = CorrectingStudent(net, 1).double()
+    student = CorrectingStudent(net, 2).double()
     predict = tmd.transition(student, x, t, c)
     for N in (1, 2, 4):
         assert_close(tmd.inner_flow(predict, torch.randn_like(x), tmd.make_grid(N, 1.0)), net(x, t, c))
@@ -598,7 +598,7 @@ def test_a_head_that_corrects_starts_as_one_step_of_the_teacher_for_every_N_and_
     for block in [*student.net.blocks, *student.part.net.blocks]:
         block.register_forward_hook(lambda *_: ran.append(1))
     tmd.inner_flow(tmd.transition(student, x, t, c), x, tmd.make_grid(4, 1.0))
-    assert len(ran) == len(net.blocks) + 4
+    assert len(ran) == len(net.blocks) + 4 * 2
     student.requires_grad_(True)
     predict(x, t, t).square().mean().backward()
     assert student.part.net.proj.weight.grad.abs().sum() > 0
@@ -607,47 +607,88 @@ def test_a_head_that_corrects_starts_as_one_step_of_the_teacher_for_every_N_and_
 def test_students_of_the_claims_are_the_networks_that_their_rows_say():
     """Blocks run a sample over the teacher's six are the effective NFE told, for every student that is not Eq. (16)'s.
 
-    Those of three blocks start from the published network of that size.
+    All of a student moves in its stages. Those of three blocks start from the published network of that size.
     """
-    rung = replace(claims_video.rung("tiny"), size={"size": "tiny", "samples": 120, "batch": 2})
-    for name in ("tmd corrects", "dmd2v deep", "tmd small", "dmd2v small", "dmd2v deep small", "dmd2v M2 small"):
-        cfg, how, _, two, _, more = rung.plan(name, 0, quick=False)
+    rung = replace(claims_video.rung("tiny"), size={"size": "tiny", "samples": 120, "batch": 2, "kd_count": 2})
+    for name in ("tmd corrects", "dmd2v deep", "tmd small", "dmd2v small", "dmd2v deep no kd small", "dmd2v M2 small"):
+        cfg, how, one, two, kd, more = rung.plan(name, 0, quick=False)
+        assert (kd == 0) == ("tmd" in name or "no kd" in name or "M2" in name), name
         ladder = rung.ladder(cfg)
-        two, teacher = replace(two, iterations=1), ladder.fit_teacher(None)[0]
-        student = ladder.fit_student(teacher, name, how, None, two, None, progress=False, **more)["student"]
+        ladder.kd_steps = 1
+        one, two = one and replace(one, updates=1), replace(two, iterations=2)  # the second is the student's
+        fit = lambda run, more=more, kd=kd, how=how, one=one, ladder=ladder: ladder.fit_student(
+            ladder.fit_teacher(None)[0], "x", how, one, run, None, kd_updates=min(kd, 1), progress=False, **more
+        )
+        student = fit(two)["student"]
+        start = ladder.smaller(3) if "small" in name else ladder.fit_teacher(None)[0]
+        state, begin = student.state_dict(), start.state_dict()
+        for key in ("patch.weight", "blocks.0.mlp.0.weight", "proj.weight"):
+            assert not torch.equal(state[f"net.{key}"], begin[key]), (name, key)
+        assert "corrects" not in more or state["part.net.proj.weight"].abs().sum() > 0  # it starts at zero
         ran = []
         for block in (part for part in student.modules() if isinstance(part, video_net.DiTBlock)):
             block.register_forward_hook(lambda *_, ran=ran: ran.append(1))
         ladder.student_samples(student, how, n=2)
         assert len(ran) / cfg.depth == pytest.approx(claims.nfe_of(cfg, how, more)), name
-    small, published = ladder.smaller(3).state_dict(), tiny_video.video_teacher.load_weights(8, 3)[0]
+    small, (published, facts) = ladder.smaller(3).state_dict(), tiny_video.video_teacher.load_weights(8, 3)
     assert all(torch.equal(small[key], value) for key, value in published.items()) and small.keys() == published.keys()
+    recipe = tiny_video.video_teacher.RECIPES["8-frames-3-blocks"]
+    assert facts["recipe"] == recipe and facts["curve"][-1]["updates"] == recipe["updates"]
+
+
+def test_small_students_are_refused_where_their_network_does_not_fit():
+    """Other clips or another width: one sentence, no silent start of another size; other sizes have no such rows."""
+    for more, words in (({"frames": 12}, "results/video_teacher has 8-frames"), ({"width": 48}, "is for --width 96")):
+        ladder = tiny_video.VideoLadder(tiny_video.ToyVideo(samples=120, own_teacher=True, **more))
+        with pytest.raises(ValueError, match=words):
+            ladder.smaller(3)
+    other = claims_video.rung("small")
+    assert "tmd" in other.jobs and not [name for name in other.jobs if "small" in name]
+    assert {name for row in other.claims for name in row[2:4]} <= {*other.jobs, *map("teacher {}".format, (50, 4, 1))}
+
+
+def test_the_pictures_of_the_claims_name_students_that_there_are(tmp_path, monkeypatch):
+    """No name that the list lacks; one of fewer seeds than the rest says so; every name is drawn."""
+    names = {name for name in claims_pictures.WORDS if not name.startswith("teacher")}
+    assert names | {*claims_pictures.LONG, *claims_pictures.TRAINED, *claims_pictures.STUDENTS} <= {*claims_video.JOBS}
+    s = {"mean": 0.5, "std": 0.1}
+    models = {name: {"total": s, "semantic": s, "effective_nfe": 2.0, "seeds": 5} for name in names}
+    models["tmd M2"]["seeds"] = 3
+    head = {name: {"N": {"1": s, "4": s}} for name in claims_pictures.TRAINED}
+    curves = {name: [{"updates": 1, "total": s}, {"updates": 2, "total": s}] for name in claims_pictures.LONG}
+    teacher = {k: {"total": s, "semantic": s} for k in ("50", "4", "2", "1", "floor")}
+    told, pyplot = [], claims_pictures.pyplot()
+    monkeypatch.setattr(pyplot, "close", lambda fig: told.append([t.get_text() for t in fig.axes[0].get_yticklabels()]))
+    claims_pictures.draw(tmp_path, {"models": models, "head": head, "curves": curves, "teacher": teacher})
+    assert (tmp_path / "why.png").stat().st_size > 10_000 and len(told[1]) == len(claims_pictures.WORDS)
+    assert "TMD, M = 2, N = 4  (2, 3 seeds)" in told[1] and "DMD2-v  (2)" in told[1]
 
 
 def test_kept_kd_pairs_give_the_same_student_and_count_their_seconds(tmp_path, monkeypatch):
-    """A second run reads the pairs that the first one made: the same bits, no trajectory again, their seconds added.
+    """A run that reads the pairs of another ends with the same bits, samples no teacher, and counts their seconds.
 
-    Pairs of another number of steps are made anew.
+    Another teacher, or another number of steps, has pairs of its own.
     """
     ladder = tiny_video.VideoLadder(tiny_video.ToyVideo(samples=120, batch=2, kd_count=4, kd_steps=2))
     teacher, kept, how = ladder.fit_teacher(None)[0], tmp_path / "pairs.pt", ladder.cfg.student_config(H=0, N=1)
-    fit = lambda **more: ladder.fit_student(teacher, "x", how, None, None, None, kd_updates=1, progress=False, **more)
+    two = ladder.cfg.stage2_config(iterations=2)
+    fit = lambda **more: ladder.fit_student(teacher, "x", how, None, two, None, kd_updates=2, progress=False, **more)
     sampled, sample = [], tmd.sample_teacher
     monkeypatch.setattr(tmd, "sample_teacher", lambda *a, **kw: (sampled.append(1), sample(*a, **kw))[1])
-    weights = []
-    for more in ({}, {"kept": kept}, {"kept": kept}):
-        torch.manual_seed(len(weights))  # what came before must not matter
-        pairs, made = ladder.kd_pairs(teacher, **more)
-        weights.append(pairs(torch.Generator().manual_seed(0)))
-        assert ("seconds before" in made) == (len(weights) == 3)
-        fit(**more)
-    assert len(sampled) == 3 and [path.name for path in tmp_path.iterdir()] == ["pairs.pt"]
-    assert all(torch.equal(a, b) and torch.equal(a, d) for a, b, d in zip(*weights))
+    fits = [fit(), fit(kept=kept), fit(kept=kept)]
+    assert len(sampled) == 2 and [path.name for path in tmp_path.iterdir()] == ["pairs.pt"]
+    one, *others = (run["student"].state_dict() for run in fits)
+    assert all(torch.equal(one[key], other[key]) for other in others for key in one)
     found = tmd.safe_load(str(kept))
     tmd.atomic_save(found | {"seconds": 1000.0}, str(kept))
-    assert fit(kept=kept)["seconds"] > 1000 > fit()["seconds"]
+    assert fit(kept=kept)["seconds"] > 1000 > fits[0]["seconds"]
+    made = lambda: ladder.trajectories(teacher, kept)["pairs"][1]
     ladder.kd_steps = 3
-    assert not torch.equal(ladder.trajectories(teacher, kept)["pairs"][1], found["pairs"][1])
+    assert not torch.equal(made(), found["pairs"][1])
+    ladder.kd_steps = 2
+    assert torch.equal(made(), found["pairs"][1])
+    teacher.proj.weight.mul_(0.5)
+    assert not torch.equal(made(), found["pairs"][1])
 
 
 def test_the_share_of_y_1_tells_a_sampler_from_a_map():

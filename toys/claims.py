@@ -68,7 +68,7 @@ class Rung:
             kd = cfg.stage1_updates
         elif plain or stage1 is None:  # the updates of the warm-up left out go to stage 2
             two = replace(two, iterations=two.iterations + cfg.stage1_updates)
-        if student == "plain deep":  # as many blocks as TMD's rollout runs
+        if plain and "deep" in student:  # as many blocks as TMD's rollout runs
             more["deeper"] = (cfg.N - 1) * cfg.H
         return cfg, how, None if plain or stage1 is None else cfg.stage1_config(**stage1), two, kd, more
 

@@ -12,10 +12,14 @@ ROOM = (
     {"teacher 50": "teacher, 50 x 2", "teacher 4": "teacher, 4 x 2", "teacher 2": "teacher, 2 x 2",
      "teacher 1": "teacher, 1 x 2"},
     {"dmd2v M4": "DMD2-v, M = 4", "dmd2v M2": "DMD2-v, M = 2", "tmd M2": "TMD, M = 2, N = 4"},
-    {"dmd2v": "DMD2-v", "dmd2v no kd": "DMD2-v, no KD", "dmd2v deep": "DMD2-v, 6 blocks more", "tmd": "TMD, N = 4",
-     "tmd no stage 1": "TMD, no stage 1", "tmd corrects": "TMD, head corrects"},
+    {"dmd2v": "DMD2-v", "dmd2v deep": "DMD2-v, 6 blocks more", "tmd": "TMD, N = 4",
+     "tmd corrects": "TMD, head corrects", "dmd2v no kd": "no warm-up: DMD2-v",
+     "dmd2v deep no kd": "no warm-up: DMD2-v, 6 blocks more", "tmd no stage 1": "no warm-up: TMD, N = 4"},
     {"dmd2v M2 small": "3 blocks: DMD2-v, M = 2", "dmd2v small": "3 blocks: DMD2-v",
-     "dmd2v deep small": "3 blocks: DMD2-v, 3 blocks more", "tmd small": "3 blocks: TMD, N = 4"},
+     "dmd2v deep small": "3 blocks: DMD2-v, 3 blocks more", "tmd small": "3 blocks: TMD, N = 4",
+     "dmd2v no kd small": "3 blocks, no warm-up: DMD2-v",
+     "dmd2v deep no kd small": "3 blocks, no warm-up: DMD2-v, 3 more",
+     "tmd no stage 1 small": "3 blocks, no warm-up: TMD, N = 4"},
 )  # fmt: skip
 WORDS = {name: words for group in ROOM for name, words in group.items()}
 LONG = {"tmd long": (ORANGE, "-"), "dmd2v long": (INK, "-"), "dmd2v deep long": (GREY, "-"),
@@ -64,7 +68,7 @@ def why(root: Path, result: dict) -> None:
     """why.png: the room there is; score against updates; score against N at sampling."""
     plt, models, teacher = pyplot(), result["models"], result["teacher"]
     longer = bool(result["curves"])  # the long runs may be missing
-    fig, panels = plt.subplots(1, 2 + longer, figsize=(9.6 + 4.3 * longer, 4.4), layout="constrained")
+    fig, panels = plt.subplots(1, 2 + longer, figsize=(9.6 + 4.3 * longer, 5.4), layout="constrained")
     room, updates, steps = panels if longer else (panels[0], None, panels[1])
 
     row, ticks = 0.0, {}
@@ -73,8 +77,10 @@ def why(root: Path, result: dict) -> None:
             s = teacher[name.split()[1]]["total"] if name.startswith("teacher") else models[name]["total"]
             color, mark = colour(name)
             room.errorbar(s["mean"], row, xerr=s["std"], fmt=mark, color=color, capsize=3, ms=5)
-            nfe = "" if name.startswith("teacher") else f"  ({models[name]['effective_nfe']:.3g})"
-            ticks[row], row = WORDS[name] + nfe, row + 1
+            told = [] if name.startswith("teacher") else [f"{models[name]['effective_nfe']:.3g}"]
+            if told and models[name]["seeds"] < models["dmd2v"]["seeds"]:
+                told.append(f"{models[name]['seeds']} seeds")
+            ticks[row], row = WORDS[name] + (f"  ({', '.join(told)})" if told else ""), row + 1
         row += 0.6  # a gap between groups
     room.set_yticks(list(ticks), list(ticks.values()), fontsize=8)
     room.invert_yaxis()

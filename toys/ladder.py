@@ -5,6 +5,7 @@ A rung brings a dataclass of ToySettings and a Ladder (its data, networks and ru
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -224,9 +225,10 @@ class Ladder:
 
         Written to the file `kept`, or read from it; then "seconds before" are those that they took.
         """
-        facts = [self.cfg.seed, self.kd_count, self.kd_steps, self.cfg.guidance]
+        facts = [self.cfg.seed, self.kd_count, self.kd_steps, self.cfg.guidance, hash_of(teacher)]
         if kept and kept.exists() and (found := tmd.safe_load(str(kept)))["facts"] == facts:
-            return {"pairs": found["pairs"], "seconds before": found["seconds"]}
+            pairs = [part if part is None else part.to(self.device) for part in found["pairs"]]
+            return {"pairs": pairs, "seconds before": found["seconds"]}
         g, start = torch.Generator(self.device).manual_seed(self.cfg.seed + 20_000), time.perf_counter()
         _, c = self.data(self.kd_count, g)
         noise = torch.randn(self.kd_count, *self.x_1.shape[1:], generator=g, device=self.device)
@@ -239,6 +241,11 @@ class Ladder:
             tmd.atomic_save(found, str(own))
             os.replace(own, kept)
         return {"pairs": found["pairs"]}
+
+
+def hash_of(net) -> str:
+    """The hash of a network's weights."""
+    return hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in net.state_dict().values())).hexdigest()
 
 
 def baseline_budget(cfg: ToySettings, stage2: tmd.Stage2Config) -> tuple[int, tmd.Stage2Config]:

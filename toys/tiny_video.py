@@ -67,7 +67,7 @@ class ToyVideo(ToySettings):
     taps: str = option("2,4", "teacher blocks that the discriminator reads, from 0; paper: 15,22,29 of 30", "stage 2")
     curve: int = option(8, "scores taken during stage 2", "run", least=0)
     samples: int = option(240, "clips per model in scores and pictures, spread over the 30 prompts", "run")
-    # choice: fewer and shorter trajectories of the KD warm-up, made anew in every run
+    # choice: fewer and shorter trajectories of the KD warm-up
     kd_count: int = option(1000, "teacher trajectories of the KD warm-up; paper: 10000", "baseline", least=1)
     kd_steps: int = option(25, "steps of each of them; paper: 50", "baseline", least=1)
     prompts: str = option("", "prompts of the contact sheet, separated by commas; default one per motion", "run")
@@ -108,20 +108,23 @@ class ToyVideo(ToySettings):
         return super().stage1_config(**{"guidance": self.stage1_guidance, **kw})
 
 
-def published_teacher(cfg: ToyVideo) -> tuple[dict, dict]:
-    """Weights and facts of the teacher in results/video_teacher for clips of so many frames.
+def published_teacher(cfg: ToyVideo, blocks: int = 0) -> tuple[dict, dict]:
+    """Weights and facts of the teacher in results/video_teacher for clips of so many frames, or of its smaller sibling
+    of so many blocks.
 
-    ValueError if it was made for other clips or networks.
+    ValueError if there is none, or it was made for other clips or networks.
     """
-    if video_teacher.name_of(cfg.frames) not in video_teacher.RECIPES:
-        known = " or ".join(name.split("-")[0] for name in video_teacher.RECIPES if name.endswith("-frames"))
-        told = f"frames is {cfg.frames}; results/video_teacher has teachers for {known}"
-        raise ValueError(f"{told}; choose one of them, or train a teacher with --own-teacher.")
-    weights, facts = video_teacher.load_weights(cfg.frames)
+    depth, frames = blocks or video_teacher.NETWORK["depth"], cfg.frames
+    if not (video_teacher.PUBLISHED / video_teacher.name_of(frames, depth)).is_dir():
+        known = ", ".join(sorted(folder.name for folder in video_teacher.PUBLISHED.iterdir() if folder.is_dir()))
+        told = f"frames is {frames}" + (f" and blocks {blocks}" if blocks else "")
+        raise ValueError(f"{told}; results/video_teacher has {known}. Choose one, or train a teacher: --own-teacher.")
+    weights, facts = video_teacher.load_weights(frames, depth)
     patch_frames, patch_pixels, _ = facts["network"]["patch"]
     needed = {**facts["clips"], **facts["network"], "patch_frames": patch_frames, "patch_pixels": patch_pixels}
     del needed["patch"]
-    other = [f"--{key.replace('_', '-')} {value}" for key, value in needed.items() if getattr(cfg, key) != value]
+    mine = vars(cfg) | ({"depth": blocks} if blocks else {})
+    other = [f"--{key.replace('_', '-')} {value}" for key, value in needed.items() if mine[key] != value]
     if other:
         told = f"the teacher in results/video_teacher is for {', '.join(other)}"
         raise ValueError(f"{told}; leave that as it is, or train a teacher with --own-teacher.")
@@ -193,7 +196,7 @@ class VideoLadder(Ladder):
     def smaller(self, blocks: int):
         """Where a student of fewer blocks than its teacher starts: the published network of that size."""
         net = video_teacher.network(blocks).to(self.device)
-        net.load_state_dict(video_teacher.load_weights(self.cfg.frames, blocks)[0])
+        net.load_state_dict(published_teacher(self.cfg, blocks)[0])
         return net
 
     def discriminator(self, kind: str | None = None):
