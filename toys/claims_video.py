@@ -110,7 +110,7 @@ CLAIMS = [
     ("C10", "t_dmd shift 5 (paper's) against 1 (this rung's), DMD2-v", "dmd2v dmd shift 5", "dmd2v", "end"),
     ("C10", "t_student shift 10 (paper's) against 1 at M = 2, TMD", "tmd M2", "tmd M2 even", "end"),
     ("C10", "t_student shift 10 (paper's) against 1 at M = 2, DMD2-v", "dmd2v M2", "dmd2v M2 even", "end"),
-    ("trap 10", "a head that corrects the backbone's velocity (NFE 2.33) against one that draws y", "tmd corrects",
+    ("trap 10", "a head that corrects the backbone's velocity (NFE 2.33, more weights) against one that draws y", "tmd corrects",
      "tmd", "end"),
     ("room", "teacher: 50 steps against 4", "teacher 50", "teacher 4", "end"),
     ("room", "teacher: 50 steps against 1", "teacher 50", "teacher 1", "end"),
