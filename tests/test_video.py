@@ -613,6 +613,8 @@ def test_students_of_the_claims_are_the_networks_that_their_rows_say():
     for name in ("tmd corrects", "dmd2v deep", "tmd small", "dmd2v small", "dmd2v deep no kd small", "dmd2v M2 small"):
         cfg, how, one, two, kd, more = rung.plan(name, 0, quick=False)
         assert (kd == 0) == ("tmd" in name or "no kd" in name or "M2" in name), name
+        new = (cfg.N - 1) * cfg.H if "deep" in name else 0  # as many blocks as TMD's rollout runs
+        assert more.get("deeper", 0) == new, name
         ladder = rung.ladder(cfg)
         ladder.kd_steps = 1
         one, two = one and replace(one, updates=1), replace(two, iterations=2)  # the second is the student's
