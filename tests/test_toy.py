@@ -84,9 +84,9 @@ def test_sliced_wasserstein_against_closed_forms(g):
 
 def test_quick_run_visibly_works(tmp_path):
     """--quick: in time, with all files and facts, and students clearly nearer the data than the teacher in one step."""
-    start = time.perf_counter()
+    start = os.times()
     assert toy_2d.main(["--quick", "--out", str(tmp_path)]) == 0
-    assert time.perf_counter() - start < 90  # the machine that runs tests may be busy
+    assert sum(os.times()[:4]) - sum(start[:4]) < 90  # of a core, workers too: the machine may be busy
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     for name in ("teacher_50", "teacher_4", "teacher_2", "teacher_1", "dmd2v", "stage1", "tmd"):
         record = metrics["models"][name]
@@ -117,8 +117,8 @@ OTHER = ["--M", "2", "--outer", "renoised"], ["--conditional", "--guidance", "1.
 def test_same_seed_same_numbers_and_resume_after_kill(more, tmp_path, monkeypatch):
     """Killed with -9 in the middle and resumed, a run gives the numbers of an undisturbed one, bit for bit."""
     monkeypatch.setattr(plane_pictures, "draw", lambda folder: None)  # the quick run draws
-    if more:  # the plain run resumes with a real worker
-        monkeypatch.setattr(ladder, "workers", Inline)
+    workers = ladder.workers
+    monkeypatch.setattr(ladder, "workers", Inline)
     assert tiny(tmp_path / "a", *more) == 0
     command = [sys.executable, str(ROOT / "toy_2d.py"), *TINY, *more, "--out", str(tmp_path / "b"), "--resume"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -128,7 +128,10 @@ def test_same_seed_same_numbers_and_resume_after_kill(more, tmp_path, monkeypatc
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "b/metrics.json").exists()
+    if not more:  # the plain run resumes with a real worker
+        monkeypatch.setattr(ladder, "workers", workers)
     assert tiny(tmp_path / "b", *more, "--resume") == 0
+    monkeypatch.setattr(ladder, "workers", Inline)
     a, b = (json.loads((tmp_path / k / "metrics.json").read_text()) for k in "ab")
     assert strip(a) == strip(b)
     assert np.array_equal(np.load(tmp_path / "a/samples.npz")["tmd"], np.load(tmp_path / "b/samples.npz")["tmd"])

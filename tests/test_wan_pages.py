@@ -338,7 +338,7 @@ def test_folders_that_do_not_compare(world, tmp_path, capsys, case):
     a, b, out = tmp_path / "tmd", tmp_path / "dmd2v", tmp_path / "out"
     shutil.copytree(world.a, a), shutil.copytree(world.b, b)
     change, words = BAD[case]
-    a, b = (found if isinstance(found := change(a, b), tuple) and isinstance(found[0], Path) else (a, b))
+    a, b = found if isinstance(found := change(a, b), tuple) and isinstance(found[0], Path) else (a, b)
     assert run.main(["compare", str(a), str(b), "--out", str(out)]) == 1
     told = capsys.readouterr().err.strip()
     assert re.search(words, told) and told.count("\n") == 0, told

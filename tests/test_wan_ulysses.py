@@ -268,8 +268,7 @@ def test_compiled_blocks(root):
 
 
 def test_plan():
-    """Cards that share a clip: activations over K, the student's times as before but for the whole discriminator.
-    """
+    """Cards that share a clip: activations over K, the student's times as before but for the whole discriminator."""
     one, four = (plan("14b", gpus=16, context_parallel=K) for K in (1, 4))
     a, b = one["memory"]["student"], four["memory"]["student"]
     assert b["block inputs"] == a["block inputs"] / 4 and b["outside blocks"] == a["outside blocks"] / 4
