@@ -528,6 +528,29 @@ def test_a_killed_run_of_claims_leaves_tables_and_pictures(tmp_path, monkeypatch
     assert drawn == [tmp_path] * 3
 
 
+def test_the_confirming_row_has_ten_seeds_of_its_own(tmp_path, monkeypatch, inline):
+    """No other row uses them, and they are judged when all ten are there."""
+    names, asked = ("tmd long again", "dmd2v long again"), []
+
+    def job(args):
+        _, root, name, seed, _ = args
+        asked.append((name, seed))
+        scores = dict.fromkeys(claims_video.LABELS, 0.5 + 0.05 * (name == names[0]) + 0.001 * seed)
+        facts = dict.fromkeys(("effective_nfe", "updates", "student_updates", "seconds"), 1)
+        claims.write_json(claims.job_file(root, name, seed), {"name": name, "seed": seed, "end": scores, **facts})
+
+    monkeypatch.setattr(claims, "run_teacher", lambda args: None)
+    monkeypatch.setattr(claims, "run_job", job)
+    rung = replace(claims_video.rung("tiny"), table=None, more_tables=None, draw=None)
+    found = claims.run(rung, str(tmp_path), only=names)
+    assert sorted(asked) == sorted((name, seed) for name in names for seed in range(5, 15))
+    (row,) = [row for row in found["rows"] if row["seeds"]]
+    assert "ten other seeds" in row["setting"] and (row["seeds"], row["verdict"]) == (10, "holds")
+    claims.job_file(tmp_path, names[1], 14).unlink()
+    rows = claims.tabulate(rung, tmp_path)["rows"]
+    assert "9 of 10 seeds" in [row["verdict"] for row in rows]
+
+
 def test_what_explains_the_rows_is_read_from_the_right_places():
     """N of the training, 1 and the others at sampling; the gate by phase, None where there is none; shared updates."""
     total = lambda value: {"total": value}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from concurrent.futures import as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -48,6 +48,11 @@ class Rung:
     table: Callable | None = None  # (jobs, numbers, judge, result): adds rows and keys to the result
     more_tables: Callable | None = None  # result -> list of Markdown tables
     draw: Callable | None = None  # (root, result) -> writes a picture
+    own_seeds: dict = field(default_factory=dict)  # {job: its seeds}, of jobs that do not take everyone's
+
+    def seeds_of(self, name: str, seeds=SEEDS) -> tuple[int, ...]:
+        """The seeds of a job."""
+        return tuple(self.own_seeds.get(name, seeds))
 
     def toy_of(self, name: str, seed: int, quick: bool):
         """The settings of a job."""
@@ -163,7 +168,7 @@ def run(rung: Rung, out: str, quick: bool = False, processes: int = 2, seeds=SEE
     write_json(known, stamp)
     names, seeds = (rung.quick_jobs, seeds[:2]) if quick else (only or tuple(rung.jobs), seeds)
     pair = [name for name in rung.claims[0][2:4] if name in names] if rung.claims else []
-    jobs = [(rung, root, n, s, quick) for n in names for s in seeds]
+    jobs = [(rung, root, n, s, quick) for n in names for s in rung.seeds_of(n, seeds)]
     pilots = [(rung, root, n, s, quick) for s in PILOT for n in pair if s in seeds]
     teachers = {rung.teacher_name(rung.toy_of(n, s, quick)): (rung, root, n, s, quick) for _, _, n, s, _ in jobs}
 

@@ -110,7 +110,7 @@ def first_teachers(rung, root: Path) -> list[Path]:
 
 
 def tabulate(rung, root: Path, seeds: int = len(SEEDS)) -> dict:
-    """Read every finished job and write claims.json and claims.md. A row is judged when it has all `seeds`."""
+    """Read every finished job and write claims.json and claims.md. A row waits for all `seeds`, or its own."""
     jobs = records_of(root)
     teachers = [json.loads(file.read_text(encoding="utf-8")) for file in first_teachers(rung, root)]
 
@@ -132,7 +132,8 @@ def tabulate(rung, root: Path, seeds: int = len(SEEDS)) -> dict:
             row[side] = {k: summary([found[seed][k] for seed in shared]) for k in known}
         row["difference"] = {k: difference(a, b, k) for k in known}
         what = verdict(row["difference"], rung.scores, rung.margins)
-        what = what if len(shared) >= seeds else f"{len(shared)} of {seeds} seeds"
+        wanted = max(len(rung.seeds_of(name, range(seeds))) for name in names)
+        what = what if len(shared) >= wanted else f"{len(shared)} of {wanted} seeds"
         return {**row, "seeds": len(shared), "verdict": f"inconclusive ({diverged} diverged)" if diverged else what}
 
     models, rows = {}, []
