@@ -575,6 +575,20 @@ def test_what_explains_the_rows_is_read_from_the_right_places():
     assert {*curve} == {"a", "b"} and [(p["updates"], p["total"]["mean"]) for p in curve["a"]] == [(1, 1.5), (10, 10.5)]
 
 
+def test_leads_are_paired_by_seed_at_the_updates_that_all_have():
+    """A seed of one side alone and updates that one seed lacks are left out; a pair that was not run has no column."""
+    points = lambda start, *more: [{"updates": u, "total": start + u} for u in (1, 9, *more)]
+    run = lambda seed, *how: {"seed": seed, "curve": points(*how)}
+    jobs = {"tmd long": [run(0, 0.1), run(1, 0.3, 20)], "dmd2v long": [run(1, 0.2, 20), run(0, 0.05), run(2, 9.0)]}
+    found = claims_video.leads({**jobs, "dmd2v deep long": [run(0, 0.0)], "tmd M2 long": [{"diverged": "at 3"}]})
+    assert list(found) == ["TMD less DMD2-v, M = 1"]
+    (rows,) = found.values()
+    assert [(row["updates"], row["difference"]["n"]) for row in rows] == [(1, 2), (9, 2)]
+    assert all(row["difference"]["mean"] == pytest.approx(0.075) for row in rows)
+    (page,) = claims_video.leads_table({"leads": found})
+    assert page.splitlines()[2].startswith("| 1 | +0.075, ") and not claims_video.leads_table({})
+
+
 def test_dropped_words_are_the_empty_word():
     """The run's negative prompt is three empty words, which no clip is drawn for."""
     bench = tiny_video.VideoLadder(tiny_video.ToyVideo(samples=120))

@@ -95,7 +95,9 @@ def why(root: Path, result: dict) -> None:
             updates.fill_between(x, [m - d for m, d in zip(mean, std)], [m + d for m, d in zip(mean, std)],
                                  color=color, alpha=0.12, lw=0)  # fmt: skip
     if longer:
+        second = [points[1]["total"]["mean"] for points in result["curves"].values()]  # the first may be stage 1's end
         updates.set(title="More updates", xlabel="updates of stages 1 and 2", ylabel="total")
+        updates.set_ylim(bottom=min(second) - 0.03)
         updates.legend(fontsize=8)
 
     for name, (label, color, style) in TRAINED.items():

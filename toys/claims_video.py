@@ -21,7 +21,7 @@ from toys import claims, claims_pictures
 from toys.claims import Rung
 from toys.moving_shapes import MOTIONS
 from toys.tiny_video import QUICK, SIZES, ToyVideo, VideoLadder, can_compile
-from toys.verdicts import show, students_table, summary
+from toys.verdicts import difference, show, students_table, summary
 
 # choice: half the samples an update of `make video`: more updates in the same hours, for forty students on five seeds
 ITERATIONS, LONG, BATCH, SWEEP_SEEDS = 600, 2400, 8, (100,)
@@ -138,6 +138,11 @@ CLAIMS = [
      "end"),
 ]  # fmt: skip
 
+# long runs whose difference is shown against updates
+LEADS = (("TMD less DMD2-v, M = 1", "tmd long", "dmd2v long"),
+         ("TMD less DMD2-v of 6 more blocks, M = 1", "tmd long", "dmd2v deep long"),
+         ("TMD less DMD2-v, M = 2", "tmd M2 long", "dmd2v M2 long"))  # fmt: skip
+
 LABELS = {"total": "total", "quality": "quality", "semantic": "semantic", "motion": "motion", "diversity": "diversity"}
 
 
@@ -178,7 +183,7 @@ def table(jobs: dict, numbers, judge, result: dict) -> None:
     teachers = {k: list(numbers(f"teacher {k}", "end").values()) for k in steps}
     result["teacher"] = {k: {key: summary([t[key] for t in of]) for key in LABELS} for k, of in teachers.items() if of}
     result["head"] = heads(jobs)
-    result["curves"] = curves(jobs)
+    result["curves"], result["leads"] = curves(jobs), leads(jobs)
 
 
 def heads(jobs: dict) -> dict:
@@ -215,6 +220,33 @@ def curves(jobs: dict) -> dict:
     return found
 
 
+def leads(jobs: dict) -> dict:
+    """{pair of long runs, in words: [{"updates", "difference": A - B of total by seed, with its interval}]}."""
+    found = {}
+    for words, *pair in LEADS:
+        a, b = ({r["seed"]: {p["updates"]: {"total": p["total"]} for p in r["curve"]} for r in jobs.get(name, [])
+                 if r.get("curve")} for name in pair)  # fmt: skip
+        shared = set.intersection(*map(set, (*a.values(), *b.values()))) if a and b else ()
+        of = lambda side, updates: {seed: points[updates] for seed, points in side.items()}
+        rows = [{"updates": u, "difference": difference(of(a, u), of(b, u), "total")} for u in sorted(shared)]
+        if all(row["difference"] for row in rows) and rows:
+            found[words] = rows
+    return found
+
+
+def leads_table(result: dict) -> list[str]:
+    """The paired differences of the long runs against updates."""
+    pairs = result.get("leads")
+    if not pairs:
+        return []
+    lines = [f"| updates | {' | '.join(f'{words}: mean, 95 %' for words in pairs)} |", "|---" * (len(pairs) + 1) + "|"]
+    told = {words: {row["updates"]: row["difference"] for row in rows} for words, rows in pairs.items()}
+    cell = lambda d: f"{d['mean']:+.3f}, {d['low']:.3f} to {d['high']:.3f}" if d else "-"
+    for updates in sorted({u for rows in told.values() for u in rows}):
+        lines.append(f"| {updates} | {' | '.join(cell(rows.get(updates)) for rows in told.values())} |")
+    return ["\n".join(lines) + "\n"]
+
+
 def laws_table(result: dict) -> list[str]:
     """Total score of each student by motion law."""
     if not result.get("laws"):
@@ -249,7 +281,7 @@ def measured(result: dict) -> list[str]:
 
 def tables_below(result: dict) -> list[str]:
     """The tables that explain the rows."""
-    return [*heads_table(result), *laws_table(result)]
+    return [*leads_table(result), *heads_table(result), *laws_table(result)]
 
 
 def rung(size: str) -> Rung:
