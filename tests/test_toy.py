@@ -83,7 +83,9 @@ def test_sliced_wasserstein_against_closed_forms(g):
 
 
 def test_quick_run_visibly_works(tmp_path):
-    """--quick: in time, with all files and facts, and students clearly nearer the data than the teacher in one step."""
+    """--quick: in so many seconds of a core, with all files and facts, and students clearly nearer the data than the
+    teacher in one step.
+    """
     start = os.times()
     assert toy_2d.main(["--quick", "--out", str(tmp_path)]) == 0
     assert sum(os.times()[:4]) - sum(start[:4]) < 90  # of a core, workers too: the machine may be busy

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 import tmd_minimal as tmd
 import toy_video
 from toys import bench as toy_bench
-from toys import claims, claims_pictures, claims_video, explore_video, tiny_video, video_net, video_pictures
+from toys import claims, claims_pictures, claims_video, claims_why, explore_video, tiny_video, video_net, video_pictures
 from toys.moving_shapes import EMPTY, MOTIONS, World
 from toys.variants import CorrectingStudent, deepened, thinned
 
@@ -377,7 +377,8 @@ def tiny(out, *more):
 
 
 def test_a_run_writes_numbers_then_pictures_and_is_not_run_again(tmp_path, capsys, inline, monkeypatch):
-    """Metrics, samples, pictures; the same command trains nothing again; other settings are refused; --restart does."""
+    """Metrics, samples, pictures; other pictures of the run train nothing again; other settings are refused; --restart
+    trains."""
     out = tmp_path / "v"
     monkeypatch.setattr(explore_video, "INNER", ())  # the page shows what the run sampled anyway
     assert tiny(out) == 0
@@ -544,6 +545,7 @@ def test_the_confirming_row_has_ten_seeds_of_its_own(tmp_path, monkeypatch, inli
     rung = replace(claims_video.rung("tiny"), table=None, more_tables=None, draw=None)
     found = claims.run(rung, str(tmp_path), only=names)
     assert sorted(asked) == sorted((name, seed) for name in names for seed in range(5, 15))
+    assert not {*range(5, 15)} & {*claims.SEEDS, *claims_video.SWEEP_SEEDS}
     (row,) = [row for row in found["rows"] if row["seeds"]]
     assert "ten other seeds" in row["setting"] and (row["seeds"], row["verdict"]) == (10, "holds")
     claims.job_file(tmp_path, names[1], 14).unlink()
@@ -562,16 +564,16 @@ def test_what_explains_the_rows_is_read_from_the_right_places():
                 "stage1": total(0.3), "other N": {"2": total(0.6), "8": total(0.8)}, "curve": curve}  # fmt: skip
 
     jobs = {"a": [record(0, 4, 0.05), record(1, 4, 0.07)], "b": [record(0, 1, None)], "plain": [{"end": total(1.0)}]}
-    found = claims_video.heads(jobs)
+    found = claims_why.heads(jobs)
     assert {*found} == {"a", "b"} and {k: v["mean"] for k, v in found["a"]["N"].items()} == pytest.approx(
         {"1": 0.1, "2": 0.6, "4": 1.2, "8": 0.8}
     )
     assert [*found["b"]["N"]] == ["1", "2", "8"] and found["b"]["N"]["1"]["mean"] == 0.7, "its own N is 1"
     assert found["a"]["gate"]["end"]["mean"] == pytest.approx(0.06) and found["b"]["gate"]["end"] is None
     assert found["a"]["y_1"]["end"]["mean"] == pytest.approx(0.7) and found["a"]["stage 1"]["mean"] == 0.3
-    lines = claims_video.heads_table({"head": found})[0].splitlines()
+    lines = claims_why.heads_table({"head": found})[0].splitlines()
     assert lines[2].startswith("| a | 0.300 ± 0.000 | 0.100") and "| - |" in lines[3] and "0.700 |" in lines[3]
-    curve = claims_video.curves(jobs)
+    curve = claims_why.curves(jobs)
     assert {*curve} == {"a", "b"} and [(p["updates"], p["total"]["mean"]) for p in curve["a"]] == [(1, 1.5), (10, 10.5)]
 
 
@@ -580,13 +582,13 @@ def test_leads_are_paired_by_seed_at_the_updates_that_all_have():
     points = lambda start, *more: [{"updates": u, "total": start + u} for u in (1, 9, *more)]
     run = lambda seed, *how: {"seed": seed, "curve": points(*how)}
     jobs = {"tmd long": [run(0, 0.1), run(1, 0.3, 20)], "dmd2v long": [run(1, 0.2, 20), run(0, 0.05), run(2, 9.0)]}
-    found = claims_video.leads({**jobs, "dmd2v deep long": [run(0, 0.0)], "tmd M2 long": [{"diverged": "at 3"}]})
+    found = claims_why.leads({**jobs, "dmd2v deep long": [run(0, 0.0)], "tmd M2 long": [{"diverged": "at 3"}]})
     assert list(found) == ["TMD less DMD2-v, M = 1"]
     (rows,) = found.values()
     assert [(row["updates"], row["difference"]["n"]) for row in rows] == [(1, 2), (9, 2)]
     assert all(row["difference"]["mean"] == pytest.approx(0.075) for row in rows)
-    (page,) = claims_video.leads_table({"leads": found})
-    assert page.splitlines()[2].startswith("| 1 | +0.075, ") and not claims_video.leads_table({})
+    (page,) = claims_why.leads_table({"leads": found})
+    assert page.splitlines()[2].startswith("| 1 | +0.075, ") and not claims_why.leads_table({})
 
 
 def test_dropped_words_are_the_empty_word():

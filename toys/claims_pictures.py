@@ -23,6 +23,7 @@ ROOM = (
 )  # fmt: skip
 WORDS = {name: words for group in ROOM for name, words in group.items()}
 LONG = {"tmd long": (ORANGE, "-"), "dmd2v long": (INK, "-"), "dmd2v deep long": (GREY, "-"),
+        "tmd no stage 1 long": (ORANGE, ":"), "dmd2v no kd long": (INK, ":"),
         "tmd M2 long": (ORANGE, "--"), "dmd2v M2 long": (INK, "--")}  # fmt: skip
 
 TRAINED = {"tmd": ("TMD, trained with N = 4", ORANGE, "-"), "tmd N2": ("TMD, trained with N = 2", ORANGE, "--"),
@@ -95,7 +96,8 @@ def why(root: Path, result: dict) -> None:
             updates.fill_between(x, [m - d for m, d in zip(mean, std)], [m + d for m, d in zip(mean, std)],
                                  color=color, alpha=0.12, lw=0)  # fmt: skip
     if longer:
-        second = [points[1]["total"]["mean"] for points in result["curves"].values()]  # the first may be stage 1's end
+        # the first point may be stage 1's end, far below
+        second = [points[:2][-1]["total"]["mean"] for points in result["curves"].values() if points]
         updates.set(title="More updates", xlabel="updates of stages 1 and 2", ylabel="total")
         updates.set_ylim(bottom=min(second) - 0.03)
         updates.legend(fontsize=8)
