@@ -106,6 +106,8 @@ def why(root: Path, result: dict) -> None:
         if row := result["head"].get(name):
             n = sorted(row["N"], key=int)
             mean, std = ([row["N"][k][what] for k in n] for what in ("mean", "std"))
+            seeds = row["N"][n[0]]["n"]
+            label += f" ({seeds} seeds)" * (seeds < models["dmd2v"]["seeds"])
             steps.errorbar(n, mean, yerr=std, ls=style, marker="o", ms=4, color=color, capsize=3, label=label)
     steps.axhline(models["dmd2v"]["total"]["mean"], color=INK, lw=1, label=WORDS["dmd2v"])
     steps.set(title="More steps of the head at sampling", xlabel="N", ylabel="total")

@@ -111,7 +111,7 @@ CLAIMS = [
     ("C4", "TM-MF against TM, after stage 2", "tmd", "tmd TM", "end"),
     ("C4", "TM-MF against no stage 1 but more of stage 2, after stage 2", "tmd", "tmd no stage 1", "end"),
     ("C5", "gated against concat fusion", "tmd", "tmd concat", "end"),
-    ("C5", "gate at sigmoid(-3) = 0.05 at first (ours) against 0.5", "tmd", "tmd gate 0", "end"),
+    ("choice", "gate at sigmoid(-3) = 0.05 at first (ours) against 0.5", "tmd", "tmd gate 0", "end"),
     ("C6", "y = x_1 - x against y = x", "tmd", "tmd target x", "end"),
     ("C7", "N = 4 against the same student sampled with N = 1", "tmd", "tmd", "end/one"),
     ("C8", "GAN against none, TMD", "tmd", "tmd no gan", "end"),
