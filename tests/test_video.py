@@ -377,8 +377,7 @@ def tiny(out, *more):
 
 
 def test_a_run_writes_numbers_then_pictures_and_is_not_run_again(tmp_path, capsys, inline, monkeypatch):
-    """Metrics, samples, pictures; other pictures of the run train nothing again; other settings are refused; --restart
-    trains."""
+    """Metrics, samples, pictures; the same command trains nothing again; other settings are refused; --restart does."""
     out = tmp_path / "v"
     monkeypatch.setattr(explore_video, "INNER", ())  # the page shows what the run sampled anyway
     assert tiny(out) == 0
@@ -420,6 +419,10 @@ def test_a_run_writes_numbers_then_pictures_and_is_not_run_again(tmp_path, capsy
     real = tiny_video.VideoLadder.score
     again = lambda self, clips, c: known.get(clips.half().numpy().tobytes()) or real(self, clips, c)
     monkeypatch.setattr(tiny_video.VideoLadder, "score", again)  # the same clips have the same scores
+    with monkeypatch.context() as patch:
+        patch.setattr(video_pictures, "draw", lambda *_: None)
+        assert tiny(out) == 0
+    assert stamps == {p: p.stat().st_mtime_ns for p in (out / "checkpoints").glob("*.pt")}
     contact_sheet = (out / "contact_sheet.png").read_bytes()
     assert tiny(out, "--prompts", "dim cross circle, bright ring still") == 0  # other pictures of the same run
     assert contact_sheet != (out / "contact_sheet.png").read_bytes()
