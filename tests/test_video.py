@@ -584,7 +584,8 @@ def test_leads_are_paired_by_seed_at_the_updates_that_all_have():
     """A seed of one side alone and updates that one seed lacks are left out; a pair that was not run has no column."""
     points = lambda start, *more: [{"updates": u, "total": start + u} for u in (1, 9, *more)]
     run = lambda seed, *how: {"seed": seed, "curve": points(*how)}
-    jobs = {"tmd long": [run(0, 0.1), run(1, 0.3, 20)], "dmd2v long": [run(1, 0.2, 20), run(0, 0.05), run(2, 9.0)]}
+    early = {"seed": 2, "curve": points(9.0)[:1]}  # a seed of one side, which lacks an update that the pairs share
+    jobs = {"tmd long": [run(0, 0.1), run(1, 0.3, 20)], "dmd2v long": [run(1, 0.2, 20), run(0, 0.05), early]}
     found = claims_why.leads({**jobs, "dmd2v deep long": [run(0, 0.0)], "tmd M2 long": [{"diverged": "at 3"}]})
     assert list(found) == ["TMD less DMD2-v, M = 1"]
     (rows,) = found.values()
