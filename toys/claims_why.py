@@ -60,7 +60,7 @@ def leads(jobs: dict) -> dict:
                  if r.get("curve")} for name in pair)  # fmt: skip
         both = a.keys() & b.keys()
         shared = set.intersection(*(set(side[seed]) for side in (a, b) for seed in both)) if both else ()
-        of = lambda side, updates: {seed: side[seed][updates] for seed in both}
+        of = lambda side, updates, seeds=both: {seed: side[seed][updates] for seed in seeds}
         rows = [{"updates": u, "difference": difference(of(a, u), of(b, u), "total")} for u in sorted(shared)]
         if all(row["difference"] for row in rows) and rows:
             found[words] = rows
