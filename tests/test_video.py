@@ -471,7 +471,12 @@ def test_out_of_memory_says_which_size_to_try(tmp_path, capsys, monkeypatch):
 
 def test_every_claim_names_jobs_that_exist():
     """Each row compares two known jobs, every job resolves, and the claims asked for are all there."""
-    known = {*claims_video.JOBS, *(f"teacher {steps}" for steps in claims_video.rung("tiny").teacher_steps)}
+    teachers = {f"teacher {steps}" for steps in claims_video.rung("tiny").teacher_steps}
+    known = {
+        *claims_video.JOBS,
+        *teachers,
+        *(f"{teacher} of {job}" for teacher in teachers for job in claims_video.JOBS),
+    }
     for _, _, a, b, phase in claims_video.CLAIMS:
         assert a in known and b in known and (a != b or "/" in phase)
     assert len({row[2:] for row in claims_video.CLAIMS}) == len(claims_video.CLAIMS), "no row twice"
@@ -487,6 +492,32 @@ def test_every_claim_names_jobs_that_exist():
     assert max(budgets[True]) - 300 == 4 * (max(budgets[False]) - 300)
     used = {name for row in claims_video.CLAIMS for name in row[2:4]}
     assert used >= set(claims_video.JOBS), "no job without a row"
+
+
+def test_long_clips_are_measured_against_their_own_teacher(tmp_path, inline, monkeypatch):
+    """The row of 12 frames reads the scores of 12 frames, the others those of 8; no other seed is scored."""
+    monkeypatch.setattr(tiny_video.VideoLadder, "fit_teacher", lambda *_, **__: (None, {"seconds": 1}))
+    monkeypatch.setattr(tiny_video.VideoLadder, "teacher_samples", lambda self, teacher, steps: steps)
+    monkeypatch.setattr(tiny_video.VideoLadder, "floor", lambda self: 0)
+    monkeypatch.setattr(
+        tiny_video.VideoLadder, "score", lambda self, steps, c: {"total": steps / 100 + self.cfg.frames}
+    )
+    rung = replace(claims_video.rung("tiny"), table=None, more_tables=None, draw=None)
+    (tmp_path / "jobs").mkdir()
+    for name in ("tmd", "dmd2v", "tmd 12 frames", "dmd2v 12 frames"):
+        for seed in (0, 1, 7):
+            claims.run_teacher((rung, tmp_path, name, seed, False))
+            if "dmd2v" in name:
+                scores = dict.fromkeys(claims_video.LABELS, 0.1 * seed)
+                facts = dict.fromkeys(("effective_nfe", "updates", "student_updates", "seconds"), 1)
+                file = claims.job_file(tmp_path, name, seed)
+                claims.write_json(file, {"name": name, "seed": seed, "end": scores, **facts})
+    assert {folder.parent.name for folder in tmp_path.glob("*/teacher.json")} == {
+        f"teacher-{frames}x12-seed{seed}" for frames in (8, 12) for seed in (0, 1)
+    }
+    rows = {row["setting"]: row["A"] for row in claims.tabulate(rung, tmp_path)["rows"] if row["claim"] == "room"}
+    best = "teacher in 50 steps against DMD2-v, M = 1"
+    assert rows[best]["total"]["mean"] == 8.5 and rows[f"clips of 12 frames: {best}"]["total"]["mean"] == 12.5
 
 
 def test_claims_run_and_resume(tmp_path, inline, monkeypatch):
@@ -681,12 +712,15 @@ def test_students_of_the_claims_are_the_networks_that_their_rows_say():
 
 def test_small_students_are_refused_where_their_network_does_not_fit():
     """Other clips or another width: one sentence, no silent start of another size; other sizes have no such rows."""
-    for more, words in (({"frames": 12}, "results/video_teacher has 8-frames"), ({"width": 48}, "is for --width 96")):
+    for more, words in (
+        ({"frames": 12}, "results/video_teacher has 12-frames, 8-frames, "),
+        ({"width": 48}, "is for --width 96"),
+    ):
         ladder = tiny_video.VideoLadder(tiny_video.ToyVideo(samples=120, own_teacher=True, **more))
         with pytest.raises(ValueError, match=words):
             ladder.smaller(3)
     other = claims_video.rung("small")
-    assert "tmd" in other.jobs and not [name for name in other.jobs if "small" in name]
+    assert "tmd" in other.jobs and not [name for name in other.jobs if "small" in name or "frames" in name]
     assert {name for row in other.claims for name in row[2:4]} <= {*other.jobs, *map("teacher {}".format, (50, 4, 1))}
 
 

@@ -91,33 +91,33 @@ def pilot(rung, root: Path, seeds: int) -> dict:
         s: json.loads(job_file(root, name, s).read_text(encoding="utf-8"))["end"] for s in PILOT[:seeds]
     }
     a, b, found = read(a), read(b), {}
-    teachers = [
-        json.loads(f.read_text(encoding="utf-8"))[str(rung.teacher_steps[0])] for f in first_teachers(rung, root)
-    ]
+    teachers = teachers_of(rung, root, next(iter(rung.jobs)))
     for score in rung.scores:
         d = difference(a, b, score)
-        best = sum(t[score] for t in teachers) / len(teachers)
+        best = sum(t[str(rung.teacher_steps[0])][score] for t in teachers) / len(teachers)
         room = abs(best - sum(r[score] for r in b.values()) / len(b))
         found[score] = {"std": d["std"], "pilot_seeds": d["n"], "seeds": seeds, "headroom": room,
                         "detectable": detectable(d["std"], seeds)}  # fmt: skip
     return found
 
 
-def first_teachers(rung, root: Path) -> list[Path]:
-    """teacher.json of the first job's teachers, by seed."""
-    folders = [root / rung.teacher_name(rung.toy_of(next(iter(rung.jobs)), seed, False)) for seed in SEEDS]
-    return [folder / "teacher.json" for folder in folders if (folder / "teacher.json").exists()]
+def teachers_of(rung, root: Path, name: str) -> list[dict]:
+    """teacher.json of a job's teachers, by seed."""
+    files = [root / rung.teacher_name(rung.toy_of(name, seed, False)) / "teacher.json" for seed in SEEDS]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
 
 
 def tabulate(rung, root: Path, seeds: int = len(SEEDS)) -> dict:
     """Read every finished job and write claims.json and claims.md. A row waits for all `seeds`, or its own."""
     jobs = records_of(root)
-    teachers = [json.loads(file.read_text(encoding="utf-8")) for file in first_teachers(rung, root)]
 
     def numbers(name, phase) -> dict:
-        """{seed: scores} of a job, or of the teacher in so many steps ("teacher 50")."""
+        """{seed: scores} of a job, or in so many steps of the first job's teacher ("teacher 50") or another job's
+        ("teacher 50 of tmd 12 frames").
+        """
         if name.startswith("teacher "):
-            return {t["seed"]: t[name.split()[1]] for t in teachers}
+            steps, _, of = name.removeprefix("teacher ").partition(" of ")
+            return {t["seed"]: t[steps] for t in teachers_of(rung, root, of or next(iter(rung.jobs)))}
         return {r["seed"]: r[phase] for r in jobs.get(name, []) if phase in r}
 
     def judge(claim, setting, names, a, b):
