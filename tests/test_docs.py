@@ -178,6 +178,24 @@ def test_tables_are_the_measured_ones(monkeypatch):
                 assert row["verdict"] == verdicts.verdict(row["difference"], rung.scores, rung.margins)
 
 
+def test_the_words_of_the_pages_rest_on_these_verdicts():
+    """RESULTS.md, toys/README.md and the lessons tell these in words: when a verdict changes, rewrite them."""
+    told = {}
+    for row in json.loads((ROOT / "results/toy_video/claims.json").read_text())["rows"]:
+        told.setdefault(row["claim"], []).append(row["verdict"])
+    assert {claim: told[claim] for claim in ("C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "C10")} == {
+        "C2": ["holds", "inconclusive", "inconclusive", "inconclusive", "holds"],
+        "C3": ["inconclusive"] * 2,
+        "C4": ["holds", "inconclusive", "inconclusive"],
+        "C5": ["inconclusive"],
+        "C6": ["does not hold"],
+        "C7": ["holds"],
+        "C8": ["inconclusive"] * 4,
+        "C9": ["inconclusive"] * 2,
+        "C10": ["does not hold"] * 2 + ["inconclusive", "does not hold"],
+    }
+
+
 def test_finished_jobs_are_published_so_that_another_machine_goes_on(tmp_path, monkeypatch):
     """Records, scores of teachers, the pilot: no weights, no tables, which are written from them."""
     from results import publish
