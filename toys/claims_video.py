@@ -85,6 +85,7 @@ CLAIMS = [
     ("C1", "M = 1, neither warmed up: TMD without stage 1 against DMD2-v without KD", "tmd no stage 1", "dmd2v no kd",
      "end"),
     ("C1", "M = 2, N = 4", "tmd M2", "dmd2v M2", "end"),
+    # added late, when both sides had been run: the grid that is the better one for both here
     ("C1", "M = 2, N = 4, even outer grid", "tmd M2 even", "dmd2v M2 even", "end"),
     ("C1", "like NFE: TMD at M = 1, N = 4 against DMD2-v at M = 2", "tmd", "dmd2v M2", "end"),
     ("C1", "like NFE: recurrence against as many new blocks without it", "tmd", "dmd2v deep", "end"),
