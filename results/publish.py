@@ -51,7 +51,11 @@ COPIES = {  # results: runs
     "wan_shapes/scores.json": "wan-shapes/scores.json",
 }
 
-LISTS = {"toy_video/sweep": "toy_video/sweep-tiny", "toy_video/claims": "toy_video/claims-tiny"}  # of jobs
+LISTS = {  # of jobs
+    "toy_2d/claims": "toy_2d/claims",
+    "toy_video/sweep": "toy_video/sweep-tiny",
+    "toy_video/claims": "toy_video/claims-tiny",
+}
 PAGES = {"toy_2d/explore.html": explore_plane.TEMPLATE, "toy_video/explore.html": explore_video.TEMPLATE}
 CLAIMS = {  # the paper's, in short; C5 and C9 to C12 as far as a rung has rows of them
     "C0": "transition matching beats flow matching at few steps (not TMD's own)",

@@ -203,7 +203,8 @@ def test_the_words_of_the_pages_rest_on_these_verdicts():
     }
 
 
-def test_finished_jobs_are_published_so_that_another_machine_goes_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("run, result", [("toy_video/claims-tiny", "toy_video/claims"), ("toy_2d/claims",) * 2])
+def test_finished_jobs_are_published_so_that_another_machine_goes_on(run, result, tmp_path, monkeypatch):
     """Records, scores of teachers, the pilot: no weights, no tables, which are written from them."""
     from results import publish
 
@@ -211,11 +212,11 @@ def test_finished_jobs_are_published_so_that_another_machine_goes_on(tmp_path, m
     monkeypatch.setattr(publish, "RESULTS", tmp_path / "results")
     kept = {"jobs/tmd-seed0.json", "teacher-8x12-seed0/teacher.json", "pilot.json", "claims.config.json"}
     for name in kept | {"teacher-8x12-seed0/teacher.pt", "jobs/tmd-seed1.tmp"}:
-        file = tmp_path / "runs/toy_video/claims-tiny" / name
+        file = tmp_path / "runs" / run / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("{}")
     publish.collect()
-    found = tmp_path / "results/toy_video/claims"
+    found = tmp_path / "results" / result
     assert {str(f.relative_to(found)) for f in found.rglob("*") if f.is_file()} == kept
 
 
