@@ -235,16 +235,17 @@ def rung(size: str) -> Rung:
 def sweep(size: str) -> Rung:
     """The same small sweep for both methods: stage 2's rate at one GAN weight, then the weight at one rate.
 
-    For TMD also what stage 1 does by its length and rate. Its seed is none of the claims', so that no setting is chosen
-    by the seeds that judge it.
+    Then the warm-up's length and rate, stage 1 for TMD and KD for DMD2-v. Its seed is none of the claims', so that no
+    setting is chosen by the seeds that judge it.
     """
     default = ToyVideo(size="tiny")
     two = [{"lr": rate, "gan_weight": default.gan_weight} for rate in (3e-4, 1e-3, 3e-3)]
     two += [{"lr": default.stage2_lr, "gan_weight": weight} for weight in (0.01, 0.1)]
     jobs = {f"{name} rate {s['lr']:g} gan {s['gan_weight']:g}": ({}, how, {}, s)
             for s in two for name, how in (("dmd2v", "plain"), ("tmd", {}))}  # fmt: skip
-    jobs |= {f"tmd stage 1 x {n} rate {rate:g}": ({"stage1_updates": n, "stage1_lr": rate}, {}, {}, {})
-             for rate in (1e-4, 1e-3) for n in (100, 300, 1000) if (n, rate) != (300, default.stage1_lr)}  # fmt: skip
+    jobs |= {f"{name} x {n} rate {rate:g}": ({"stage1_updates": n, "stage1_lr": rate}, how, {}, {})
+             for rate in (1e-4, 1e-3) for n in (100, 300, 1000) if (n, rate) != (300, default.stage1_lr)
+             for name, how in (("tmd stage 1", {}), ("dmd2v kd", "plain"))}  # fmt: skip
     jobs["tmd no stage 1"] = ({"stage1_updates": 0}, {}, None, {})
     return replace(rung(size), jobs=jobs, claims=[], quick_jobs=tuple(jobs)[:2], more_tables=heads_table)
 
