@@ -14,7 +14,8 @@ ROOM = (
     {"dmd2v M4": "DMD2-v, M = 4", "dmd2v M2": "DMD2-v, M = 2", "tmd M2": "TMD, M = 2, N = 4"},
     {"dmd2v": "DMD2-v", "dmd2v deep": "DMD2-v, 6 blocks more", "tmd": "TMD, N = 4",
      "tmd corrects": "TMD, head corrects", "dmd2v no kd": "no warm-up: DMD2-v",
-     "dmd2v deep no kd": "no warm-up: DMD2-v, 6 blocks more", "tmd no stage 1": "no warm-up: TMD, N = 4"},
+     "dmd2v deep no kd": "no warm-up: DMD2-v, 6 blocks more", "tmd no stage 1": "no warm-up: TMD, N = 4",
+     "dmd2v warm-up 1e-3": "warm-up at 1e-3: DMD2-v", "tmd warm-up 1e-3": "warm-up at 1e-3: TMD, N = 4"},
     {"dmd2v M2 small": "3 blocks: DMD2-v, M = 2", "dmd2v small": "3 blocks: DMD2-v",
      "dmd2v deep small": "3 blocks: DMD2-v, 3 blocks more", "tmd small": "3 blocks: TMD, N = 4",
      "dmd2v no kd small": "3 blocks, no warm-up: DMD2-v",
@@ -24,6 +25,7 @@ ROOM = (
 WORDS = {name: words for group in ROOM for name, words in group.items()}
 LONG = {"tmd long": (ORANGE, "-"), "dmd2v long": (INK, "-"), "dmd2v deep long": (GREY, "-"),
         "tmd no stage 1 long": (ORANGE, ":"), "dmd2v no kd long": (INK, ":"),
+        "tmd warm-up 1e-3 long": (ORANGE, "-."), "dmd2v warm-up 1e-3 long": (INK, "-."),
         "tmd M2 long": (ORANGE, "--"), "dmd2v M2 long": (INK, "--")}  # fmt: skip
 
 TRAINED = {"tmd": ("TMD, trained with N = 4", ORANGE, "-"), "tmd N2": ("TMD, trained with N = 2", ORANGE, "--"),

@@ -70,6 +70,10 @@ JOBS = {
     "tmd no stage 1 long": ({"iterations": LONG}, {}, None, {"curve": 8}),
     **{f"{name} long again": ({"iterations": LONG}, how, {}, {})
        for name, how in (("tmd", {}), ("dmd2v", "plain"), ("dmd2v deep", "plain deep"))},
+    **{f"{name} warm-up 1e-3{longer}": ({"stage1_lr": 1e-3, **more}, how, one, {"curve": 8} if longer else {})
+       for longer, more in (("", {}), (" long", {"iterations": LONG}))
+       for name, how, one in (("tmd", {}, {}), ("dmd2v", "plain", {}), ("tmd TM", {}, {"flow_map_share": 0.0}))
+       if not (longer and "TM" in name)},
     "tmd 12 frames": ({"frames": 12}, {}, {}, {}),
     "dmd2v 12 frames": ({"frames": 12}, "plain", {}, {}),
 }  # fmt: skip
@@ -105,6 +109,10 @@ CLAIMS = [
      "dmd2v deep long again", "end"),
     ("C1", "M = 2, N = 4, four times the iterations", "tmd M2 long", "dmd2v M2 long", "end"),
     ("C1", "clips of 12 frames, M = 1, N = 4", "tmd 12 frames", "dmd2v 12 frames", "end"),
+    # the rows at 1e-3 were added late, before they were run: in the sweep, on its own seed, 1e-4 taught stage 1 little
+    ("C1", "stage 1 and KD at a rate of 1e-3", "tmd warm-up 1e-3", "dmd2v warm-up 1e-3", "end"),
+    ("C1", "stage 1 and KD at a rate of 1e-3, four times the iterations", "tmd warm-up 1e-3 long",
+     "dmd2v warm-up 1e-3 long", "end"),
     ("C2", "M = 2 against M = 1, N = 4", "tmd M2", "tmd", "end"),
     ("C2", "N = 4 against N = 2", "tmd", "tmd N2", "end"),
     ("C2", "N = 2 against N = 1", "tmd N2", "tmd N1", "end"),
@@ -115,6 +123,11 @@ CLAIMS = [
     ("C4", "TM-MF against TM, after stage 1", "tmd", "tmd TM", "stage1"),
     ("C4", "TM-MF against TM, after stage 2", "tmd", "tmd TM", "end"),
     ("C4", "TM-MF against no stage 1 but more of stage 2, after stage 2", "tmd", "tmd no stage 1", "end"),
+    ("C4", "stage 1 at 1e-3: TM-MF against TM, after stage 1", "tmd warm-up 1e-3", "tmd TM warm-up 1e-3", "stage1"),
+    ("C4", "stage 1 at 1e-3: TM-MF against TM, after stage 2", "tmd warm-up 1e-3", "tmd TM warm-up 1e-3", "end"),
+    ("C4", "stage 1 at 1e-3: TM-MF against no stage 1 but more of stage 2, after stage 2", "tmd warm-up 1e-3",
+     "tmd no stage 1", "end"),
+    ("C4", "stage 1 at 1e-3 against 1e-4, after stage 2", "tmd warm-up 1e-3", "tmd", "end"),
     ("C5", "gated against concat fusion", "tmd", "tmd concat", "end"),
     ("choice", "gate at sigmoid(-3) = 0.05 at first (ours) against 0.5", "tmd", "tmd gate 0", "end"),
     ("C6", "y = x_1 - x against y = x", "tmd", "tmd target x", "end"),

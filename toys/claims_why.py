@@ -12,6 +12,7 @@ from toys.verdicts import difference, show, summary
 LEADS = (("TMD less DMD2-v, M = 1", "tmd long", "dmd2v long"),
          ("TMD less DMD2-v of 6 more blocks, M = 1", "tmd long", "dmd2v deep long"),
          ("neither warmed up, M = 1", "tmd no stage 1 long", "dmd2v no kd long"),
+         ("both warmed up at 1e-3, M = 1", "tmd warm-up 1e-3 long", "dmd2v warm-up 1e-3 long"),
          ("TMD less DMD2-v, M = 2", "tmd M2 long", "dmd2v M2 long"))  # fmt: skip
 
 
