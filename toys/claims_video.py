@@ -259,6 +259,10 @@ def sweep(size: str) -> Rung:
     jobs |= {f"{name} x {n} rate {rate:g}": ({"stage1_updates": n, "stage1_lr": rate}, how, {}, {})
              for rate in (1e-4, 1e-3) for n in (100, 300, 1000) if (n, rate) != (300, default.stage1_lr)
              for name, how in (("tmd stage 1", {}), ("dmd2v kd", "plain"))}  # fmt: skip
+    # more critics for each update of the student, as in the paper, whose updates are as many
+    slow = {"stage1_updates": 1000, "stage1_lr": 1e-3, "student_every": 5, "iterations": ITERATIONS * 5 // 2}
+    jobs |= {f"{name} x 1000 rate 0.001 every 5": (slow, how, {}, {})
+             for name, how in (("tmd stage 1", {}), ("dmd2v kd", "plain"))}  # fmt: skip
     jobs["tmd no stage 1"] = ({"stage1_updates": 0}, {}, None, {})
     return replace(rung(size), jobs=jobs, claims=[], quick_jobs=tuple(jobs)[:2], more_tables=heads_table)
 
