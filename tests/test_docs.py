@@ -185,15 +185,16 @@ def test_the_words_of_the_pages_rest_on_these_verdicts():
         told.setdefault(row["claim"], []).append(row["verdict"])
     of = lambda claim, i: [row["difference"]["total"] for row in rows if row["claim"] == claim][i]
     ahead = [("C3", 1), ("C5", 0), ("C8", 0), ("C8", 1)]  # "ahead on average"
-    behind = [("C4", 1), ("C4", 2), ("C9", 0), ("C10", 2), ("C10", 3)]
+    behind = [("C4", 1), ("C4", 2), ("C4", 5), ("C9", 0), ("C10", 2), ("C10", 3)]
     assert all(of(*row)["mean"] > 0.005 for row in ahead) and all(of(*row)["mean"] < -0.005 for row in behind)
-    assert all(abs(of(*row)["mean"]) < 0.002 for row in (("C3", 0), ("C9", 1), ("C8", 3)))  # "end alike on average"
+    alike = (("C3", 0), ("C4", 4), ("C4", 6), ("C9", 1), ("C8", 3))  # "end alike on average"
+    assert all(abs(of(*row)["mean"]) < 0.002 for row in alike)
     just = {("C2", 4): "low", ("C6", 0): "high", ("C10", 3): "high"}  # "only just leaves zero"
     assert all(abs(of(*row)[side]) < 0.002 for row, side in just.items())
     assert {claim: told[claim] for claim in ("C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "C10")} == {
         "C2": ["holds", "inconclusive", "inconclusive", "inconclusive", "holds"],
         "C3": ["inconclusive"] * 2,
-        "C4": ["holds", "inconclusive", "inconclusive"],
+        "C4": ["holds"] + ["inconclusive"] * 6,
         "C5": ["inconclusive"],
         "C6": ["does not hold"],
         "C7": ["holds"],
