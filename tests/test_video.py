@@ -3,6 +3,7 @@
 import contextlib
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,19 @@ from torch.testing import assert_close
 
 import tmd_minimal as tmd
 import toy_video
+from settings import write_json
 from toys import bench as toy_bench
-from toys import claims, claims_pictures, claims_video, claims_why, explore_video, tiny_video, video_net, video_pictures
+from toys import (
+    claims,
+    claims_pictures,
+    claims_video,
+    claims_why,
+    explore_video,
+    tiny_video,
+    verdicts,
+    video_net,
+    video_pictures,
+)
 from toys.moving_shapes import EMPTY, MOTIONS, World
 from toys.variants import CorrectingStudent, deepened, thinned
 
@@ -477,9 +489,10 @@ def test_every_claim_names_jobs_that_exist():
         *teachers,
         *(f"{teacher} of {job}" for teacher in teachers for job in claims_video.JOBS),
     }
-    for _, _, a, b, phase in claims_video.CLAIMS:
+    for _, _, a, b, phase, *own in claims_video.CLAIMS:
         assert a in known and b in known and (a != b or "/" in phase)
-    assert len({row[2:] for row in claims_video.CLAIMS}) == len(claims_video.CLAIMS), "no row twice"
+        assert all({*scores} < {*claims_video.LABELS} for scores in own)
+    assert len({str(row[2:]) for row in claims_video.CLAIMS}) == len(claims_video.CLAIMS), "no row twice"
     assert {"room", "bound", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "C10"} <= {
         row[0] for row in claims_video.CLAIMS
     }
@@ -492,6 +505,39 @@ def test_every_claim_names_jobs_that_exist():
     assert max(budgets[True]) - 300 == 4 * (max(budgets[False]) - 300)
     used = {name for row in claims_video.CLAIMS for name in row[2:4]}
     assert used >= set(claims_video.JOBS), "no job without a row"
+
+
+def test_the_rates_of_the_warm_ups_are_those_of_the_published_jobs():
+    """`make video` warms up at another rate than the claims: a job's rate is 1e-4 unless its name says 1e-3."""
+    rung, jobs = claims_video.rung("tiny"), sorted(Path("results/toy_video/claims/jobs").glob("*-seed?.json"))
+    for file in jobs:
+        job = json.loads(file.read_text(encoding="utf-8"))
+        rate = 1e-3 if "1e-3" in job["name"] else 1e-4
+        resolved = claims.settings_of(*rung.plan(job["name"], job["seed"], False))
+        assert resolved["toy"]["stage1_lr"] == job["settings"]["toy"]["stage1_lr"] == rate, file.name
+        assert resolved["stage1"] == job["settings"]["stage1"], file.name
+    assert len(jobs) > 200
+
+
+def test_a_row_may_be_judged_by_a_score_of_its_own(tmp_path):
+    """A is ahead in total and behind in diversity: each row is told by its own score and shows no other."""
+    rung = replace(
+        claims_video.rung("tiny"),
+        claims=[("C1", "all", "tmd", "dmd2v", "end"), ("C1", "one", "tmd", "dmd2v", "end", {"diversity": 1})],
+        teacher_steps=(),
+        table=None,
+    )
+    rest = {"effective_nfe": 1, "updates": 1, "student_updates": 1, "seconds": 1}
+    (tmp_path / "jobs").mkdir()
+    for name, total, diversity in (("tmd", 0.7, 0.2), ("dmd2v", 0.6, 0.9)):
+        for seed in verdicts.SEEDS:
+            end = dict.fromkeys(claims_video.LABELS, 0.5) | {"total": total, "diversity": diversity}
+            record = {"name": name, "seed": seed, "end": end, **rest}
+            write_json(verdicts.job_file(tmp_path, name, seed), record)
+    rows = verdicts.tabulate(rung, tmp_path)["rows"]
+    assert [row["verdict"] for row in rows] == ["holds", "does not hold"]
+    line = verdicts.claims_table(rung, {"rows": rows}).splitlines()[3]
+    assert "0.200 ± 0.000 | 0.900 ± 0.000 | -0.700 to -0.700 | does not hold" in line
 
 
 def test_long_clips_are_measured_against_their_own_teacher(tmp_path, inline, monkeypatch):

@@ -34,12 +34,13 @@ class Rung:
     ladder: type[Ladder]
     # {name: (settings, the student's or "plain ...", those of stage 1 or None, those of stage 2 and EXTRA)}
     jobs: dict
-    claims: list  # (claim, setting, A, B, phase of A[/phase of B]): the claim is that A beats B
+    # (claim, setting, A, B, phase of A[/phase of B], scores if it has its own): the claim is that A beats B
+    claims: list
     size: dict  # settings of every job
     quick: dict  # and of its small sibling, for tests
     quick_jobs: tuple
     scores: dict  # {name: -1 if lower is better, 1 if higher}: those that the rule looks at
-    margins: dict  # {name: a difference too small to matter}, of the same scores
+    margins: dict  # {name: a difference too small to matter}, of these and of a row's own
     labels: dict  # {name: words}: those that the table of students shows
     teacher_name: Callable  # settings -> name of the teacher's folder
     percent: tuple = ()  # scores shown in percent

@@ -58,7 +58,7 @@ class ToyVideo(ToySettings):
     iterations: int = 1200
     # choice: learning rates for a network of a million parameters; the paper's are for 1.3 B
     teacher_lr: float = 3e-3
-    stage1_lr: float = option(1e-4, "learning rate of stage 1 and of KD; paper: 3e-5", "stage 1", above=0)
+    stage1_lr: float = option(1e-3, "learning rate of stage 1 and of KD; paper: 3e-5", "stage 1", above=0)
     stage2_lr: float = 1e-3
     # choice: timestep shifts for a thousand numbers; the paper's are for two million
     dmd_shift: float = 1.0

@@ -120,27 +120,27 @@ def tabulate(rung, root: Path, seeds: int = len(SEEDS)) -> dict:
             return {t["seed"]: t[steps] for t in teachers_of(rung, root, of or next(iter(rung.jobs)))}
         return {r["seed"]: r[phase] for r in jobs.get(name, []) if phase in r}
 
-    def judge(claim, setting, names, a, b):
+    def judge(claim, setting, names, a, b, scores):
         """One row. A diverged seed on either side leaves the claim undecided, and the row says so."""
         row = {"claim": claim, "setting": setting, "A": None, "B": None, "difference": None}
         diverged = sum("diverged" in r for name in names for r in jobs.get(name, []))
         shared = sorted(a.keys() & b.keys())
         if len(shared) < 2:
             return {**row, "seeds": len(shared), "verdict": f"{diverged} diverged" if diverged else "not run"}
-        known = [k for k in rung.scores if k in a[shared[0]] and k in b[shared[0]]]
+        known = [k for k in scores if k in a[shared[0]] and k in b[shared[0]]]
         for side, found in (("A", a), ("B", b)):
             row[side] = {k: summary([found[seed][k] for seed in shared]) for k in known}
         row["difference"] = {k: difference(a, b, k) for k in known}
-        what = verdict(row["difference"], rung.scores, rung.margins)
+        what = verdict(row["difference"], scores, rung.margins)
         wanted = max(len(rung.seeds_of(name, range(seeds))) for name in names)
         what = what if len(shared) >= wanted else f"{len(shared)} of {wanted} seeds"
         return {**row, "seeds": len(shared), "verdict": f"inconclusive ({diverged} diverged)" if diverged else what}
 
     models, rows = {}, []
-    for claim, setting, name_a, name_b, phase in rung.claims:
+    for claim, setting, name_a, name_b, phase, *own in rung.claims:
         phase_a, _, phase_b = phase.partition("/")
         a, b = numbers(name_a, phase_a), numbers(name_b, phase_b or phase_a)
-        rows.append(judge(claim, setting, {name_a, name_b}, a, b))
+        rows.append(judge(claim, setting, {name_a, name_b}, a, b, *(own or [rung.scores])))
     for name, records in jobs.items():
         done = [r for r in records if "end" in r]
         if done:
@@ -177,7 +177,7 @@ def claims_table(rung, result: dict, claims: Callable = lambda claim: claim not 
     def cell(x, text):
         if x is None:
             return "-"
-        return " / ".join(text(x[k], k in rung.percent) + " %" * (k in rung.percent) for k in rung.scores if k in x)
+        return " / ".join(text(x[k], k in rung.percent) + " %" * (k in rung.percent) for k in x)
 
     span = lambda d, percent: f"{shown(d['low'], percent)} to {shown(d['high'], percent)}"
     rows = [r for r in result["rows"] if claims(r["claim"])]
