@@ -175,7 +175,8 @@ def test_tables_are_the_measured_ones(monkeypatch):
         assert (ROOT / f"results/{name}/claims.md").read_text() == verdicts.markdown(rung, result)
         for row in result["rows"]:  # and the verdicts follow from the numbers by the stated rule
             if row.get("difference") and "seeds" not in row["verdict"]:
-                assert row["verdict"] == verdicts.verdict(row["difference"], rung.scores, rung.margins)
+                scores = {score: rung.scores.get(score, 1) for score in row["difference"]}  # a row may have its own
+                assert row["verdict"] == verdicts.verdict(row["difference"], scores, rung.margins)
 
 
 def test_the_words_of_the_pages_rest_on_these_verdicts():
@@ -187,7 +188,7 @@ def test_the_words_of_the_pages_rest_on_these_verdicts():
     ahead = [("C3", 1), ("C5", 0), ("C8", 0), ("C8", 1)]  # "ahead on average"
     behind = [("C4", 1), ("C4", 2), ("C4", 5), ("C9", 0), ("C10", 2), ("C10", 3)]
     assert all(of(*row)["mean"] > 0.005 for row in ahead) and all(of(*row)["mean"] < -0.005 for row in behind)
-    alike = (("C3", 0), ("C4", 4), ("C4", 6), ("C9", 1), ("C8", 3))  # "end alike on average"
+    alike = (("C3", 0), ("C4", 4), ("C4", 6), ("C9", 2), ("C8", 3))  # "end alike on average"
     assert all(abs(of(*row)["mean"]) < 0.002 for row in alike)
     just = {("C2", 4): "low", ("C6", 0): "high", ("C10", 3): "high"}  # "only just leaves zero"
     assert all(abs(of(*row)[side]) < 0.002 for row, side in just.items())
@@ -199,7 +200,7 @@ def test_the_words_of_the_pages_rest_on_these_verdicts():
         "C6": ["does not hold"],
         "C7": ["holds"],
         "C8": ["inconclusive"] * 4,
-        "C9": ["inconclusive"] * 2,
+        "C9": ["inconclusive"] * 3,
         "C10": ["does not hold"] * 2 + ["inconclusive", "does not hold"],
     }
 

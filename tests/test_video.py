@@ -730,7 +730,8 @@ def test_students_of_the_claims_are_the_networks_that_their_rows_say():
 
     All of a student moves in its stages. Those of three blocks start from the published network of that size.
     """
-    rung = replace(claims_video.rung("tiny"), size={"size": "tiny", "samples": 120, "batch": 2, "kd_count": 2})
+    size = {"size": "tiny", "samples": 120, "batch": 2, "kd_count": 2, "student_every": 2}
+    rung = replace(claims_video.rung("tiny"), size=size)
     for name in ("tmd corrects", "dmd2v deep", "tmd small", "dmd2v small", "dmd2v deep no kd small", "dmd2v M2 small"):
         cfg, how, one, two, kd, more = rung.plan(name, 0, quick=False)
         assert (kd == 0) == ("tmd" in name or "no kd" in name or "M2" in name), name

@@ -47,15 +47,13 @@ class ToyVideo(ToySettings):
     patch_pixels: int = option(4, "side of a patch in pixels", "network", least=1)
     heads: int = option(4, "attention heads", "network", least=1)
     M: int = 1
-    # choice: every second update is the student's; where seconds are scarce it learns more in them
-    student_every: int = 2
     batch: int = 16
     # choice: a weaker guidance than the paper's, which saturates shapes this small
     guidance: float = option(2.0, "teacher's guidance in stage 2 and in its own samples; paper: 5", "training")
     stage1_guidance: float = option(2.0, "guidance of stage 1; paper: 3", "stage 1")
     teacher_updates: int = 8000
     stage1_updates: int = option(300, "updates of stage 1, or of the baseline's KD warm-up; paper: 3000", "stage 1", 0)
-    iterations: int = 1200
+    iterations: int = 1600
     # choice: learning rates for a network of a million parameters; the paper's are for 1.3 B
     teacher_lr: float = 3e-3
     stage1_lr: float = option(1e-3, "learning rate of stage 1 and of KD; paper: 3e-5", "stage 1", above=0)
