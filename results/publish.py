@@ -60,7 +60,7 @@ PAGES = {"toy_2d/explore.html": explore_plane.TEMPLATE, "toy_video/explore.html"
 CLAIMS = {  # the paper's, in short; C5 and C9 to C12 as far as a rung has rows of them
     "C0": "transition matching beats flow matching at few steps (not TMD's own)",
     "C1": "TMD beats DMD2-v at like NFE, most at M = 1",
-    "C1 parts": "the same, score by score, in long runs with warm-ups at 1e-3",
+    "C1 parts": "the same, score by score, in long runs at M = 2 on ten other seeds",
     "C2": "quality rises with effective NFE; N and H are a fine dial",
     "C3": "rollout in stage 2 is crucial",
     "C4": "TM-MF beats TM as pretraining",
