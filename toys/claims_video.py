@@ -133,10 +133,9 @@ CLAIMS = [
      "dmd2v warm-up 1e-3 long", "end"),
     # added late, before they were run: on the sweep's seed both methods gained by it, and kept diversity
     ("C1", "stage 1 and KD at 1e-3, every fifth update the student's (paper's)", "tmd every 5", "dmd2v every 5", "end"),
-    ("choice", "every second update the student's (the other rows) against every fifth (paper), at 1e-3, TMD",
-     "tmd warm-up 1e-3", "tmd every 5", "end"),
-    ("choice", "every second update the student's (the other rows) against every fifth (paper), at 1e-3, DMD2-v",
-     "dmd2v warm-up 1e-3", "dmd2v every 5", "end"),
+    *(("choice", "every second update the student's (other rows) against every fifth (paper), two fifths of the "
+       f"iterations, as many of the student's, at 1e-3, {words}", f"{name} warm-up 1e-3", f"{name} every 5", "end")
+      for words, name in (("TMD", "tmd"), ("DMD2-v", "dmd2v"))),
     ("C2", "M = 2 against M = 1, N = 4", "tmd M2", "tmd", "end"),
     ("C2", "N = 4 against N = 2", "tmd", "tmd N2", "end"),
     ("C2", "N = 2 against N = 1", "tmd N2", "tmd N1", "end"),
