@@ -28,6 +28,7 @@ from toys import (
 from toys.moving_shapes import EMPTY, MOTIONS, World
 from toys.variants import CorrectingStudent, deepened, thinned
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--own-teacher --frames 6 --pixels 12 --patch-frames 2 --patch-pixels 4 --width 16 --depth 3 --H 1 --heads 2 "
         "--taps 0,1 --teacher-updates 2 --stage1-updates 2 --iterations 5 --batch 4 --samples 120 --kd-count 8 "
         "--kd-steps 2 --N 2 --curve 1").split()  # fmt: skip
@@ -512,14 +513,22 @@ def test_every_claim_names_jobs_that_exist():
 
 def test_the_rates_of_the_warm_ups_are_those_of_the_published_jobs():
     """`make video` warms up at another rate than the claims: a job's rate is 1e-4 unless its name says 1e-3."""
-    rung, jobs = claims_video.rung("tiny"), sorted(Path("results/toy_video/claims/jobs").glob("*-seed?.json"))
+    rung, jobs = claims_video.rung("tiny"), sorted((ROOT / "results/toy_video/claims/jobs").glob("*.json"))
     for file in jobs:
         job = json.loads(file.read_text(encoding="utf-8"))
         rate = 1e-3 if "1e-3" in job["name"] or "every 5" in job["name"] else 1e-4
         resolved = claims.settings_of(*rung.plan(job["name"], job["seed"], False))
         assert resolved["toy"]["stage1_lr"] == job["settings"]["toy"]["stage1_lr"] == rate, file.name
-        assert resolved["stage1"] == job["settings"]["stage1"], file.name
-    assert len(jobs) > 200
+        assert all(resolved[stage] == job["settings"][stage] for stage in ("stage1", "stage2")), file.name
+    assert len(jobs) > 280
+
+
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_no_two_jobs_are_the_same_student(size):
+    """At either size: a row whose two sides have the same settings would be level by construction."""
+    rung = claims_video.rung(size)
+    settings = {name: str(claims.settings_of(*rung.plan(name, 0, False))) for name in rung.jobs if "again" not in name}
+    assert len({*settings.values()}) == len(settings)
 
 
 def test_a_row_may_be_judged_by_a_score_of_its_own(tmp_path):
@@ -539,6 +548,8 @@ def test_a_row_may_be_judged_by_a_score_of_its_own(tmp_path):
             write_json(verdicts.job_file(tmp_path, name, seed), record)
     rows = verdicts.tabulate(rung, tmp_path)["rows"]
     assert [row["verdict"] for row in rows] == ["holds", "does not hold"]
+    with pytest.raises(ValueError, match="no record of 'none' has a score of beauty"):
+        verdicts.tabulate(replace(rung, claims=[("C1", "none", "tmd", "dmd2v", "end", {"beauty": 1})]), tmp_path)
     line = verdicts.claims_table(rung, {"rows": rows}).splitlines()[3]
     assert "0.200 ± 0.000 | 0.900 ± 0.000 | -0.700 to -0.700 | does not hold" in line
 

@@ -13,7 +13,9 @@ LEADS = (("TMD less DMD2-v, M = 1", "tmd long", "dmd2v long"),
          ("TMD less DMD2-v of 6 more blocks, M = 1", "tmd long", "dmd2v deep long"),
          ("neither warmed up, M = 1", "tmd no stage 1 long", "dmd2v no kd long"),
          ("both warmed up at 1e-3, M = 1", "tmd warm-up 1e-3 long", "dmd2v warm-up 1e-3 long"),
-         ("TMD less DMD2-v, M = 2", "tmd M2 long", "dmd2v M2 long"))  # fmt: skip
+         ("TMD less DMD2-v, M = 2", "tmd M2 long", "dmd2v M2 long"),
+         ("every second less every fifth, at 1e-3, TMD", "tmd warm-up 1e-3 long", "tmd every 5"),
+         ("the same, DMD2-v", "dmd2v warm-up 1e-3 long", "dmd2v every 5"))  # fmt: skip
 
 
 def heads(jobs: dict) -> dict:
@@ -53,12 +55,13 @@ def curves(jobs: dict) -> dict:
 def leads(jobs: dict) -> dict:
     """{pair of long runs, in words: [{"updates", "difference": A - B of total by seed, with its interval}]}.
 
-    At the updates that all seeds of a pair share.
+    At the updates that all seeds of a pair share; of a student without a curve those at its end.
     """
     found = {}
+    points = lambda r: r.get("curve") or ([{"updates": r["updates"], **r["end"]}] if "end" in r else [])
     for words, *pair in LEADS:
-        a, b = ({r["seed"]: {p["updates"]: {"total": p["total"]} for p in r["curve"]} for r in jobs.get(name, [])
-                 if r.get("curve")} for name in pair)  # fmt: skip
+        a, b = ({r["seed"]: {p["updates"]: {"total": p["total"]} for p in points(r)} for r in jobs.get(name, [])
+                 if points(r)} for name in pair)  # fmt: skip
         both = a.keys() & b.keys()
         shared = set.intersection(*(set(side[seed]) for side in (a, b) for seed in both)) if both else ()
         of = lambda side, updates, seeds=both: {seed: side[seed][updates] for seed in seeds}

@@ -128,6 +128,8 @@ def tabulate(rung, root: Path, seeds: int = len(SEEDS)) -> dict:
         if len(shared) < 2:
             return {**row, "seeds": len(shared), "verdict": f"{diverged} diverged" if diverged else "not run"}
         known = [k for k in scores if k in a[shared[0]] and k in b[shared[0]]]
+        if not known:
+            raise ValueError(f"no record of {setting!r} has a score of {', '.join(scores)}; correct the row.")
         for side, found in (("A", a), ("B", b)):
             row[side] = {k: summary([found[seed][k] for seed in shared]) for k in known}
         row["difference"] = {k: difference(a, b, k) for k in known}

@@ -89,8 +89,10 @@ def claims(*names: str, rung: str = "toy_2d") -> Markdown:
         f"{how.labels[k]} ({'higher' if sign > 0 else 'lower'} is better)" for k, sign in how.scores.items()
     )
     updates, usual = result["models"]["dmd2v"]["updates"], how.ladder.settings()
+    usual = usual.stage1_updates + usual.iterations
+    more = {"toy_2d": "", "toy_video": " (more in rows of more iterations)"}[rung]
     where = {"toy_2d": "On points of two spirals, where a row says no other", "toy_video": "On clips of moving shapes"}
-    budget = f"{updates:,} updates per student, where a default run makes {usual.stage1_updates + usual.iterations:,}"
+    budget = f"{updates:,} updates per student{more}, where a default run makes {usual:,}"
     told = f"*{where[rung]}; {budget}. A and B: {scores}; mean ± standard deviation over seeds. "
     if rows[0].get("difference"):
         rule = (
