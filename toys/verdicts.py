@@ -120,7 +120,7 @@ def tabulate(rung, root: Path, seeds: int = len(SEEDS)) -> dict:
             return {t["seed"]: t[steps] for t in teachers_of(rung, root, of or next(iter(rung.jobs)))}
         return {r["seed"]: r[phase] for r in jobs.get(name, []) if phase in r}
 
-    def judge(claim, setting, names, a, b, scores):
+    def judge(claim, setting, names, a, b, scores=rung.scores):
         """One row. A diverged seed on either side leaves the claim undecided, and the row says so."""
         row = {"claim": claim, "setting": setting, "A": None, "B": None, "difference": None}
         diverged = sum("diverged" in r for name in names for r in jobs.get(name, []))
@@ -142,7 +142,7 @@ def tabulate(rung, root: Path, seeds: int = len(SEEDS)) -> dict:
     for claim, setting, name_a, name_b, phase, *own in rung.claims:
         phase_a, _, phase_b = phase.partition("/")
         a, b = numbers(name_a, phase_a), numbers(name_b, phase_b or phase_a)
-        rows.append(judge(claim, setting, {name_a, name_b}, a, b, *(own or [rung.scores])))
+        rows.append(judge(claim, setting, {name_a, name_b}, a, b, *own))
     for name, records in jobs.items():
         done = [r for r in records if "end" in r]
         if done:
