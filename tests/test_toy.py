@@ -216,12 +216,22 @@ def test_every_claim_names_jobs_that_exist_and_differ():
 
 
 def test_claims_resume_and_tabulate(tmp_path, monkeypatch, inline):
-    """A second call runs no finished job and writes the same table."""
-    monkeypatch.setattr(claims_2d, "exact_c0", lambda: [])
-    claims_2d.run(str(tmp_path), quick=True)
+    """A second call runs no finished job and writes the same table, whose exact rows have verdicts, too."""
+    exact = {key: {seed: {"swd": swd + 0.01 * seed} for seed in (0, 1)} for key, swd in (("tm", 0.1), ("flow", 0.5))}
+    monkeypatch.setattr(claims_2d, "exact_c0", lambda: [{"sigma": 0.02, "M": 1, **exact}])
+    result = claims_2d.run(str(tmp_path), quick=True)
+    assert [row["verdict"] for row in result["rows"] if "exact oracle" in row["setting"]] == ["holds"]
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "jobs").glob("*.json")}
     first = (tmp_path / "claims.md").read_text()
     assert len(stamps) == 6 and "C4" in first
     claims_2d.run(str(tmp_path), quick=True)
     assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "jobs").glob("*.json")}
     assert first == (tmp_path / "claims.md").read_text()
+
+
+def test_the_exact_rows_are_computed_once():
+    """The tables are written after every job; the nine exact settings, which take a minute, are not drawn again."""
+    rows = claims_2d.exact_c0((0, 1), 40)
+    assert len({(row["sigma"], row["M"]) for row in rows}) == 9
+    assert all(set(row["tm"]) == set(row["flow"]) == {0, 1} for row in rows)
+    assert claims_2d.exact_c0((0, 1), 40) is rows

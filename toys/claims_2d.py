@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import tmd_minimal as tmd
 from toys import claims
@@ -148,10 +150,11 @@ def x_hat_per_time(bench: PlanarLadder, student, how) -> dict:
     return {"each": each, "mixture": sliced_wasserstein(mixed, bench.x)}
 
 
+@functools.cache  # every job that ends rewrites the tables, and this takes a minute
 def exact_c0(seeds=SEEDS, n: int = 5000) -> list[dict]:
     """C0 with nothing learnt: exact flow and transition matching on eight Gaussians, by mode width and steps."""
     rows = []
-    for sigma in (0.02, 0.15, 0.5):
+    for sigma in tqdm((0.02, 0.15, 0.5), desc="exact oracles", disable=None):
         data = GaussianMixture(_CENTRES, torch.full((8,), sigma))
         for M in (1, 2, 4):
             grid, inner = tmd.make_grid(M, 1.0).double(), tmd.make_grid(1, 1.0).double()

@@ -134,7 +134,7 @@ def tabulate(rung, root: Path, seeds: int = len(SEEDS)) -> dict:
             row[side] = {k: summary([found[seed][k] for seed in shared]) for k in known}
         row["difference"] = {k: difference(a, b, k) for k in known}
         what = verdict(row["difference"], scores, rung.margins)
-        wanted = max(len(rung.seeds_of(name, range(seeds))) for name in names)
+        wanted = max((len(rung.seeds_of(name, range(seeds))) for name in names), default=seeds)
         what = what if len(shared) >= wanted else f"{len(shared)} of {wanted} seeds"
         return {**row, "seeds": len(shared), "verdict": f"inconclusive ({diverged} diverged)" if diverged else what}
 
