@@ -195,6 +195,11 @@ def test_the_words_of_the_pages_rest_on_these_verdicts():
     just = {("C2", 4): "low", ("C6", 0): "high", ("C10", 3): "high"}  # "only just leaves zero"
     close = next(row for row in rows if row["setting"] == "M = 2, N = 4, four times the iterations")
     assert -0.002 < close["difference"]["total"]["low"] < 0, "zero is only just inside"
+    again = next(row for row in rows if row["setting"] == f"{close['setting']}, on ten other seeds")
+    lead, five = again["difference"]["total"], close["difference"]["total"]["mean"]
+    assert again["verdict"] == "holds" and lead["mean"] < 0.01 and lead["low"] < 0.002, "zero is only just outside"
+    assert 0.5 < lead["mean"] / five < 0.6 and lead["n"] == 10, "about half of what five seeds show"
+    assert told["C1 parts"] == ["holds", "inconclusive"] * 2, "in quality and motion, not in semantic and diversity"
     steps = [row["verdict"] for row in rows if "like NFE" in row["setting"] and "against DMD2-v at M" in row["setting"]]
     assert steps == ["does not hold"] * 4, "at like NFE DMD2-v with more steps is ahead"
     assert all(abs(of(*row)[side]) < 0.002 for row, side in just.items())
@@ -210,6 +215,45 @@ def test_the_words_of_the_pages_rest_on_these_verdicts():
         "C9": ["inconclusive"] * 2,
         "C10": ["does not hold"] * 2 + ["inconclusive", "does not hold"],
     }
+
+
+def test_the_words_on_the_plane_rest_on_these_verdicts():
+    """RESULTS.md ("Reading it"), toys/README.md and lessons 1 to 4 tell these in words: rewrite them, too."""
+    result = json.loads((ROOT / "results/toy_2d/claims.json").read_text())
+    rows, told = result["rows"], {}
+    for row in rows:
+        told.setdefault(row["claim"], []).append(row["verdict"])
+    no, open_ = "does not hold", "inconclusive"
+    assert told == {
+        "C0": ["holds"] * 12,
+        "C1": [no] * 4 + [open_, no, open_, no, open_] + [no] * 4,
+        "bound": [open_] * 2,
+        "C2": [open_] * 3,
+        "C3": [open_, "holds"],
+        "C4": ["holds", open_, no],
+        "C6": [no, open_],
+        "C7": ["holds"],
+        "C8": ["holds"] * 2,
+        "C10": [no] * 3 + [open_, "holds"],
+        "trap 2": ["holds", open_],
+        "trap 3": ["holds"],
+        "trap 5": [no],
+        "trap 9": [open_, open_, "holds"],
+    }
+    assert {row["seeds"] for row in rows} == {5}
+    of = lambda claim, i, score: [r["difference"][score] for r in rows if r["claim"] == claim][i]
+    torn = [(of(*row, "swd"), of(*row, "off_support")) for row in (("C10", 3), ("trap 9", 1))]
+    assert all(swd["high"] < 0 < off["low"] for swd, off in torn), "the distances disagree"
+    assert 0.005 < torn[1][1]["mean"] < 0.015, "a hundredth of the samples"
+    checkerboard = next(r["difference"] for r in rows if r["setting"] == "M = 1, checkerboard")
+    assert all(d["low"] < 0 < d["mean"] for d in checkerboard.values()), "behind on average, zero inside both"
+    assert of("C6", 0, "off_support")["low"] > 0 and of("C4", 1, "swd")["mean"] > 0, "y = x ahead; TM on average"
+    assert of("trap 5", 0, "swd")["low"] > 0 and of("C7", 0, "off_support")["high"] < 0
+    assert all(p["headroom"] < p["detectable"] for p in result["pilot"].values()), "less than five seeds can see"
+    for name in ("tmd M2 even", "dmd2v M2 even"):
+        found = result["x_hat_per_time"][name]
+        mixture = sum(r["mixture"] for r in found)
+        assert all(2.5 < sum(r["each"][i] for r in found) / mixture < 3.5 for i in (0, 1)), "about three times as far"
 
 
 @pytest.mark.parametrize("run, result", [("toy_video/claims-tiny", "toy_video/claims"), ("toy_2d/claims",) * 2])

@@ -94,16 +94,9 @@ def claims(*names: str, rung: str = "toy_2d") -> Markdown:
     where = {"toy_2d": "On points of two spirals, where a row says no other", "toy_video": "On clips of moving shapes"}
     budget = f"{updates:,} updates per student{more}, where a default run makes {usual:,}"
     told = f"*{where[rung]}; {budget}. A and B: {scores}; mean ± standard deviation over seeds. "
-    if rows[0].get("difference"):
-        rule = (
-            "A - B: 95 % interval of the differences, seed by seed. **Holds**: on one score the interval is on A's "
-            "side of zero, and on none on B's. **Does not hold**: the other way round. **Level**: within the margin. "
-            "**Inconclusive**: all else.*"
-        )
-    else:
-        rule = (
-            "Three seeds, by an earlier rule. **Holds**: on one score A is better by more than twice the standard "
-            "error of the difference, and B is on none. **Does not hold**: the other way round. **Inconclusive**: all "
-            "else.*"
-        )
+    rule = (
+        "A - B: 95 % interval of the differences, seed by seed. **Holds**: on one score the interval is on A's side of "
+        "zero, and on none on B's. **Does not hold**: the other way round. **Level**: within the margin. "
+        "**Inconclusive**: all else.*"
+    )
     return Markdown(verdicts.claims_table(how, {"rows": rows}) + "\n" + told + rule)
