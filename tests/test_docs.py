@@ -217,6 +217,16 @@ def test_the_words_of_the_pages_rest_on_these_verdicts():
     }
 
 
+@pytest.mark.parametrize("rung", ["toy_2d", "toy_video"])
+def test_the_published_run_has_todays_settings(rung):
+    """Table and pictures of a rung are of what its command runs today: a setting changed or added makes them old."""
+    from toys.plane import PlanarLadder
+    from toys.tiny_video import VideoLadder
+
+    published = json.loads((ROOT / f"results/{rung}/metrics.json").read_text())["config"]
+    assert published == {"toy_2d": PlanarLadder, "toy_video": VideoLadder}[rung].settings().without()
+
+
 def test_the_words_on_the_plane_rest_on_these_verdicts():
     """RESULTS.md ("Reading it"), toys/README.md and lessons 1 to 4 tell these in words: rewrite them, too."""
     result = json.loads((ROOT / "results/toy_2d/claims.json").read_text())
