@@ -790,19 +790,22 @@ def test_the_pictures_of_the_claims_name_students_that_there_are(tmp_path, monke
     names = {name for name in claims_pictures.WORDS if not name.startswith("teacher")}
     assert names | {*claims_pictures.LONG, *claims_pictures.TRAINED, *claims_pictures.STUDENTS} <= {*claims_video.JOBS}
     s = {"mean": 0.5, "std": 0.1, "n": 5}
-    models = {name: {"total": s, "semantic": s, "effective_nfe": 2.0, "seeds": 5} for name in names}
+    every = names | {*claims_pictures.LONG}
+    models = {name: {"total": s, "semantic": s, "effective_nfe": 2.0, "seeds": 5} for name in every}
     models["tmd M2"]["seeds"] = 3
     head = {name: {"N": {"1": s, "4": s}} for name in claims_pictures.TRAINED}
     head["tmd N2"]["N"] = {"1": {**s, "n": 2}}
     curves = {name: [{"updates": 1, "total": s}, {"updates": 2, "total": s}] for name in claims_pictures.LONG}
     teacher = {k: {"total": s, "semantic": s} for k in ("50", "4", "2", "1", "floor")}
     told, pyplot = [], claims_pictures.pyplot()
-    texts = lambda fig: [fig.axes[0].get_yticklabels(), (fig.axes[-1].get_legend() or fig.legends[0]).get_texts()]
+    legend = lambda fig, panel: (fig.axes[panel].get_legend() or fig.legends[0]).get_texts()
+    texts = lambda fig: [fig.axes[0].get_yticklabels(), legend(fig, -1), legend(fig, 1)]
     monkeypatch.setattr(pyplot, "close", lambda fig: told.append([[t.get_text() for t in part] for part in texts(fig)]))
     claims_pictures.draw(tmp_path, {"models": models, "head": head, "curves": curves, "teacher": teacher})
     assert (tmp_path / "why.png").stat().st_size > 10_000 and len(told[1][0]) == len(claims_pictures.WORDS)
     assert "TMD, M = 2, N = 4  (2, 3 seeds)" in told[1][0] and "DMD2-v  (2)" in told[1][0]
     assert {"TMD, trained with N = 2 (2 seeds)", "TMD, trained with N = 1"} <= {*told[1][1]}
+    assert len(told[1][2]) == len(claims_pictures.LONG) and "DMD2-v, M = 4  (2)" in told[1][2]
 
 
 def test_kept_kd_pairs_give_the_same_student_and_count_their_seconds(tmp_path, monkeypatch):

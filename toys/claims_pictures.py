@@ -26,7 +26,7 @@ WORDS = {name: words for group in ROOM for name, words in group.items()}
 LONG = {"tmd long": (ORANGE, "-"), "dmd2v long": (INK, "-"), "dmd2v deep long": (GREY, "-"),
         "tmd no stage 1 long": (ORANGE, ":"), "dmd2v no kd long": (INK, ":"),
         "tmd warm-up 1e-3 long": (ORANGE, "-."), "dmd2v warm-up 1e-3 long": (INK, "-."),
-        "tmd M2 long": (ORANGE, "--"), "dmd2v M2 long": (INK, "--")}  # fmt: skip
+        "tmd M2 long": (ORANGE, "--"), "dmd2v M2 long": (INK, "--"), "dmd2v M4 long": (GREY, "--")}  # fmt: skip
 
 TRAINED = {"tmd": ("TMD, trained with N = 4", ORANGE, "-"), "tmd N2": ("TMD, trained with N = 2", ORANGE, "--"),
            "tmd N1": ("TMD, trained with N = 1", ORANGE, ":"),
@@ -94,7 +94,8 @@ def why(root: Path, result: dict) -> None:
             mean = [p["total"]["mean"] for p in points]
             std = [p["total"]["std"] for p in points]
             x = [p["updates"] for p in points]
-            updates.plot(x, mean, style, color=color, label=WORDS[name.removesuffix(" long")])
+            cost = f"({models[name]['effective_nfe']:.3g})"
+            updates.plot(x, mean, style, color=color, label=f"{WORDS[name.removesuffix(' long')]}  {cost}")
             updates.fill_between(x, [m - d for m, d in zip(mean, std)], [m + d for m, d in zip(mean, std)],
                                  color=color, alpha=0.12, lw=0)  # fmt: skip
     if longer:
