@@ -1,11 +1,15 @@
 """The rule of the claims tables: paired intervals, margins, what chance does to it, and what the pilot promises."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from toys import verdicts
+from toys import claims_2d, claims_video, verdicts
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SCORES, MARGINS = {"total": 1, "swd": -1}, {"total": 0.01, "swd": 0.01}
 
@@ -68,3 +72,43 @@ def test_chance_gives_as_many_verdicts_as_the_table_says(g):
     apart = verdicts.detectable(math.sqrt(2), 5)  # two spreads of one give paired differences of sqrt(2)
     seen = [verdict_of(a + apart, b) for a, b in noise]
     assert seen.count("holds") / len(seen) == pytest.approx(0.8, abs=0.05)
+
+
+def test_the_line_on_chance_counts_rows_of_two_students_alone():
+    """Exact or teachers' rows (C0, room), rows still being run and rows without a difference are left out."""
+    row = lambda claim, verdict, scores=("total", "swd"): {
+        "claim": claim,
+        "verdict": verdict,
+        "difference": {score: {} for score in scores},
+    }
+    rows = [row("C1", "holds"), row("bound", "inconclusive"), row("C2", "does not hold", ("total",))]
+    rows += [row("C0", "holds"), row("room", "holds"), row("C1", "3 of 5 seeds"), row("C1", "not run", ())]
+    said = verdicts.chance({"rows": rows})
+    assert said.startswith("3 rows compare two students, on 5 scores in all. ")
+    assert "0.2 of the intervals" in said and said.endswith("2 rows hold or do not hold.\n")
+
+
+def test_the_pilot_compares_with_the_teachers_of_its_own_seeds(tmp_path):
+    """Headroom is that of three seeds on both sides; teachers of other seeds, however good, change nothing."""
+    rung = claims_2d.RUNG
+    _, _, a, b, _ = rung.claims[0]
+    for seed in verdicts.SEEDS:
+        for name, of in ((a, 0.3), (b, 0.2)):
+            (tmp_path / "jobs").mkdir(exist_ok=True)
+            end = {"swd": of + seed / 100, "off_support": of}
+            verdicts.job_file(tmp_path, name, seed).write_text(json.dumps({"name": name, "seed": seed, "end": end}))
+        folder = tmp_path / rung.teacher_name(rung.toy_of(a, seed, False))
+        folder.mkdir()
+        best = {"swd": 0.1 + seed / 100 if seed < 3 else 9.0, "off_support": 0.1}
+        (folder / "teacher.json").write_text(json.dumps({"seed": seed, str(rung.teacher_steps[0]): best}))
+    found = verdicts.pilot(rung, tmp_path, 5)
+    assert found["swd"]["headroom"] == pytest.approx(0.1) and found["off_support"]["headroom"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("rung, folder", [(claims_2d.RUNG, "toy_2d"), (claims_video.rung("tiny"), "toy_video")])
+def test_the_published_pilot_is_that_of_the_published_jobs(rung, folder):
+    """The smallest difference and the headroom above the claims follow from the records beside them."""
+    root = ROOT / "results" / folder / "claims"
+    told, found = json.loads((root / "pilot.json").read_text()), verdicts.pilot(rung, root, 5)
+    assert told.keys() == found.keys()
+    assert all(told[score] == pytest.approx(found[score]) for score in found)

@@ -1,4 +1,4 @@
-"""What the paper claims, measured on points in the plane: python toy_2d.py --claims. The rule is in claims.py."""
+"""What the paper claims, measured on points in the plane: python toy_2d.py --claims. The rule is in verdicts.py."""
 
 from __future__ import annotations
 
@@ -83,6 +83,9 @@ CLAIMS = [
     ("C1", "M = 1, spirals, arm given as condition", "tmd conditional", "dmd2v conditional", "end"),
     ("C1", "M = 1, spirals, network of 3 blocks, H = 1", "tmd shallow", "dmd2v shallow", "end"),
     ("C1", "M = 1, spirals, three times the iterations", "tmd long", "dmd2v long", "end"),
+    ("room", "teacher in 50 steps against DMD2-v, M = 1, spirals", "teacher 50", "dmd2v", "end"),
+    ("room", "teacher in 50 steps against DMD2-v, M = 1, spirals, three times the iterations", "teacher 50",
+     "dmd2v long", "end"),
     ("bound", "more depth, no recurrence: DMD2-v of 12 blocks against 6, spirals", "dmd2v deep", "dmd2v", "end"),
     ("bound", "more depth, no recurrence: DMD2-v of 12 blocks against 6, checkerboard", "dmd2v deep checkerboard",
      "dmd2v checkerboard", "end"),

@@ -127,7 +127,7 @@ CLAIMS = [
     ("C1", "M = 2, N = 4, four times the iterations, on ten other seeds", "tmd M2 long again", "dmd2v M2 long again",
      "end"),
     # written down when that row was in, before it was run: there DMD2-v's weights have a tenth fewer updates than TMD's
-    ("C1", "the same, DMD2-v with more iterations of stage 2, so that its weights have as many updates as TMD's",
+    ("C1", "M = 2, N = 4, four times the iterations, on the same ten seeds, as many updates of both students' weights",
      "tmd M2 long again", "dmd2v M2 longer again", "end"),
     *(("C1 parts", f"M = 2, N = 4, four times the iterations, on ten other seeds: {part}", "tmd M2 long again",
        "dmd2v M2 long again", "end", {part: 1}) for part in LABELS if part != "total"),

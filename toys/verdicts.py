@@ -91,7 +91,7 @@ def pilot(rung, root: Path, seeds: int) -> dict:
         s: json.loads(job_file(root, name, s).read_text(encoding="utf-8"))["end"] for s in PILOT[:seeds]
     }
     a, b, found = read(a), read(b), {}
-    teachers = teachers_of(rung, root, next(iter(rung.jobs)))
+    teachers = [t for t in teachers_of(rung, root, next(iter(rung.jobs))) if t["seed"] in a]
     for score in rung.scores:
         d = difference(a, b, score)
         best = sum(t[str(rung.teacher_steps[0])][score] for t in teachers) / len(teachers)
@@ -152,8 +152,8 @@ def tabulate(rung, root: Path, seeds: int = len(SEEDS)) -> dict:
             models[name] = {"effective_nfe": done[0]["effective_nfe"], "updates": done[0]["updates"],
                             **{k: summary([r["end"][k] for r in done]) for k in rung.labels},
                             "student_updates": done[0]["student_updates"], **facts}  # fmt: skip
-    result = {"rule": "95 % interval of paired differences, see toys/claims.py", "margins": rung.margins, "rows": rows,
-              "models": models}  # fmt: skip
+    rule = "95 % interval of paired differences, see toys/verdicts.py"
+    result = {"rule": rule, "margins": rung.margins, "rows": rows, "models": models}
     if (root / "pilot.json").exists():
         result["pilot"] = json.loads((root / "pilot.json").read_text(encoding="utf-8"))
     if rung.table:
@@ -194,12 +194,17 @@ def claims_table(rung, result: dict, claims: Callable = lambda claim: claim not 
 
 
 def chance(result: dict) -> str:
-    """How many verdicts chance would give if no two students differed."""
+    """How many verdicts chance would give if no two students differed.
+
+    Rows C0 and "room" are left out: no student meets another there.
+    """
     judged = [r for r in result["rows"] if r.get("difference") and "seeds" not in r["verdict"]]
+    judged = [r for r in judged if r["claim"] not in ("C0", "room")]
     scores = sum(len(r["difference"]) for r in judged)
     told = sum(r["verdict"] in ("holds", "does not hold") for r in judged)
-    missed = f"If no two students differed, {0.05 * scores:.1f} of the intervals would miss zero by chance"
-    return f"{len(judged)} rows are judged on {scores} scores. {missed}; {told} rows hold or do not hold.\n"
+    missed = f"If no two of them differed, {0.05 * scores:.1f} of the intervals would miss zero by chance"
+    rows = f"{len(judged)} rows compare two students, on {scores} scores in all"
+    return f"{rows}. {missed}; {told} rows hold or do not hold.\n"
 
 
 def pilot_words(rung, found: dict) -> str:
