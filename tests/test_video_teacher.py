@@ -129,3 +129,39 @@ def test_other_clips_want_an_own_teacher(other, words):
         tiny_video.ToyVideo(**other)
     assert words in str(error.value) and "--own-teacher" in str(error.value)
     tiny_video.ToyVideo(own_teacher=True, **other)
+
+
+def finished(folder, seed: int) -> float:
+    """A folder with a finished teacher of random weights; the mean of some, which tells them from others."""
+    torch.manual_seed(seed)
+    net = video_teacher.network()
+    folder.mkdir(parents=True)
+    write_json(folder / "curve.json", {"recipe": {"updates": 1}, "curve": []})
+    video_teacher.save_weights(net, folder, 8)
+    return net.patch.weight.mean().item()
+
+
+@pytest.mark.parametrize("apart, agree", [(0.002, True), (0.05, False)])
+def test_a_teacher_trained_again_is_compared_by_its_score(tmp_path, capsys, monkeypatch, apart, agree):
+    """Equal weights agree unscored; others by the interval of the total, draw by draw; no teacher is one sentence."""
+    monkeypatch.setattr(video_teacher.load_weights, "__defaults__", (6, tmp_path, None))
+    mark, asked = finished(tmp_path / "8-frames", 0), []
+
+    def scored(net, ruler, frames, seed):
+        asked.append(seed)
+        mine = net.patch.weight.mean().item() != mark
+        return dict.fromkeys(video_teacher.SCORES, 0.9 - apart * mine + seed % 5 / 1000 + mine * (seed % 2) / 1e4)
+
+    monkeypatch.setattr(video_teacher, "scored", scored)
+    assert video_teacher.main(["--compare", "--out", str(tmp_path / "8-frames")]) == 0 and not asked
+    found = json.loads((tmp_path / "8-frames/again.json").read_text())
+    assert found == {"same recipe": True, "same weights": True, "agree": True}
+    finished(tmp_path / "other", 1)
+    assert video_teacher.main(["--compare", "--out", str(tmp_path / "other")]) == 0
+    found = json.loads((tmp_path / "other/again.json").read_text())
+    assert len(asked) == 10 and len(set(asked)) == 5, "the same five noises for both"
+    assert found["same weights"] is False and found["agree"] is agree
+    assert found["here - published"]["total"]["mean"] == pytest.approx(-apart, abs=1e-4)
+    capsys.readouterr()
+    assert video_teacher.main(["--compare", "--out", str(tmp_path / "none")]) == 1
+    assert "train it first" in capsys.readouterr().err
