@@ -46,7 +46,7 @@ COPIES = {  # results: runs
     **{
         f"video_teacher/{teacher}/{name}": f"video_teacher/{teacher}/{name}"
         for teacher in RECIPES
-        for name in ("teacher.safetensors", "teacher.json")
+        for name in ("teacher.safetensors", "teacher.json", "again.json")
     },
     "wan_shapes/scores.json": "wan-shapes/scores.json",
 }
@@ -244,6 +244,8 @@ def collect() -> None:
         run, result = RUNS / run, RESULTS / result
         if not run.exists():  # what was not run again stays as it was published
             continue
+        if run.name.startswith("teacher.") and (run.parent / "again.json").exists():
+            continue  # a second teacher, compared with the published one: students start from that one
         if poorer(run, result):
             print(
                 f"{result} is kept: {run} lacks rows that were measured; "

@@ -199,6 +199,7 @@ def test_the_words_of_the_pages_rest_on_these_verdicts():
     lead, five = again["difference"]["total"], close["difference"]["total"]["mean"]
     assert again["verdict"] == "holds" and lead["mean"] < 0.01 and lead["low"] < 0.002, "zero is only just outside"
     assert 0.5 < lead["mean"] / five < 0.6 and lead["n"] == 10, "about half of what five seeds show"
+    assert_the_lead_at_two_steps_is_told_right(rows, again)
     assert told["C1 parts"] == ["holds", "inconclusive"] * 2, "in quality and motion, not in semantic and diversity"
     steps = [row["verdict"] for row in rows if "like NFE" in row["setting"] and "against DMD2-v at M" in row["setting"]]
     assert steps == ["does not hold"] * 5, "at like NFE DMD2-v with more steps is ahead"
@@ -215,6 +216,37 @@ def test_the_words_of_the_pages_rest_on_these_verdicts():
         "C9": ["inconclusive"] * 2,
         "C10": ["does not hold"] * 2 + ["inconclusive", "does not hold"],
     }
+
+
+def assert_the_lead_at_two_steps_is_told_right(rows, again):
+    """As many updates of the weights, a correction for several looks, the single scores, the motion laws."""
+    from toys.moving_shapes import MOTIONS
+    from toys.verdicts import difference, records_of
+
+    longer = next(row for row in rows if row["setting"].endswith("as many updates of both students' weights"))
+    lead, A = longer["difference"]["total"], "tmd M2 long again"
+    assert longer["verdict"] == "holds" and 0 < lead["low"] < 0.002 and lead["mean"] < 0.01 and lead["n"] == 10
+    jobs = records_of(ROOT / "results/toy_video/claims")
+    assert {r["student_updates"] for name in (A, "dmd2v M2 longer again") for r in jobs[name]} == {1500}
+    assert {r["student_updates"] for r in jobs["dmd2v M2 long again"]} == {1350}, "a tenth fewer"
+    ends = lambda name: {r["seed"]: r["end"] for r in jobs[name]}
+    parts = {key: difference(ends(A), ends("dmd2v M2 longer again"), key) for key in ("quality", "motion")}
+    assert parts["quality"]["low"] > 0.005 and -0.002 < parts["motion"]["low"] < 0, "clear; zero just inside"
+    # Holm: the smallest p of n must be under 0.05 / n; Student's t of 9 degrees of freedom at 1 - 0.05 / 2n
+    size = lambda d: d["mean"] / d["se"]
+    ten = [row for row in rows if row["claim"] == "C1" and row.get("seeds") == 10]
+    assert len(ten) == 4 and max(size(row["difference"]["total"]) for row in ten) < 3.111, "n = 4: neither total holds"
+    looks = [row["difference"] for row in rows if row["claim"] == "C1 parts"]
+    quality, motion = (next(d[key] for d in looks if key in d) for key in ("quality", "motion"))
+    assert len(looks) == 4 and size(quality) > 3.250 and size(motion) > 3.111, "of five looks with the total"
+    assert size(again["difference"]["total"]) < 2.933, "and the total is the third of them"
+    law = lambda name, law: {r["seed"]: r["end"]["laws"][law] for r in jobs[name]}
+    ahead = lambda a, b, of: difference(law(a, of), law(b, of), "total")["low"] > 0
+    two, one = (A, "dmd2v M2 long again"), ("tmd long again", "dmd2v long again")
+    assert ahead(*two, "straight") and ahead(*one, "straight") and ahead(*two, "still")
+    assert not any(ahead(*pair, of) for pair in (two, one) for of in ("bounce", "circle", "eight"))
+    short = (("tmd", "dmd2v"), ("tmd M2", "dmd2v M2"))
+    assert not any(ahead(*pair, of) or ahead(*pair[::-1], of) for pair in short for of in MOTIONS)
 
 
 @pytest.mark.parametrize("rung", ["toy_2d", "toy_video"])
@@ -283,6 +315,22 @@ def test_finished_jobs_are_published_so_that_another_machine_goes_on(run, result
     publish.collect()
     found = tmp_path / "results" / result
     assert {str(f.relative_to(found)) for f in found.rglob("*") if f.is_file()} == kept
+
+
+def test_a_teacher_trained_again_does_not_replace_the_published_one(tmp_path, monkeypatch):
+    """Compared with the published one (again.json), only the comparison is copied; a new teacher is copied whole."""
+    from results import publish
+
+    monkeypatch.setattr(publish, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(publish, "RESULTS", tmp_path / "results")
+    names = {"8-frames": ("teacher.json", "teacher.safetensors", "again.json"), "12-frames": ("teacher.json",)}
+    for teacher, files in names.items():
+        (tmp_path / "runs/video_teacher" / teacher).mkdir(parents=True)
+        for name in files:
+            (tmp_path / "runs/video_teacher" / teacher / name).write_text("{}")
+    publish.collect()
+    found = {str(f.relative_to(tmp_path / "results/video_teacher")) for f in tmp_path.rglob("results/*/*/*.*")}
+    assert found == {"8-frames/again.json", "12-frames/teacher.json"}
 
 
 def test_claims_of_a_part_of_the_jobs_are_not_published(tmp_path, monkeypatch):
