@@ -226,6 +226,7 @@ def assert_the_lead_at_two_steps_is_told_right(rows, again):
     longer = next(row for row in rows if row["setting"].endswith("as many updates of both students' weights"))
     lead, A = longer["difference"]["total"], "tmd M2 long again"
     assert longer["verdict"] == "holds" and 0 < lead["low"] < 0.002 and lead["mean"] < 0.01 and lead["n"] == 10
+    assert 0.01 < lead["high"] < 0.011, "all but the tip of the interval is within the margin"
     jobs = records_of(ROOT / "results/toy_video/claims")
     assert {r["student_updates"] for name in (A, "dmd2v M2 longer again") for r in jobs[name]} == {1500}
     assert {r["student_updates"] for r in jobs["dmd2v M2 long again"]} == {1350}, "a tenth fewer"

@@ -785,6 +785,20 @@ def test_small_students_are_refused_where_their_network_does_not_fit():
     assert {name for row in other.claims for name in row[2:4]} <= {*other.jobs, *map("teacher {}".format, (50, 4, 1))}
 
 
+def test_the_path_in_the_contact_sheet_is_that_of_the_shape(g):
+    """Centres of brightness lie within a quarter of a pixel of the rendered path, also on a noisy background; none at
+    all is no error.
+    """
+    world = World(8, 12, modes="few")
+    x, c, params = world.draw(200, g)
+    path = world.trajectory(c[:, 2], params) * 12 - 0.5
+    noise = 0.15 * torch.rand(x.shape, generator=g)  # under a tenth of the way from black to white
+    for clips in (x, torch.where(x > -1, x, x + noise)):
+        found = np.stack([video_pictures.centres(clip) for clip in clips[:, 0].numpy()])
+        assert np.abs(found - path.numpy()).max() < 0.25
+    assert np.isfinite(video_pictures.centres(np.full((8, 12, 12), -1.0))).all()
+
+
 def test_the_pictures_of_the_claims_name_students_that_there_are(tmp_path, monkeypatch):
     """No name that the list lacks; one of fewer seeds than the rest says so; every name is drawn."""
     names = {name for name in claims_pictures.WORDS if not name.startswith("teacher")}

@@ -102,7 +102,7 @@ def why(root: Path, result: dict) -> None:
         # the first point may be stage 1's end, far below
         second = [points[:2][-1]["total"]["mean"] for points in result["curves"].values() if points]
         updates.set(title="More updates", xlabel="updates of stages 1 and 2", ylabel="total")
-        updates.set_ylim(bottom=min(second) - 0.03)
+        updates.set_ylim(bottom=min(second) - 0.13)  # room for the legend
         updates.legend(fontsize=8)
 
     for name, (label, color, style) in TRAINED.items():

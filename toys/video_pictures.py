@@ -27,16 +27,38 @@ def show(ax, image, labels, height):
     return shown
 
 
+def centres(clip: np.ndarray) -> np.ndarray:
+    """Where the brightness of each frame of a clip (T, H, W) in [-1, 1] lies: (T, 2), x and y in pixels.
+
+    The mean place, weighted by (value + 1) / 2; weights under 0.1, the noise of a background, do not count.
+    """
+    weight = (clip.astype(np.float64) + 1) / 2
+    weight[weight < 0.1] = 0
+    total = weight.sum((1, 2)).clip(min=1e-9)
+    along = lambda axis: (weight.sum(3 - axis) * np.arange(clip.shape[axis])).sum(1) / total
+    return np.stack([along(2), along(1)], 1)
+
+
 def draw_sheet(clips: dict, records: dict, rows: list[int], prompts: list[str], path: Path):
-    """Contact sheet: for each prompt a block of rows, one per model, the same noise in each; columns are frames."""
+    """Contact sheet: for each prompt a block of rows, one per model, the same noise in each; columns are frames.
+
+    The last column is the path of the centre of brightness, from the large dot on.
+    """
     plt = pyplot()
-    _, frames, height, _ = next(iter(clips.values()))[0].shape
+    _, frames, height, width = next(iter(clips.values()))[0].shape
     costs = [f"\nNFE {records[name]['effective_nfe']:.3g}" if records[name]["effective_nfe"] else "" for name in clips]
     labels = [records[name]["title"] + cost for name, cost in zip(clips, costs)]
-    size = (2.2 + 0.78 * frames, (0.8 * len(clips) + 0.3) * len(rows))
+    size = (2.2 + 0.78 * (frames + 1), (0.8 * len(clips) + 0.3) * len(rows))
     fig, axes = plt.subplots(len(rows), 1, figsize=size, squeeze=False, layout="constrained")
     for ax, row, prompt in zip(axes[:, 0], rows, prompts):
-        show(ax, mosaic(np.stack([x[row, 0] for x in clips.values()])), labels, height)
+        shown = np.stack([x[row, 0] for x in clips.values()]).astype(np.float32)
+        show(ax, mosaic(np.concatenate([shown, np.full_like(shown[:, :1], -1)], 1)), labels, height)
+        for k, clip in enumerate(shown):
+            corner = np.array([(width + 1) * frames, (height + 1) * k])
+            x, y = (centres(clip) + corner).T
+            ax.plot(x, y, ".-", color=ORANGE, lw=1, ms=3, clip_on=False)
+            ax.plot(x[0], y[0], "o", color=ORANGE, ms=5)
+        ax.text((width + 1) * frames + width / 2, -1, "path", fontsize=7.5, ha="center", va="bottom")
         ax.set_title(prompt, fontsize=10, loc="left", weight="bold")
     fig.savefig(path, dpi=90, bbox_inches="tight")
     plt.close(fig)
