@@ -1,4 +1,4 @@
-# `make toy` (train and draw, about 3 minutes), `make video` (about 12), `make wan` (about 1) and `make test`. Each makes .venv itself.
+# `make toy` (train and draw, about 3 minutes), `make video` (about 10), `make wan` (about 1) and `make test`. Each makes .venv itself.
 PYTHON ?= python3
 VENV   ?= .venv
 RUN    := $(VENV)/bin/python
@@ -33,7 +33,7 @@ quick-test: $(STAMP)     ## the inner loop, under a minute: the method against c
 slow: $(WAN)             ## the tests marked slow: default-sized runs
 	$(RUN) -m pytest -q -m slow
 
-claims: $(STAMP)         ## the paper's claims in the plane, five seeds (some three hours on two cores, resumable)
+claims: $(STAMP)         ## the paper's claims in the plane, five seeds (an hour or two on two cores, resumable)
 	$(RUN) toy_2d.py --claims
 
 video-sweep: $(STAMP)    ## stage 2's rate and GAN weight on moving shapes, the same few values for both methods (resumable)

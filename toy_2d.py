@@ -4,7 +4,7 @@
     python toy_2d.py --data checkerboard    # or gaussians, moons
     python toy_2d.py --resume               # go on where a killed run stopped, exactly
     python toy_2d.py --quick                # under 30 seconds, to see that it works
-    python toy_2d.py --claims               # what the paper claims, measured here (some hours, resumable)
+    python toy_2d.py --claims               # what the paper claims, measured here (an hour or two, resumable)
     python toy_2d.py --bench                # steps per second of every stage, against their matmuls alone
 
 Everything lands in runs/toy_2d/<data>/: metrics.json and samples.npz, then the pictures drawn from them.

@@ -121,7 +121,7 @@ CLAIMS = [
     ("C1", "neither warmed up, four times the iterations", "tmd no stage 1 long", "dmd2v no kd long", "end"),
     ("C1", "like NFE, four times the iterations: recurrence against as many new blocks", "tmd long", "dmd2v deep long",
      "end"),
-    ("C1", "recurrence against as many new blocks, four times the iterations, on ten other seeds", "tmd long again",
+    ("C1", "like NFE, four times the iterations: the same, on ten other seeds", "tmd long again",
      "dmd2v deep long again", "end"),
     ("C1", "M = 2, N = 4, four times the iterations", "tmd M2 long", "dmd2v M2 long", "end"),
     ("C1", "M = 2, N = 4, four times the iterations, on ten other seeds", "tmd M2 long again", "dmd2v M2 long again",
