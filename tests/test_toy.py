@@ -206,10 +206,14 @@ def test_read_only_folder(tmp_path, capsys):
 
 
 def test_every_claim_names_jobs_that_exist_and_differ():
-    """Each row compares two known jobs (or one job with itself at N = 1), and the claims asked for are all there."""
-    for _, _, a, b, phase in claims_2d.CLAIMS:
-        assert a in claims_2d.JOBS and b in claims_2d.JOBS and (a != b or "/" in phase)
-    asked = {"bound", "C1", "C2", "C3", "C4", "C6", "C7", "C8", "C10", "trap 2", "trap 3", "trap 5", "trap 9"}
+    """Each row compares two known jobs (or one job with itself at N = 1, or with a teacher), and the claims asked for
+    are all there.
+    """
+    known = {*claims_2d.JOBS, *(f"teacher {steps}" for steps in claims_2d.RUNG.teacher_steps)}
+    for claim, _, a, b, phase in claims_2d.CLAIMS:
+        assert a in known and b in known and (a != b or "/" in phase)
+        assert a.startswith("teacher") == (claim == "room")
+    asked = {"room", "bound", "C1", "C2", "C3", "C4", "C6", "C7", "C8", "C10", "trap 2", "trap 3", "trap 5", "trap 9"}
     assert asked <= {row[0] for row in claims_2d.CLAIMS}
     for name in claims_2d.JOBS:
         claims_2d.RUNG.toy_of(name, 0, False)

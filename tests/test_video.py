@@ -502,6 +502,10 @@ def test_every_claim_names_jobs_that_exist():
     for name in claims_video.JOBS:
         _, _, one, two, kd, _ = rung.plan(name, 0, False)
         table = "long" if "long" in name else "every 5" if "every 5" in name else ""
+        if name == "dmd2v M2 longer again":  # as many updates of the weights as the students of "tmd M2 long again"
+            _, _, tmd_one, tmd_two, _, _ = rung.plan("tmd M2 long again", 0, False)
+            assert two.iterations // 2 == tmd_one.updates + tmd_two.iterations // 2 and not kd and not one
+            continue
         budgets.setdefault(table, set()).add((one.updates if one else 0) + kd + two.iterations)
         assert two.student_every == (5 if table == "every 5" else 2)
     assert all(len(b) == 1 for b in budgets.values()), "students of one table make the same number of updates"
