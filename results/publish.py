@@ -228,6 +228,13 @@ def poorer(run: Path, result: Path) -> bool:
     return run.parent.name.startswith("claims") and old.exists() and new.exists() and not measured(new) >= measured(old)
 
 
+def reproduced(folder: Path) -> bool:
+    """Whether a folder's teacher is the published one, trained again by the same recipe (video_teacher --compare)."""
+    file = folder / "again.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return bool(found) and found["same recipe"] and found["agree"]
+
+
 def fill(text: str, found: dict[str, str]) -> str:
     """Replace what stands between <!-- NAME --> and <!-- /NAME --> by the table of that name."""
     for name, table in found.items():
@@ -247,8 +254,8 @@ def collect() -> None:
         run, result = RUNS / run, RESULTS / result
         if not run.exists():  # what was not run again stays as it was published
             continue
-        if run.name.startswith("teacher.") and (run.parent / "again.json").exists():
-            continue  # a second teacher, compared with the published one: students start from that one
+        if run.name.startswith("teacher.") and reproduced(run.parent):
+            continue  # students start from the published one
         if poorer(run, result):
             print(
                 f"{result} is kept: {run} lacks rows that were measured; "

@@ -319,19 +319,25 @@ def test_finished_jobs_are_published_so_that_another_machine_goes_on(run, result
 
 
 def test_a_teacher_trained_again_does_not_replace_the_published_one(tmp_path, monkeypatch):
-    """Compared with the published one (again.json), only the comparison is copied; a new teacher is copied whole."""
+    """Of a teacher that agrees with the published one (again.json) only the comparison is copied; another is copied
+    whole.
+    """
     from results import publish
 
     monkeypatch.setattr(publish, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(publish, "RESULTS", tmp_path / "results")
-    names = {"8-frames": ("teacher.json", "teacher.safetensors", "again.json"), "12-frames": ("teacher.json",)}
-    for teacher, files in names.items():
-        (tmp_path / "runs/video_teacher" / teacher).mkdir(parents=True)
-        for name in files:
-            (tmp_path / "runs/video_teacher" / teacher / name).write_text("{}")
+    says = {"8-frames": {"same recipe": True, "agree": True}, "12-frames": {"same recipe": True, "agree": False},
+            "8-frames-3-blocks": None}  # fmt: skip
+    for teacher, compared in says.items():
+        folder = tmp_path / "runs/video_teacher" / teacher
+        folder.mkdir(parents=True)
+        (folder / "teacher.json").write_text("{}")
+        if compared:
+            (folder / "again.json").write_text(json.dumps(compared))
     publish.collect()
     found = {str(f.relative_to(tmp_path / "results/video_teacher")) for f in tmp_path.rglob("results/*/*/*.*")}
-    assert found == {"8-frames/again.json", "12-frames/teacher.json"}
+    other = {"12-frames/teacher.json", "12-frames/again.json", "8-frames-3-blocks/teacher.json"}
+    assert found == {"8-frames/again.json"} | other
 
 
 def test_claims_of_a_part_of_the_jobs_are_not_published(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 
 import tmd_minimal as tmd
 from settings import write_json
-from toys import tiny_video, video_teacher
+from toys import tiny_video, verdicts, video_teacher
 from toys.moving_shapes import FIRST, MOTIONS, World
 from toys.planar import PlanarNet
 
@@ -95,6 +95,16 @@ def test_the_published_teacher_is_worth_distilling():
     assert facts["recipe"] == recipe and score["updates"] == recipe["updates"]
     assert score["total"] >= 0.85 and min(score[key] for key in ("quality", "semantic", "motion")) >= 0.8
     assert score["diversity"] >= 0.9
+
+
+def test_the_published_teacher_was_reproduced_by_its_command():
+    """again.json: trained a second time by the recipe, its total agrees draw by draw, by the rule of compare()."""
+    found = json.loads((video_teacher.PUBLISHED / "8-frames/again.json").read_text())
+    assert found["same recipe"] and found["agree"]
+    if not found["same weights"]:
+        total = verdicts.difference(found["here"], found["published"], "total")
+        assert total["n"] == 5 and total == found["here - published"]["total"]
+        assert total["low"] < 0 < total["high"] or max(-total["low"], total["high"]) < 0.01
 
 
 def test_the_published_teacher_starts_every_run(tmp_path):
