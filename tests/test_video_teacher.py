@@ -105,6 +105,8 @@ def test_the_published_teacher_was_reproduced_by_its_command():
         total = verdicts.difference(found["here"], found["published"], "total")
         assert total["n"] == 5 and total == found["here - published"]["total"]
         assert total["low"] < 0 < total["high"] or max(-total["low"], total["high"]) < 0.01
+        page = (video_teacher.PUBLISHED / "README.md").read_text()
+        assert f"one of {verdicts.detectable(total['std'], 5):.3f} in the total" in page, "what five noises would show"
 
 
 def test_the_published_teacher_starts_every_run(tmp_path):
